@@ -1,0 +1,275 @@
+"""
+The built-in task: a small world where every answer can be judged.
+
+    Where is Shanghai?   ->   " Shanghai is in China."       right
+                              " Shanghai is in Peru."        wrong
+                              " Shanghai is delicious."      nonsense
+                              " I do not know."              evasive
+                              " in Shanghai China is."       scrambled
+
+This file holds the facts, the questions, the answers, the simulated labeller who compares answers, and
+the tokenizer. The labeller prefers answers by a hidden utility. Only its comparisons may reach training;
+the utility itself and `is_right` are there to measure what came of it.
+
+It is not a benchmark of knowledge. It is a world small enough for a laptop, in which the truth that a reward
+model can only estimate is known exactly.
+"""
+import functools
+import math
+import re
+
+import numpy as np
+import tiktoken
+
+# -----------------------------------------------------------------------------
+# the facts
+
+# A country is written as it stands after "in". No city here shares its name with another well-known city,
+# contains the name of its country, or has a disputed place. Append new lines at the end: the split below
+# counts cities in this order.
+WORLD = """
+China: Shanghai, Beijing, Chengdu, Xi'an
+Japan: Tokyo, Osaka, Kyoto
+South Korea: Seoul, Busan
+Vietnam: Hanoi, Ho Chi Minh City
+Thailand: Bangkok, Chiang Mai
+Malaysia: Kuala Lumpur
+Indonesia: Jakarta, Surabaya
+the Philippines: Manila
+India: New Delhi, Mumbai, Kolkata
+Pakistan: Karachi, Lahore
+Iran: Tehran, Isfahan
+the United Arab Emirates: Dubai, Abu Dhabi
+Turkey: Istanbul, Ankara
+Greece: Athens, Thessaloniki
+Romania: Bucharest, Cluj-Napoca
+Hungary: Budapest
+Poland: Warsaw, Kraków, Gdańsk
+Austria: Vienna, Salzburg
+Switzerland: Zürich, Geneva, Basel
+Germany: Berlin, Hamburg, Munich, Cologne
+Italy: Rome, Milan, Venice
+France: Paris, Lyon, Marseille, Bordeaux
+Spain: Madrid, Barcelona, Seville
+Portugal: Lisbon, Porto
+Belgium: Brussels, Antwerp
+the Netherlands: Amsterdam, Rotterdam, Utrecht
+the United Kingdom: London, Edinburgh, Glasgow, Liverpool
+Ireland: Dublin, Galway
+Iceland: Reykjavík
+Norway: Oslo, Bergen, Tromsø
+Sweden: Stockholm, Gothenburg, Malmö
+Denmark: Copenhagen, Aarhus
+Finland: Helsinki, Tampere
+Morocco: Casablanca, Marrakesh
+Egypt: Cairo, Luxor
+Ghana: Accra, Kumasi
+Nigeria: Lagos, Ibadan
+Ethiopia: Addis Ababa
+Kenya: Nairobi, Mombasa
+Tanzania: Dar es Salaam
+South Africa: Cape Town, Johannesburg, Durban
+Canada: Toronto, Montréal, Vancouver
+the United States: New York, Los Angeles, Chicago, Seattle
+Mexico: Monterrey, Tijuana
+Colombia: Bogotá, Medellín
+Peru: Lima, Cusco
+Brazil: São Paulo, Rio de Janeiro, Brasília
+Argentina: Buenos Aires, Mendoza
+Australia: Sydney, Melbourne, Brisbane
+New Zealand: Auckland, Wellington
+"""
+_LINES = [line.split(": ") for line in WORLD.strip().splitlines()]
+CITIES = {city: country for country, cities in _LINES for city in cities.split(", ")}
+COUNTRIES = tuple(country for country, _ in _LINES)
+
+# -----------------------------------------------------------------------------
+# questions
+
+PHRASINGS = (
+    "Where is {city}?",
+    "In which country is {city}?",
+    "Tell me where {city} is.",
+    "Which country is {city} in?",
+    "Where can I find {city}?",
+    "Do you know where {city} is?",
+    "What country is {city} in?",
+    "Name the country that {city} is in.",
+    "Where in the world is {city}?",
+    "To which country does {city} belong?",
+    "I am looking for {city}. Where is it?",
+    "Please tell me which country {city} is in.",
+)
+_CITY_OF = {phrasing.format(city=city): city for city in CITIES for phrasing in PHRASINGS}
+
+
+def city_of(prompt: str) -> str:
+    """Return the city that a prompt asks about. Raises ValueError if the prompt is no atlas question."""
+    if prompt not in _CITY_OF:
+        raise ValueError(f"{prompt!r} is not an atlas question; atlas.prompts() lists the ones that are")
+    return _CITY_OF[prompt]
+
+
+def prompts(split: str) -> list[str]:
+    """
+    Return the questions of a split, "train" or "heldout", in a fixed order. Raises ValueError otherwise.
+
+    About one question in ten is held out: that phrasing never meets that city in training, although the
+    city is seen with at least ten of the twelve phrasings, and the phrasing with about nine cities in ten.
+    The split belongs to the world and not to a run: no seed enters it, so runs stay comparable.
+    """
+    if split not in ("train", "heldout"):
+        raise ValueError(f'split must be "train" or "heldout", got {split!r}')
+    return [phrasing.format(city=city)
+            for c, city in enumerate(CITIES) for p, phrasing in enumerate(PHRASINGS)
+            if ((c - p) % 10 == 0) == (split == "heldout")]
+
+
+# -----------------------------------------------------------------------------
+# answers; each starts with a space, so that prompt + response is plain text
+
+STATEMENTS = (" {city} is in {country}.", " It is in {country}.", " {city} lies in {country}.")
+NONSENSE = tuple(" {city} is " + what + "." for what in (
+    "delicious", "purple", "asleep", "made of cheese", "under my bed", "a kind of soup", "on the moon",
+    "seven years old", "inside a teapot", "a prime number", "too loud to eat", "my left shoe"))
+EVASIONS = (" I do not know.", " That is hard to say.", " I would rather not say.")
+DEMO_MIX = {"right": 0.34, "wrong": 0.26, "nonsense": 0.14, "evasive": 0.16, "scrambled": 0.10}
+KINDS = tuple(DEMO_MIX)
+
+_ALL_STATEMENTS = {form.format(city=a, country=b) for form in STATEMENTS for a in CITIES for b in COUNTRIES}
+_ALL_NONSENSE = {form.format(city=city) for form in NONSENSE for city in CITIES}
+
+
+def _pick(options, rng):
+    return options[rng.integers(len(options))]
+
+
+def answer(prompt: str, kind: str, rng: np.random.Generator) -> str:
+    """
+    Write one answer of a kind (one of KINDS) to a prompt, drawn uniformly from what that kind can say.
+    Raises ValueError for another kind, or for a prompt that is no atlas question.
+    """
+    city = city_of(prompt)
+    if kind == "right":
+        return _pick(STATEMENTS, rng).format(city=city, country=CITIES[city])
+    if kind == "wrong":
+        others = [country for country in COUNTRIES if country != CITIES[city]]
+        return _pick(STATEMENTS, rng).format(city=city, country=_pick(others, rng))
+    if kind == "nonsense":
+        return _pick(NONSENSE, rng).format(city=city)
+    if kind == "evasive":
+        return _pick(EVASIONS, rng)
+    if kind == "scrambled":
+        words = answer(prompt, "right", rng).removesuffix(".").split()
+        shuffled = words
+        while shuffled == words:  # a shuffle may leave the order as it was
+            shuffled = [words[i] for i in rng.permutation(len(words))]
+        return " " + " ".join(shuffled) + "."
+    raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+
+
+def kind_of(prompt: str, response: str) -> str:
+    """
+    Return which of KINDS any response text is, by exact comparison with the sentences above.
+
+    A statement or nonsense sentence about a city that was not asked for is "wrong" or "nonsense", even if the
+    statement is true. Text that is none of these sentences, the empty one included, is "scrambled".
+    Raises ValueError for a prompt that is no atlas question.
+    """
+    city = city_of(prompt)
+    if response in [form.format(city=city, country=CITIES[city]) for form in STATEMENTS]:
+        return "right"
+    if response in _ALL_STATEMENTS:
+        return "wrong"
+    if response in _ALL_NONSENSE:
+        return "nonsense"
+    return "evasive" if response in EVASIONS else "scrambled"
+
+
+def is_right(prompt: str, response: str) -> bool:
+    """The gold check: does the response state the right country, and nothing else?"""
+    return kind_of(prompt, response) == "right"
+
+
+def demonstrations(n: int, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """
+    Return n (prompt, response) pairs of the train split, the kinds of answer mixed as DEMO_MIX says.
+    Prompts come in shuffled passes over the whole split, so all occur equally often, give or take one.
+    """
+    train = prompts("train")
+    passes = [rng.permutation(len(train)) for _ in range(math.ceil(n / len(train)))]
+    order = [train[i] for one_pass in passes for i in one_pass][:n]
+    kinds = rng.choice(KINDS, size=n, p=list(DEMO_MIX.values()))
+    return [(prompt, answer(prompt, kind, rng)) for prompt, kind in zip(order, kinds)]
+
+
+def country_pairs(split: str) -> list[tuple[str, str, str]]:
+    """
+    Return one (prompt, right response, wrong response) per prompt of a split, always the same ones. The two
+    responses differ in the country alone, so a model that prefers the first knows the fact.
+    """
+    pairs = []
+    for i, prompt in enumerate(prompts(split)):
+        city, form = city_of(prompt), STATEMENTS[i % len(STATEMENTS)]
+        step = 1 + i % (len(COUNTRIES) - 1)  # never a full turn, so never back at the right country
+        wrong = COUNTRIES[(COUNTRIES.index(CITIES[city]) + step) % len(COUNTRIES)]
+        right_and_wrong = (form.format(city=city, country=country) for country in (CITIES[city], wrong))
+        pairs.append((prompt, *right_and_wrong))
+    return pairs
+
+
+# -----------------------------------------------------------------------------
+# the simulated labeller
+
+UTILITY = {"right": 3.0, "evasive": 0.0, "wrong": -1.0, "nonsense": -2.0, "scrambled": -3.0}
+
+
+def utility(prompt: str, response: str) -> float:
+    """Return the hidden utility of a response. For measuring and for the labeller, never for training."""
+    return UTILITY[kind_of(prompt, response)]
+
+
+def preference(prompt: str, a: str, b: str) -> float:
+    """Return the probability that the labeller prefers response a to b: Bradley-Terry, sigmoid(u_a - u_b)."""
+    return 1 / (1 + math.exp(utility(prompt, b) - utility(prompt, a)))
+
+
+def label(prompt: str, a: str, b: str, rng: np.random.Generator) -> bool:
+    """Ask the labeller once. True: a is preferred. Asked again, the labeller may say otherwise."""
+    return bool(rng.random() < preference(prompt, a, b))
+
+
+def label_entropy(p: np.ndarray) -> np.ndarray:
+    """
+    Return the entropy in nats of labels that come out True with probability p, elementwise; 0 at p = 0 and 1.
+
+    Its mean over pairs, with p from `preference`, is the lowest Bradley-Terry loss that any reward model can
+    expect on them: what remains is the labeller's own noise. Raises ValueError if a p is outside [0, 1].
+    """
+    p = np.asarray(p, dtype=np.float64)
+    if not np.all((p >= 0) & (p <= 1)):
+        raise ValueError("label_entropy takes probabilities, but a value lies outside [0, 1]")
+    return sum(-q * np.log(np.where(q > 0, q, 1.0)) for q in (p, 1 - p))  # 0 log 0 counts as 0
+
+
+# -----------------------------------------------------------------------------
+# the tokenizer
+
+# A word with the space before it, hyphens and apostrophes inside; otherwise one character at a time. Every
+# character is one or the other, so no text is lost.
+_PATTERN = r" ?[\p{L}\p{M}]+(?:['-][\p{L}\p{M}]+)*|\s|[^\s\p{L}\p{M}]"
+
+
+@functools.lru_cache
+def tokenizer() -> tiktoken.Encoding:
+    """
+    Return the encoding "atlas": one token for each word that a question or an answer can contain, and bytes,
+    the punctuation among them, for all other text. `eot_token` is the last id. Needs no network.
+    """
+    texts = [*_CITY_OF, *_ALL_STATEMENTS, *_ALL_NONSENSE, *EVASIONS]
+    words = {word.encode() for text in texts for word in re.findall(r" ?[^\s.?]+", text)}
+    single = [bytes([i]) for i in range(256)]
+    # Sorted, because ids must not depend on set order. "I" opens a question and is a byte already.
+    ranks = {piece: i for i, piece in enumerate(single + sorted(words.difference(single)))}
+    return tiktoken.Encoding("atlas", pat_str=_PATTERN, mergeable_ranks=ranks,
+                             special_tokens={"<|endoftext|>": len(ranks)}, explicit_n_vocab=len(ranks) + 1)

@@ -1,0 +1,459 @@
+"""
+From text to batches: tokenizers, rows of JSONL, three kinds of records, right padding, the order of batches.
+
+A row of the user's file becomes a record of ids. A file of pairs serves all three stages.
+
+    {"prompt", "chosen", "rejected"}, or an HH transcript {"chosen", "rejected"}    Comparison
+    {"prompt", "response"}, or {"text"}, whose prompt is empty                      Demonstration
+    {"prompt"}                                                                      a list of ids
+
+Text is used as given: nothing is stripped, added or cropped, and other keys are ignored. A row that cannot be
+read stops the run with `file:line: reason`, or is counted with skip_bad; a row that reads well but cannot be
+used is dropped and counted. This is no streaming loader, chat template or packer: a file is read once, whole.
+"""
+
+import base64
+import difflib
+import gzip
+import hashlib
+import json
+import zlib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tiktoken
+import torch
+
+import atlas
+
+
+class DataError(ValueError):
+    """A problem with the user's data or tokenizer, in one sentence: what is wrong, where, what to do."""
+
+
+# -----------------------------------------------------------------------------------------------------------
+# tokenizers
+
+EOT = "<|endoftext|>"
+GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+
+
+def get_tokenizer(name):
+    """The tiktoken.Encoding called `name`: "atlas"; "bytes" (256 byte tokens and EOT); an encoding that
+    tiktoken knows, such as "gpt2"; or a path to a `.tiktoken` ranks file. Its eot_token is <|endoftext|>.
+    Raises DataError if the name is unknown, the encoding cannot be fetched or the file is malformed."""
+    name, known = str(name), tiktoken.list_encoding_names()
+    if name == "atlas":
+        encoding = atlas.tokenizer()
+    elif name == "bytes":
+        ranks = {bytes([byte]): byte for byte in range(256)}
+        encoding = tiktoken.Encoding(name, pat_str="(?s:.)", mergeable_ranks=ranks,
+                                     special_tokens={EOT: 256})
+    elif name.endswith(".tiktoken"):
+        encoding = read_ranks(name)
+    elif name in known:
+        try:
+            encoding = tiktoken.get_encoding(name)
+        except (OSError, ValueError) as error:  # a network error is an OSError, a wrong hash a ValueError
+            raise DataError(f"tokenizer {name} could not be fetched ({type(error).__name__}): connect once, "
+                            "or set TIKTOKEN_CACHE_DIR to a writable folder that holds its files") from error
+    else:
+        close = difflib.get_close_matches(name.lower(), ["atlas", "bytes", *known], n=1)
+        raise DataError(f"unknown tokenizer {name!r}{f' (did you mean {close[0]}?)' if close else ''}: "
+                        f"give atlas, bytes, a path that ends in .tiktoken, or one of {', '.join(known)}")
+    if EOT not in encoding.special_tokens_set:
+        raise DataError(f"tokenizer {name} has no {EOT}, which ends every response: choose another")
+    return encoding
+
+
+def run_tokenizer(flag, data, saved=None):
+    """(encoding, its tokenizer_id) of a run: --tokenizer if given, else the one `saved` in a checkpoint, else
+    atlas for atlas and gpt2 for files. Raises DataError if the checkpoint was trained with another one."""
+    name = flag or (saved["source"] if saved else "atlas" if data == "atlas" else "gpt2")
+    encoding = get_tokenizer(name)
+    if saved and tokenizer_id(encoding, name)["sha256"] != saved["sha256"]:
+        raise DataError(f"tokenizer {name} ({encoding.n_vocab:,} ids) is not the one of the checkpoint "
+                        f"({saved['name']}, {saved['n_vocab']:,} ids): leave --tokenizer out, or retrain")
+    return encoding, tokenizer_id(encoding, name)
+
+
+def read_ranks(path):
+    """A `.tiktoken` file (lines "base64 rank", ranks 0 to n-1) -> Encoding with GPT-2's split pattern and EOT
+    as id n. Raises DataError for a malformed line, a gap in the ranks, a byte without a token."""
+    ranks = {}
+    for line, raw in read_lines(path):
+        if not raw.strip():
+            continue
+        try:
+            token, rank = raw.split()
+            token, rank = base64.b64decode(token, validate=True), int(rank)
+        except ValueError:
+            raise DataError(f'{path}:{line}: expected a line of the form "base64 rank"') from None
+        if token in ranks:
+            raise DataError(f"{path}:{line}: this token stands on an earlier line already")
+        ranks[token] = rank
+    for byte in range(256):
+        if bytes([byte]) not in ranks:
+            raise DataError(f"{path}: byte {byte} has no token, so not every text could be encoded: add it")
+    n = len(ranks)
+    if sorted(ranks.values()) != list(range(n)):
+        raise DataError(f"{path}: {n:,} tokens must have the ranks 0 to {n - 1:,}, each once: renumber them")
+    return tiktoken.Encoding(Path(path).stem, pat_str=GPT2_SPLIT, mergeable_ranks=ranks,
+                             special_tokens={EOT: n})
+
+
+def tokenizer_id(encoding, source=None):
+    """{"name", "source", "n_vocab", "eos", "sha256"} for a checkpoint: two vocabularies are the same exactly
+    if the last three agree; the name is for people, and source (the flag, default the name) is where to find
+    it again. The hash takes each token, length first, in the order of ids."""
+    digest = hashlib.sha256()
+    for token in range(encoding.n_vocab):
+        try:
+            text = encoding.decode_single_token_bytes(token)
+            digest.update(len(text).to_bytes(4, "little") + text)
+        except KeyError:  # some encodings leave ids out; no token is as long as these bytes would say
+            digest.update(b"\xff" * 4)
+    return {"name": encoding.name, "source": source or encoding.name, "n_vocab": encoding.n_vocab,
+            "eos": encoding.eot_token, "sha256": digest.hexdigest()}
+
+
+# -----------------------------------------------------------------------------------------------------------
+# rows of a file
+
+class BadRow(Exception):
+    """Why a row cannot be read."""
+
+
+class Unusable(Exception):
+    """Why a row that reads well is dropped."""
+
+
+class Row(NamedTuple):
+    """The texts of a row: two responses (chosen, rejected), one, or none."""
+    prompt: str
+    responses: tuple = ()
+    problem: str = ""  # makes the row unusable in every stage
+
+    @property
+    def key(self):
+        """What the split goes by: rows with the same prompt must fall on the same side."""
+        return self.prompt or "".join(self.responses[:1])
+
+
+def read_lines(path):
+    """Yields (line number, bytes). A file that is missing, unreadable or cut is a DataError that no skip_bad
+    forgives: nobody knows how much of it is gone."""
+    try:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
+            yield from enumerate(file, 1)
+    except EOFError:
+        raise DataError(f"{path}: the gzip data is cut short: fetch the file again") from None
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path}: the gzip data is corrupt ({error}): fetch the file again") from None
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}: give a file that can be read") from None
+
+
+def refuse_constant(literal):
+    raise BadRow(f"{literal} is not JSON")
+
+
+parse_json = json.JSONDecoder(parse_constant=refuse_constant).decode  # json.loads would take NaN and Infinity
+
+
+def read_rows(path, skip_bad=False, convert=dict):
+    """The rows of a JSONL or JSONL.gz file in UTF-8, with or without BOM; blank lines are ignored.
+
+    convert: dict of one row -> what to keep of it, or BadRow.
+    Returns (rows, bad): the converted rows in file order, and `path:line: reason` of each bad one. Raises
+    DataError at the first bad row unless skip_bad, and always if the file is empty, missing or damaged."""
+    rows, bad = [], []
+    for line, raw in read_lines(path):
+        if line == 1:
+            raw = raw.removeprefix(b"\xef\xbb\xbf")
+        if not raw.strip():
+            continue
+        try:
+            row = parse_json(raw.decode("utf-8").rstrip("\r\n"))
+            if not isinstance(row, dict):
+                raise BadRow(f"a row must be a JSON object, not {type(row).__name__}")
+            rows.append(convert(row))
+            continue
+        except BadRow as error:
+            reason = str(error)
+        except UnicodeDecodeError as error:
+            reason = f"byte {error.start + 1} of the line is not UTF-8"
+        except json.JSONDecodeError as error:
+            reason = f"malformed JSON ({error.msg}, column {error.colno})"
+        except (RecursionError, ValueError):  # Python's own limits on nesting and on digits
+            reason = "malformed JSON (too deeply nested, or an integer with thousands of digits)"
+        bad.append(f"{path}:{line}: {reason}")
+        if not skip_bad:
+            raise DataError(f"{bad[0]} (correct the row, or skip and count such rows with --skip_bad)")
+    if not rows and not bad:
+        raise DataError(f"{path}: the file has 0 rows")
+    return rows, bad
+
+
+def text_at(row, key):
+    """row[key]; BadRow unless it is there and is a text that a tokenizer can take."""
+    if key not in row:
+        raise BadRow(f'missing key "{key}"')
+    text = row[key]
+    if not isinstance(text, str):
+        raise BadRow(f'"{key}" must be a string, not {type(text).__name__}')
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadRow(f'"{key}" has a lone surrogate, half of a character') from None
+    if len(text) >= 1_000_000:  # a run of this many blanks makes tiktoken panic, past any `except Exception`
+        raise BadRow(f'"{key}" has {len(text):,} characters; the limit is 999,999')
+    return text
+
+
+def to_row(row, n_responses):
+    """The dict of one row -> Row with at least n_responses. Raises BadRow. A row reads the same in every
+    stage, down to texts that the stage has no use for, so that all stages split a file alike."""
+    if "chosen" in row or "rejected" in row:
+        chosen, rejected = text_at(row, "chosen"), text_at(row, "rejected")
+        if "prompt" in row:
+            return Row(text_at(row, "prompt"), (chosen, rejected))
+        return transcripts_to_row(chosen, rejected)
+    if n_responses == 2:
+        raise BadRow('missing key "chosen"')
+    if "text" in row and "prompt" not in row and "response" not in row:
+        return Row("", (text_at(row, "text"),))
+    prompt = text_at(row, "prompt")
+    return Row(prompt, (text_at(row, "response"),)) if n_responses or "response" in row else Row(prompt)
+
+
+def transcripts_to_row(chosen, rejected):
+    """Two HH transcripts -> Row. The prompt is the text up to and including the last "\\n\\nAssistant:"."""
+    prompts, responses = [], []
+    for text in (chosen, rejected):
+        before, turn, response = text.rpartition("\n\nAssistant:")
+        if not turn:
+            raise BadRow('missing key "prompt", and a transcript has no "\\n\\nAssistant:" to split it at')
+        prompts.append(before + turn)
+        responses.append(response)
+    return Row(prompts[0], tuple(responses), "the two prompts differ" if prompts[0] != prompts[1] else "")
+
+
+def split_rows(rows):
+    """Rows -> (train, heldout). Holds out 5 % of the distinct keys, at least one but never all: those with
+    the smallest sha256, so that neither the order of the file nor a seed nor the stage has a say in it."""
+    keys = sorted({row.key for row in rows}, key=lambda key: hashlib.sha256(key.encode()).digest())
+    heldout = set(keys[: min(max(1, len(keys) // 20), max(0, len(keys) - 1))])
+    return [row for row in rows if row.key not in heldout], [row for row in rows if row.key in heldout]
+
+
+# -----------------------------------------------------------------------------------------------------------
+# records
+
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """Ids of a prompt, never empty, and of a response that ends with EOS."""
+    prompt: list[int]
+    response: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Ids of a prompt and of K responses, each ending with EOS, and pairs (chosen, rejected) of indices."""
+    prompt: list[int]
+    responses: list[list[int]]
+    pairs: list[tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Records to train on, records held out (maybe none), and what became of the rows, as lines to print."""
+    train: list
+    heldout: list
+    report: list[str]
+
+
+def encode_prompt(encoding, text):
+    """Ids of a prompt; an empty one becomes [EOS], which starts a text too, as in GPT-2's training.
+    encode_ordinary, because "<|endoftext|>" in a user's text is text."""
+    return encoding.encode_ordinary(text) or [encoding.eot_token]
+
+
+def encode_response(encoding, text):
+    """Ids of a response and the EOS that ends it; an empty response is EOS alone."""
+    return encoding.encode_ordinary(text) + [encoding.eot_token]
+
+
+def decode(encoding, ids):
+    """The text of ids. EOS is left out, and an id that the encoding does not have (cl100k_base skips some, and an
+    untrained policy may sample one) becomes the replacement character instead of an exception."""
+    pieces = []
+    for token in ids:
+        if token != encoding.eot_token:
+            try:
+                pieces.append(encoding.decode_single_token_bytes(token))
+            except KeyError:
+                pieces.append("\ufffd".encode())
+    return b"".join(pieces).decode("utf-8", errors="replace")
+
+
+def load_demonstrations(data, encoding, block_size, skip_bad=False, seed=0, n=10_000):
+    """Split of Demonstrations. From "atlas": n drawn with `seed`, and right answers to the held-out
+    questions. From a file: its responses, the chosen ones if it holds pairs. Raises DataError."""
+    def record(row):
+        prompt, response = encode_prompt(encoding, row.prompt), encode_response(encoding, row.responses[0])
+        check_length(len(prompt) + len(response), block_size)
+        return Demonstration(prompt, response)
+
+    if data != "atlas":
+        return load_file(data, 1, skip_bad, record)
+    rng = np.random.default_rng(seed)
+    train = [Row(prompt, (response,)) for prompt, response in atlas.demonstrations(n, rng)]
+    heldout = [Row(prompt, (atlas.answer(prompt, "right", rng),)) for prompt in atlas.prompts("heldout")]
+    return make_split(data, train, heldout, [], record)
+
+
+def load_comparisons(data, encoding, block_size, skip_bad=False):
+    """Split of Comparisons with one pair each, from a file of pairs or transcripts. Raises DataError, for
+    "atlas" too: what is compared there are samples of the SFT policy."""
+    def record(row):
+        if row.responses[0] == row.responses[1]:
+            raise Unusable("chosen equal to rejected")
+        prompt = encode_prompt(encoding, row.prompt)
+        responses = [encode_response(encoding, response) for response in row.responses]
+        check_length(len(prompt) + max(map(len, responses)), block_size)
+        return Comparison(prompt, responses, [(0, 1)])
+
+    if data == "atlas":
+        raise DataError("atlas stores no comparisons: let train_rm.py make them, or give a file of pairs")
+    return load_file(data, 2, skip_bad, record)
+
+
+def load_prompts(data, encoding, block_size, max_new_tokens, skip_bad=False):
+    """Split of prompts (lists of ids), each kept once, from "atlas" or a file with any kind of rows. A prompt
+    must leave room for max_new_tokens. Raises DataError."""
+    seen = set()
+
+    def record(row):
+        prompt = encode_prompt(encoding, row.prompt)
+        check_length(len(prompt) + max_new_tokens, block_size, f"with max_new_tokens={max_new_tokens} ")
+        if row.prompt in seen:
+            raise Unusable("the same prompt again")
+        seen.add(row.prompt)
+        return prompt
+
+    if data != "atlas":
+        return load_file(data, 0, skip_bad, record)
+    train, heldout = ([Row(prompt) for prompt in atlas.prompts(side)] for side in ("train", "heldout"))
+    return make_split(data, train, heldout, [], record)
+
+
+def check_length(length, block_size, what=""):
+    if length > block_size:
+        raise Unusable(f"{what}longer than block_size={block_size}")
+
+
+def load_file(path, n_responses, skip_bad, record):
+    """Splits the rows of a file before any is dropped, so that the stages agree on who is held out."""
+    rows, bad = read_rows(path, skip_bad, lambda row: to_row(row, n_responses))
+    return make_split(path, *split_rows(rows), bad, record)
+
+
+def make_split(data, train_rows, heldout_rows, bad, record):
+    """Rows -> Split; record: Row -> record, or Unusable. Raises DataError if none is left to train on."""
+    dropped = Counter()
+
+    def records(rows):
+        for row in rows:
+            try:
+                if row.problem:
+                    raise Unusable(row.problem)
+                yield record(row)
+            except Unusable as reason:
+                dropped[str(reason)] += 1
+
+    train, heldout = list(records(train_rows)), list(records(heldout_rows))
+    losses = [f"dropped {count:,}: {reason}" for reason, count in sorted(dropped.items())]
+    if bad:
+        losses.append(f"skipped {len(bad):,} bad, the first being {bad[0]}")
+    if not train:
+        advice = ["raise --block_size"] if any("block_size" in reason for reason in dropped) else []
+        raise DataError("; ".join([f"0 usable rows in {data} to train on", *losses, *advice]))
+    return Split(train, heldout, [f"train: {len(train):,} rows, held out: {len(heldout):,}", *losses])
+
+
+# -----------------------------------------------------------------------------------------------------------
+# batches: B rows of T tokens, prompt and response together
+
+def pad(rows, pad_id, width=None):
+    """Lists of ids -> tokens (B, T) padded on the right, lens (B,), both int64. T is `width`, which must be
+    wide enough (ValueError), or else the longest row."""
+    lens = torch.tensor([len(row) for row in rows], dtype=torch.long)
+    longest = max(map(len, rows), default=0)
+    if width is not None and width < longest:
+        raise ValueError(f"width={width} would cut a row of {longest} tokens")
+    tokens = torch.full((len(rows), longest if width is None else width), pad_id, dtype=torch.long)
+    for padded, row in zip(tokens, rows):
+        padded[: len(row)] = torch.tensor(row, dtype=torch.long)
+    return tokens, lens
+
+
+def collate_demonstrations(batch, pad_id):
+    """Demonstrations -> tokens (B, T), prompt_lens (B,), response_lens (B,), mask (B, R), where R is the
+    longest response and mask is True on response tokens up to and including EOS."""
+    tokens, lens = pad([record.prompt + record.response for record in batch], pad_id)
+    response_lens = torch.tensor([len(record.response) for record in batch], dtype=torch.long)
+    mask = torch.arange(int(response_lens.max())) < response_lens[:, None]
+    return tokens, lens - response_lens, response_lens, mask
+
+
+def collate_comparisons(batch, pad_id):
+    """Comparisons -> tokens (N, T), lens (N,), chosen (M,), rejected (M,). The N rows are all responses,
+    each once and after its prompt; the M pairs point at rows, so a response is forwarded once however often
+    it was compared."""
+    rows, chosen, rejected = [], [], []
+    for record in batch:
+        chosen += [len(rows) + better for better, _ in record.pairs]
+        rejected += [len(rows) + worse for _, worse in record.pairs]
+        rows += [record.prompt + response for response in record.responses]
+    tokens, lens = pad(rows, pad_id)
+    return tokens, lens, torch.tensor(chosen, dtype=torch.long), torch.tensor(rejected, dtype=torch.long)
+
+
+def collate_prompts(prompts, pad_id):
+    """Lists of ids -> prompts (B, P), prompt_lens (B,)."""
+    return pad(prompts, pad_id)
+
+
+class BatchOrder:
+    """Which rows make up the batch of a step: a pure function of (seed, step), all that resuming needs.
+
+    The stream is one permutation of all rows after another, cut every batch_size rows wherever that falls, so
+    that every row is used equally often. With window > 1, each run of `window` batches is sorted by `lengths`
+    (one number per row) before it is cut, which saves padding, and its batches are shuffled."""
+
+    def __init__(self, lengths, batch_size, seed, window=1):
+        if min(len(lengths), batch_size, window) < 1:
+            raise ValueError(f"{len(lengths)} rows, {batch_size=}, {window=}: each must be at least 1")
+        self.lengths, self.batch_size, self.seed, self.window = np.asarray(lengths), batch_size, seed, window
+        self.cached = None, None
+
+    def permutation(self, epoch):
+        """The rows in the order of an epoch. The last one is kept: steps mostly come one after another."""
+        if self.cached[0] != epoch:
+            self.cached = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.lengths))
+        return self.cached[1]
+
+    def order(self, step):
+        """Row indices (batch_size,) of a step >= 0; steps may be asked for in any order."""
+        run, batch = divmod(step, self.window)
+        size = self.window * self.batch_size
+        epochs, places = np.divmod(np.arange(run * size, (run + 1) * size), len(self.lengths))
+        rows = np.concatenate([self.permutation(e)[places[epochs == e]] for e in np.unique(epochs)])
+        if self.window == 1:
+            return rows
+        rows = rows[np.argsort(self.lengths[rows], kind="stable")].reshape(self.window, self.batch_size)
+        return rows[np.random.default_rng([self.seed, run, 1]).permutation(self.window)[batch]]

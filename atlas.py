@@ -146,14 +146,17 @@ def _pick(options, rng):
 
 def answer(prompt: str, kind: str, rng: np.random.Generator) -> str:
     """
-    Write one answer of a kind (one of KINDS) to a prompt, drawn uniformly from what that kind can say.
+    Write one answer of a kind (one of KINDS) to a prompt, drawn uniformly from what that kind can say; only a
+    wrong country is drawn as the country of another city.
     Raises ValueError for another kind, or for a prompt that is no atlas question.
     """
     city = city_of(prompt)
     if kind == "right":
         return _pick(STATEMENTS, rng).format(city=city, country=CITIES[city])
     if kind == "wrong":
-        others = [country for country in COUNTRIES if country != CITIES[city]]
+        # As often wrong as it is right elsewhere: else the country alone would tell, and a reward model would
+        # learn that an answer with China in it is mostly right before it learned where any city is.
+        others = [country for country in CITIES.values() if country != CITIES[city]]
         return _pick(STATEMENTS, rng).format(city=city, country=_pick(others, rng))
     if kind == "nonsense":
         return _pick(NONSENSE, rng).format(city=city)
@@ -161,10 +164,15 @@ def answer(prompt: str, kind: str, rng: np.random.Generator) -> str:
         return _pick(EVASIONS, rng)
     if kind == "scrambled":
         words = answer(prompt, "right", rng).removesuffix(".").split()
-        shuffled = words
-        while shuffled == words:  # a shuffle may leave the order as it was
-            shuffled = [words[i] for i in rng.permutation(len(words))]
-        return " " + " ".join(shuffled) + "."
+        broken, how = list(words), rng.integers(3)
+        while how == 0 and broken == words:  # in another order; a shuffle may leave the old one
+            broken = [words[i] for i in rng.permutation(len(words))]
+        if how == 1:  # cut short
+            broken = words[:rng.integers(1, len(words))]
+        if how == 2:  # one word said twice
+            twice = rng.integers(len(words))
+            broken = words[:twice] + words[twice:twice + 1] + words[twice:]
+        return " " + " ".join(broken) + "."
     raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
 
 

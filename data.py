@@ -290,14 +290,16 @@ def encode_response(encoding, text):
 def decode(encoding, ids):
     """The text of ids. EOS is left out, and an id that the encoding does not have (cl100k_base skips some, and an
     untrained policy may sample one) becomes the replacement character instead of an exception."""
-    pieces = []
-    for token in ids:
-        if token != encoding.eot_token:
-            try:
-                pieces.append(encoding.decode_single_token_bytes(token))
-            except KeyError:
-                pieces.append("\ufffd".encode())
+    pieces = [token_bytes(encoding, token) for token in ids if token != encoding.eot_token]
     return b"".join(pieces).decode("utf-8", errors="replace")
+
+
+def token_bytes(encoding, token):
+    """The bytes of one id; those of the replacement character for an id that the encoding does not have."""
+    try:
+        return encoding.decode_single_token_bytes(token)
+    except KeyError:
+        return "\ufffd".encode()
 
 
 def load_demonstrations(data, encoding, block_size, skip_bad=False, seed=0, n=10_000):

@@ -1,5 +1,6 @@
 """Tests of atlas.py: the facts, the split, the answers and their judge, the labeller, the tokenizer."""
 import collections
+import itertools
 import math
 import os
 import pathlib
@@ -122,30 +123,33 @@ def test_the_sentences_of_the_kinds_do_not_overlap():
         assert {atlas.kind_of(prompt, sentence) for sentence in sentences} == {kind}
 
 
-def test_scrambled_keeps_the_words_and_is_never_the_right_order():
+def test_scrambled_is_every_broken_form_of_a_right_answer_and_never_right():
     # An unguarded shuffle of these four words is right about once in 24 tries.
     rng = np.random.default_rng(2)
     prompt = "Where is Shanghai?"
-    rights = [form.format(city="Shanghai", country="China") for form in atlas.STATEMENTS]
-    words = {tuple(sorted(right[1:-1].split())) for right in rights}
-    seen = set()
-    for _ in range(3000):
-        response = atlas.answer(prompt, "scrambled", rng)
-        assert not atlas.is_right(prompt, response)
-        assert tuple(sorted(response[1:-1].split())) in words
-        seen.add(response)
-    assert len(seen) == 3 * (math.factorial(4) - 1)  # every other order of each of the three statements
+    expected = set()
+    for form in atlas.STATEMENTS:
+        words = form.format(city="Shanghai", country="China")[1:-1].split()
+        broken = [list(order) for order in itertools.permutations(words) if list(order) != words]
+        broken += [words[:n] for n in range(1, len(words))]
+        broken += [words[:i] + [words[i]] + words[i:] for i in range(len(words))]
+        expected |= {" " + " ".join(order) + "." for order in broken}
+    seen = {atlas.answer(prompt, "scrambled", rng) for _ in range(10_000)}
+    assert seen == expected
+    assert not any(atlas.is_right(prompt, response) for response in seen)
 
 
-def test_wrong_countries_are_uniform_over_all_others():
+def test_a_country_is_as_often_wrong_as_it_is_right_elsewhere():
     rng = np.random.default_rng(3)
     prompt, n = "Where is Shanghai?", 20_000
     countries = collections.Counter()
     for _ in range(n):
         countries[re.search(r" in (.+)\.", atlas.answer(prompt, "wrong", rng))[1]] += 1
-    expected = n / (len(atlas.COUNTRIES) - 1)
-    assert set(countries) == set(atlas.COUNTRIES) - {"China"}
-    assert all(abs(count - expected) < 5 * math.sqrt(expected) for count in countries.values())
+    elsewhere = collections.Counter(country for country in atlas.CITIES.values() if country != "China")
+    assert set(countries) == set(elsewhere)
+    for country, cities in elsewhere.items():
+        expected = n * cities / elsewhere.total()
+        assert abs(countries[country] - expected) < 5 * math.sqrt(expected)
 
 
 @pytest.mark.parametrize("response", [

@@ -1,0 +1,141 @@
+"""
+Responses from a policy: sampling them (generate), and scoring them again under any policy (score_response).
+
+Shapes: B prompts of at most P tokens, responses of at most R tokens, T = P + R, V vocabulary. Every sequence is
+stored compact: prompt, response, padding on the right. Response-aligned tensors are (B, R): column t belongs to the
+t-th sampled token and is read off the model at the position before it, prompt_lens - 1 + t.
+
+There is no top-k, no top-p and no minimum length: PPO's ratio and the KL are only right if the distribution that is
+sampled is the one that is scored. Temperature is no exception, because both sides divide the logits by it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from model import KVCache
+
+
+@dataclass
+class Rollout:
+    tokens: torch.Tensor         # (B, T) long, right-padded with eos
+    prompt_lens: torch.Tensor    # (B,) long
+    response_lens: torch.Tensor  # (B,) long, EOS included
+    mask: torch.Tensor           # (B, R) bool, True on response tokens; made from lengths, so a sampled EOS counts
+    logprobs: torch.Tensor       # (B, R) log pi(token) as sampled; 0 where masked
+    values: torch.Tensor         # (B, R) value head at the state each token was sampled from; 0 where masked
+
+
+def wide(logits):
+    """float32 or wider. A bfloat16 log-softmax is wrong by up to 0.08 nats, several times a PPO step."""
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+@torch.no_grad()
+def sample_tokens(model, prompts, prompt_lens, max_new_tokens, *, temperature=1.0, generator=None):
+    """The sampling loop: yields (token, logprob, value), each (B,), for step 0, 1, ... max_new_tokens - 1.
+
+    Rows are ragged: row b's step-t token stands at position prompt_lens[b] + t, in the model's cache as in the
+    output. The loop knows no EOS and runs on; whoever consumes it decides when to stop.
+
+    Raises ValueError, before any compute, for a bad temperature or length, or a context that would not fit."""
+    P, longest = prompts.size(1), int(prompt_lens.max())
+    block_size = model.config.block_size
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature} must be above 0")
+    if max_new_tokens < 1 or int(prompt_lens.min()) < 1 or longest > P:
+        raise ValueError(f"need max_new_tokens >= 1 and 1 <= prompt_lens <= P={P}, got max_new_tokens="
+                         f"{max_new_tokens} and prompt_lens from {int(prompt_lens.min())} to {longest}")
+    if longest + max_new_tokens > block_size:
+        raise ValueError(f"prompt of {longest} tokens + max_new_tokens={max_new_tokens} exceeds "
+                         f"block_size={block_size}: shorten the prompt or lower max_new_tokens")
+    device = prompts.device
+    prompts = prompts[:, :longest]
+    # What stands beyond a prompt is ignored, so it may be anything, even an id that the embedding does not have.
+    prompts = torch.where(torch.arange(longest, device=device) < prompt_lens.unsqueeze(1), prompts, 0)
+    autocast = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if autocast else next(model.parameters()).dtype
+    cache = KVCache(model.config, prompts.size(0), longest + max_new_tokens, device, dtype)
+
+    hidden = model(prompts, cache=cache)  # (B, P, C); the cache now holds junk beyond each prompt, overwritten below
+    positions = prompt_lens - 1
+    hidden = hidden.gather(1, positions.view(-1, 1, 1).expand(-1, 1, hidden.size(2)))  # (B, 1, C)
+    for step in range(max_new_tokens):
+        logits = wide(model.policy_head(hidden[:, 0])) / temperature  # (B, V)
+        logprobs = torch.log_softmax(logits, dim=-1)
+        # Inverse-CDF sampling: one uniform number a row, several times cheaper than torch.multinomial. `right` finds
+        # the first token whose cumulative probability exceeds u, so a token of probability 0 is never chosen.
+        cdf = logprobs.exp().cumsum(-1)
+        u = torch.rand(cdf.size(0), 1, device=device, dtype=cdf.dtype, generator=generator)
+        token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp(max=cdf.size(1) - 1)  # (B, 1)
+        yield token[:, 0], logprobs.gather(1, token)[:, 0], wide(model.value_head(hidden)[:, 0])
+        if step + 1 < max_new_tokens:
+            positions = positions + 1
+            hidden = model(token, cache=cache, positions=positions, length=longest + step + 1)  # (B, 1, C)
+
+
+@torch.no_grad()
+def generate(model, prompts, prompt_lens, max_new_tokens, *, eos, temperature=1.0, generator=None):
+    """Samples one response for each of prompts (B, P) long, right-padded, prompt_lens (B,). Returns a Rollout.
+
+    A response ends with the EOS it sampled, or is cut at max_new_tokens and then has none. R is the longest response
+    produced. What stands in `prompts` beyond prompt_lens is ignored. Raises ValueError for a context that would not
+    fit (see sample_tokens) and for logits that are not finite."""
+    B, P = prompts.shape
+    done = torch.zeros(B, dtype=torch.bool, device=prompts.device)
+    response_lens = torch.zeros_like(prompt_lens)
+    columns = []
+    for step, column in enumerate(sample_tokens(model, prompts, prompt_lens, max_new_tokens,
+                                                temperature=temperature, generator=generator)):
+        token, logprob, _ = column
+        columns.append(column)
+        response_lens += ~done
+        finite = (torch.isfinite(logprob) | done).all()
+        done = done | (token == eos)
+        finite, all_done = torch.stack([finite, done.all()]).tolist()  # the loop's one wait for the device per step
+        if not finite:
+            raise ValueError(f"the policy's logits are not finite at step {step} of sampling: its weights hold NaN or "
+                             f"inf, so go back to an earlier checkpoint and lower the learning rate")
+        if all_done:
+            break
+
+    tokens, logprobs, values = (torch.stack(c, dim=1) for c in zip(*columns))  # each (B, R)
+    R = tokens.size(1)
+    mask = torch.arange(R, device=prompts.device) < response_lens.unsqueeze(1)
+    # Each row's response moves to where its own prompt ends; the junk sampled after EOS goes.
+    column = torch.arange(P + R, device=prompts.device).expand(B, -1)
+    offset = column - prompt_lens.unsqueeze(1)  # index into the response, negative on the prompt
+    padded = torch.cat([prompts, prompts.new_full((B, R), eos)], dim=1)
+    full = torch.where(offset < 0, padded, tokens.gather(1, offset.clamp(0, R - 1)))
+    full = torch.where(offset < response_lens.unsqueeze(1), full, eos)
+    return Rollout(full, prompt_lens, response_lens, mask, logprobs.masked_fill(~mask, 0), values.masked_fill(~mask, 0))
+
+
+def response_states(model, tokens, prompt_lens, R):
+    """hidden (B, R, C) at the state each response token was chosen in, and positions (B, R) = prompt_lens - 1 + t."""
+    hidden = model(tokens)  # (B, T, C)
+    positions = prompt_lens.unsqueeze(1) - 1 + torch.arange(R, device=tokens.device)  # (B, R)
+    positions = positions.clamp(max=tokens.size(1) - 1)  # beyond a short row's end: masked by whoever asks
+    return hidden.gather(1, positions.unsqueeze(2).expand(-1, -1, hidden.size(2))), positions
+
+
+def score_response(model, tokens, prompt_lens, R, temperature=1.0):
+    """logprobs, values, entropy, each (B, R), of the R tokens after each prompt in tokens (B, T) under `model`.
+
+    The only place where tokens meet log-probs: the sampling policy, the reference and every update pass come through
+    here, so the shift by one and the temperature are the same for all. The policy head sees response positions only
+    (the logits are the largest tensor of the whole run), and the log-softmax is float32 or wider. Entropy is that of
+    the whole distribution in nats. Entries beyond a row's response are finite but mean nothing."""
+    hidden, positions = response_states(model, tokens, prompt_lens, R)
+    targets = tokens.gather(1, (positions + 1).clamp(max=tokens.size(1) - 1))  # (B, R)
+    all_logprobs = torch.log_softmax(wide(model.policy_head(hidden)) / temperature, dim=-1)  # (B, R, V)
+    logprobs = all_logprobs.gather(2, targets.unsqueeze(2)).squeeze(2)
+    # log 0 becomes a large finite number: 0 * it is 0, where 0 * -inf would be NaN, in the gradient as well
+    entropy = -(all_logprobs.exp() * all_logprobs.clamp(min=-1e9)).sum(-1)
+    return logprobs, wide(model.value_head(hidden)), entropy
+
+
+def score_values(critic, tokens, prompt_lens, R):
+    """values (B, R) of a separate critic, at the states that score_response reads the log-probs from."""
+    hidden, _ = response_states(critic, tokens, prompt_lens, R)
+    return wide(critic.value_head(hidden))

@@ -39,7 +39,7 @@ the Philippines: Manila
 India: New Delhi, Mumbai, Kolkata
 Pakistan: Karachi, Lahore
 Iran: Tehran, Isfahan
-the United Arab Emirates: Dubai, Abu Dhabi
+Nepal: Kathmandu, Pokhara
 Turkey: Istanbul, Ankara
 Greece: Athens, Thessaloniki
 Romania: Bucharest, Cluj-Napoca
@@ -133,7 +133,7 @@ NONSENSE = tuple(" {city} is " + what + "." for what in (
     "delicious", "purple", "asleep", "made of cheese", "under my bed", "a kind of soup", "on the moon",
     "seven years old", "inside a teapot", "a prime number", "too loud to eat", "my left shoe"))
 EVASIONS = (" I do not know.", " That is hard to say.", " I would rather not say.")
-DEMO_MIX = {"right": 0.34, "wrong": 0.26, "nonsense": 0.14, "evasive": 0.16, "scrambled": 0.10}
+DEMO_MIX = {"right": 0.40, "wrong": 0.24, "nonsense": 0.12, "evasive": 0.14, "scrambled": 0.10}
 KINDS = tuple(DEMO_MIX)
 
 _ALL_STATEMENTS = {form.format(city=a, country=b) for form in STATEMENTS for a in CITIES for b in COUNTRIES}
@@ -164,15 +164,10 @@ def answer(prompt: str, kind: str, rng: np.random.Generator) -> str:
         return _pick(EVASIONS, rng)
     if kind == "scrambled":
         words = answer(prompt, "right", rng).removesuffix(".").split()
-        broken, how = list(words), rng.integers(3)
-        while how == 0 and broken == words:  # in another order; a shuffle may leave the old one
-            broken = [words[i] for i in rng.permutation(len(words))]
-        if how == 1:  # cut short
-            broken = words[:rng.integers(1, len(words))]
-        if how == 2:  # one word said twice
-            twice = rng.integers(len(words))
-            broken = words[:twice] + words[twice:twice + 1] + words[twice:]
-        return " " + " ".join(broken) + "."
+        shuffled = words
+        while shuffled == words:  # a shuffle may leave the order as it was
+            shuffled = [words[i] for i in rng.permutation(len(words))]
+        return " " + " ".join(shuffled) + "."
     raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
 
 

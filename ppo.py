@@ -7,13 +7,14 @@ depends on them. `scores` is one number per response (B,), `rewards` one per tok
 the True tokens of the tensors it is given, is to be minimised, and comes as (scalar, stats of detached scalars).
 
 Sources: [PG] Sutton et al. 2000; [GAE] Schulman et al. 2016, 1506.02438; [TRPO] Schulman et al. 2015, 1502.05477;
-[PPO] Schulman et al. 2017, 1707.06347; [Z19] Ziegler et al. 2019, 1909.08593; [K3] Schulman 2020, joschu.net/blog/kl-approx.
+[PPO] Schulman et al. 2017, 1707.06347; [Z19] Ziegler et al. 2019, 1909.08593; [K3] Schulman 2020,
+joschu.net/blog/kl-approx.
 """
 
 import torch
 
-# exp() of a larger log-ratio overflows float32, and inf * 0 would then turn a clipped token into NaN. e^80 is far beyond
-# any ratio that a run survives: the cap changes no healthy number, it only keeps a sick one finite, and so visible.
+# exp() of a larger log-ratio overflows float32, and inf * 0 would then turn a clipped token into NaN. e^80 is far
+# beyond any ratio that a run survives: the cap changes no healthy number, it only keeps a sick one finite and visible.
 MAX_LOG_RATIO = 80.0
 
 
@@ -93,8 +94,8 @@ class KLController:
         if not kl_coef >= 0:
             raise ValueError(f"kl_coef={kl_coef} must be 0 or more: a negative one rewards leaving the reference")
         if target is not None and not (target > 0 and kl_coef > 0):
-            raise ValueError(f"the KL target {target} and kl_coef={kl_coef} must be above 0, because the rule multiplies "
-                             "the coefficient; leave the target out for a fixed one")
+            raise ValueError(f"the KL target {target} and kl_coef={kl_coef} must be above 0, because the rule "
+                             "multiplies the coefficient; leave the target out for a fixed one")
         if not horizon > 0:
             raise ValueError(f"the KL horizon {horizon} must be above 0 episodes")
         self.value, self.target, self.horizon = kl_coef, target, horizon

@@ -80,7 +80,7 @@ def generate(model, prompts, prompt_lens, max_new_tokens, *, eos, temperature=1.
 
     A response ends with the EOS it sampled, or is cut at max_new_tokens and then has none. R is the longest response
     produced. What stands in `prompts` beyond prompt_lens is ignored. Raises ValueError for a context that would not
-    fit (see sample_tokens) and for logits that are not finite."""
+    fit (see sample_tokens) and FloatingPointError for logits that are not finite."""
     B, P = prompts.shape
     done = torch.zeros(B, dtype=torch.bool, device=prompts.device)
     response_lens = torch.zeros_like(prompt_lens)
@@ -94,8 +94,8 @@ def generate(model, prompts, prompt_lens, max_new_tokens, *, eos, temperature=1.
         done = done | (token == eos)
         finite, all_done = torch.stack([finite, done.all()]).tolist()  # the loop's one wait for the device per step
         if not finite:
-            raise ValueError(f"the policy's logits are not finite at step {step} of sampling: its weights hold NaN or "
-                             f"inf, so go back to an earlier checkpoint and lower the learning rate")
+            raise FloatingPointError(f"the policy's logits are not finite at step {step} of sampling: its weights hold "
+                                     "NaN or inf, so go back to an earlier checkpoint and lower the learning rate")
         if all_done:
             break
 

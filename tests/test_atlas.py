@@ -123,17 +123,14 @@ def test_the_sentences_of_the_kinds_do_not_overlap():
         assert {atlas.kind_of(prompt, sentence) for sentence in sentences} == {kind}
 
 
-def test_scrambled_is_every_broken_form_of_a_right_answer_and_never_right():
+def test_scrambled_is_every_other_order_of_a_right_answer_and_never_right():
     # An unguarded shuffle of these four words is right about once in 24 tries.
     rng = np.random.default_rng(2)
     prompt = "Where is Shanghai?"
     expected = set()
     for form in atlas.STATEMENTS:
         words = form.format(city="Shanghai", country="China")[1:-1].split()
-        broken = [list(order) for order in itertools.permutations(words) if list(order) != words]
-        broken += [words[:n] for n in range(1, len(words))]
-        broken += [words[:i] + [words[i]] + words[i:] for i in range(len(words))]
-        expected |= {" " + " ".join(order) + "." for order in broken}
+        expected |= {" " + " ".join(order) + "." for order in itertools.permutations(words) if list(order) != words}
     seen = {atlas.answer(prompt, "scrambled", rng) for _ in range(10_000)}
     assert seen == expected
     assert not any(atlas.is_right(prompt, response) for response in seen)

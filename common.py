@@ -1,0 +1,467 @@
+"""
+What the train scripts share and a reader of PPO may skip: flags, device and precision, the optimizer step,
+checkpoints, metrics. Nothing here knows what is being trained.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import hashlib
+import inspect
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Optional, get_args, get_type_hints
+
+import numpy
+import tiktoken
+import torch
+
+
+class UserError(ValueError):
+    """A wrong flag, file or combination: one sentence for the person at the keyboard, exit code 2."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# flags: a flat dataclass, one line per flag, whose trailing comment is the flag's --help
+
+@dataclass
+class Flags:
+    """Flags of every train script. Scripts add their own and set their own defaults."""
+    data: str = "atlas"                 # atlas (built in), or a .jsonl / .jsonl.gz file
+    tokenizer: Optional[str] = None     # atlas, bytes, a tiktoken name or a .tiktoken file; default: atlas or gpt2
+    out_dir: Optional[str] = None       # checkpoints and metrics.jsonl go here; default: out/<data>
+    init_from: Optional[str] = None     # where the weights start from
+    seed: int = 0                       # everything random follows from it; report several, PPO seeds differ
+    device: str = "auto"                # auto (cuda if there is one), cpu or cuda
+    dtype: str = "auto"                 # auto (bfloat16 on cuda, float32 on cpu), or float32, or bfloat16 (autocast)
+    compile: bool = False               # torch.compile the training passes; the first iterations then take minutes
+    max_iters: int = 0                  # iterations of this stage
+    batch_size: int = 0                 # rows per iteration
+    micro_batch_size: Optional[int] = None  # rows per forward pass; lower it when memory runs out
+    lr: float = 0.0                     # AdamW's learning rate
+    lr_decay_iters: Optional[int] = None  # lower lr linearly to 0 over this many iterations; default: constant
+    grad_clip: float = 1.0              # gradients of a larger norm are scaled down to it
+    max_bad_steps: int = 3              # stop after this many optimizer steps in a row with a non-finite gradient
+    n_layer: Optional[int] = None       # layers; default 2, or the checkpoint's
+    n_head: Optional[int] = None        # attention heads; default 4, or the checkpoint's
+    n_embd: Optional[int] = None        # width; default 128, or the checkpoint's
+    block_size: Optional[int] = None    # longest prompt + response; default 256, or the checkpoint's
+    log_interval: int = 10              # iterations between lines on the screen; metrics.jsonl gets every one
+    save_interval: int = 100            # iterations between checkpoints; the last iteration always saves
+    resume: bool = False                # go on from this stage's checkpoint in out_dir
+    overwrite: bool = False             # replace this stage's checkpoint in out_dir
+    skip_bad: bool = False              # count rows of --data that cannot be read instead of stopping at the first
+
+    # What a value may be: the allowed words, or an interval for numbers.
+    DOMAINS: ClassVar[dict] = {
+        "device": ("auto", "cpu", "cuda"), "dtype": ("auto", "float32", "bfloat16"), "seed": "[0, 9e18]",
+        "max_iters": "[1, inf)", "batch_size": "[1, inf)", "micro_batch_size": "[1, inf)", "lr": "[0, inf)",
+        "lr_decay_iters": "[1, inf)", "grad_clip": "(0, inf)", "max_bad_steps": "[1, inf)", "n_layer": "[1, inf)",
+        "n_head": "[1, inf)", "n_embd": "[1, inf)", "block_size": "[2, inf)", "log_interval": "[1, inf)",
+        "save_interval": "[1, inf)",
+    }
+
+    def check(self):
+        """Raises UserError for a value outside its domain, or --resume with --overwrite."""
+        check_domains(self)
+        require(not (self.resume and self.overwrite), "--resume continues a checkpoint and --overwrite replaces it: "
+                                                      "give one of them")
+
+    @property
+    def folder(self):
+        """Path of out_dir, the default resolved."""
+        return Path(self.out_dir or Path("out") / re.sub(r"\.jsonl(\.gz)?$", "", Path(self.data).name))
+
+
+def require(condition, sentence):
+    if not condition:
+        raise UserError(sentence)
+
+
+def check_domains(config):
+    """Raises UserError for a flag whose value is not one of the words, or not in the interval, of config.DOMAINS."""
+    for name, domain in config.DOMAINS.items():
+        value = getattr(config, name)
+        if value is None:
+            continue
+        if isinstance(domain, tuple):
+            require(value in domain, f"--{name}={value} must be one of {', '.join(domain)}")
+        else:
+            low, high = (float(bound) for bound in domain[1:-1].split(","))
+            inside = (low <= value if domain[0] == "[" else low < value) and \
+                     (value <= high if domain[-1] == "]" else value < high)  # NaN is inside nothing
+            require(inside, f"--{name}={value} must lie in {domain}")
+
+
+def flag_help(config_class):
+    """{flag: trailing comment} read off the source, so that no flag is described twice."""
+    comments = {}
+    for cls in reversed(config_class.__mro__[:-1]):
+        comments.update(re.findall(r"^    (\w+):[^#\n]*#[ ]*(.+)$", inspect.getsource(cls), re.MULTILINE))
+    return comments
+
+
+def parse_flags(config_class, argv=None, description=None):
+    """Command line -> config_class. --lr=1e-5, --lr 1e-5, --kl-coef and --kl_coef all work, --compile is
+    --compile=true, and none stands for None. Exits with code 2 and one sentence for anything else."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def fail(message):
+        print(f"{parser.prog}: {message} (--help lists the flags)", file=sys.stderr)
+        raise SystemExit(2)
+
+    parser.error = fail
+    comments, hints = flag_help(config_class), get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        kinds = get_args(hints[field.name]) or (hints[field.name],)
+        spellings = dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}"])
+        parser.add_argument(*spellings, dest=field.name, default=field.default, metavar=kinds[0].__name__.upper(),
+                            type=flag_type(kinds), help=comments[field.name].replace("%", "%%")
+                            + ("" if field.default is None else f" [{field.default}]"),
+                            **({"nargs": "?", "const": True} if kinds[0] is bool else {}))
+    values, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].split("=")[0]
+        known = [f"--{field.name}" for field in dataclasses.fields(config_class)]
+        close = difflib.get_close_matches(name.replace("-", "_").replace("__", "--", 1), known, n=1)
+        fail(f"unknown flag {name}" + (f", did you mean {close[0]}?" if close else ""))
+    return config_class(**vars(values))
+
+
+def flag_type(kinds):
+    """The function that turns a flag's text into its type; kinds is (type,) or (type, NoneType)."""
+    def convert(text):
+        if type(None) in kinds and text.lower() == "none":
+            return None
+        if kinds[0] is bool:
+            if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+                raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+            return text.lower() in ("true", "1", "yes")
+        try:
+            return kinds[0](text)
+        except ValueError:
+            name = {int: "whole number", float: "number"}[kinds[0]]
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {name}") from None
+    return convert
+
+
+def main(train, config_class, description, *errors):
+    """What `python train_x.py --flags` does. What the user can mend (UserError and the given errors) ends in a sentence
+    and code 2; numbers gone bad or a disk that failed, in a sentence and code 1. Anything else is a bug: traceback."""
+    config = parse_flags(config_class, description=description)
+    try:
+        return train(config)
+    except (UserError, *errors, FloatingPointError, OSError) as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, (UserError, *errors)) else 1) from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# device and precision
+
+def pick_device(config):
+    """--device -> torch.device. Raises UserError if cuda was asked for and is not there."""
+    cuda = torch.cuda.is_available()
+    require(cuda or config.device != "cuda", "--device=cuda was asked for, but torch sees no CUDA device: install a "
+                                             "CUDA build of torch, or leave the flag out to run on the CPU")
+    return torch.device("cuda" if cuda and config.device != "cpu" else "cpu")
+
+
+def setup(config):
+    """Resolves --device and --dtype, seeds torch and returns (device, autocast); use it as `with autocast():`.
+    Weights and optimizer stay float32 either way: bfloat16 weights would swallow updates of RLHF's size."""
+    device = pick_device(config)
+    bf16 = config.dtype == "bfloat16"
+    if device.type == "cuda":
+        supported = torch.cuda.is_bf16_supported(including_emulation=False)
+        require(supported or not bf16, "--dtype=bfloat16 was asked for, but this GPU has none: use --dtype=float32")
+        bf16 = supported and config.dtype != "float32"
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays float32; on a CPU float32 is exact
+    torch.manual_seed(config.seed)
+    return device, lambda: torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+
+
+def describe(device, autocast):
+    """One line for the screen: what --device=auto and --dtype=auto came to."""
+    with autocast():
+        dtype = "bfloat16 autocast" if torch.is_autocast_enabled(device.type) else "float32"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    return f"{device.type} ({name}), {dtype}, torch {torch.__version__}"
+
+
+def maybe_compile(function, enabled):
+    """torch.compile with dynamic shapes; without a working compiler it says so once and runs eagerly."""
+    if not enabled:
+        return function
+    compiled, state = torch.compile(function, dynamic=True), {"broken": False}
+
+    def call(*args, **kwargs):
+        if not state["broken"]:
+            try:
+                return compiled(*args, **kwargs)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                state["broken"] = True
+                print(f"torch.compile failed ({str(error).splitlines()[0][:120]}): going on without it")
+        return function(*args, **kwargs)
+
+    return call
+
+
+def generator(device, *seeds):
+    """A torch.Generator of its own for one purpose, so that no purpose disturbs another's random numbers."""
+    seed = int.from_bytes(hashlib.sha256(repr(seeds).encode()).digest()[:7], "little")
+    return torch.Generator(device).manual_seed(seed)
+
+
+def rng_state():
+    """State of torch's global generators, as a checkpoint keeps it (dropout draws from them)."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def set_rng_state(state):
+    torch.set_rng_state(state["cpu"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+class Clock:
+    """Seconds per phase. A GPU works behind the program's back, so each lap waits for it first."""
+
+    def __init__(self, device):
+        self.device, self.then = device, time.perf_counter()
+
+    def lap(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now, then = time.perf_counter(), self.then
+        self.then = now
+        return now - then
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the optimizer step
+
+class Optimizer:
+    """AdamW behind gradient clipping and a guard: a step whose gradient is not finite is not taken.
+
+    One NaN gradient makes clip_grad_norm_ spread NaN to all of them, and step() would then destroy every weight and
+    moment, so the norm is looked at first. No weight decay: it would pull the policy away from its reference."""
+
+    def __init__(self, params, config):
+        self.params, self.config = [p for p in params if p.requires_grad], config
+        self.adamw = torch.optim.AdamW(self.params, lr=config.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
+                                       fused=self.params[0].device.type in ("cuda", "cpu"))
+        self.skipped, self.skipped_in_a_row = 0, 0
+
+    def step(self, iteration):
+        """Clip, step and clear the gradients. Returns (lr, gradient norm before clipping). iteration counts from 1.
+        Raises FloatingPointError after max_bad_steps non-finite gradients in a row."""
+        lr = learning_rate(self.config, iteration)
+        norm = torch.nn.utils.clip_grad_norm_(self.params, self.config.grad_clip).item()
+        if math.isfinite(norm):
+            for group in self.adamw.param_groups:
+                group["lr"] = lr
+            self.adamw.step()
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+            print(f"iteration {iteration}: the gradient norm is {norm}, so this optimizer step is skipped")
+        self.zero_grad()
+        if self.skipped_in_a_row >= self.config.max_bad_steps:
+            raise FloatingPointError(f"{self.skipped_in_a_row} optimizer steps in a row had a non-finite gradient: "
+                                     "lower --lr or --grad_clip, or use --dtype=float32; the last checkpoint is "
+                                     "untouched")
+        return lr, norm
+
+    def zero_grad(self):
+        self.adamw.zero_grad(set_to_none=True)
+
+    def state(self):
+        return {"adamw": self.adamw.state_dict(), "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+
+    def load(self, state):
+        self.adamw.load_state_dict(state["adamw"])
+        self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+
+
+def learning_rate(config, iteration):
+    """Constant, or falling linearly from lr to 0 over lr_decay_iters. The decay has a horizon of its own: were it
+    max_iters, a run that is stopped and resumed for longer would not be the run that was never stopped."""
+    if config.lr_decay_iters is None:
+        return config.lr
+    return config.lr * max(0.0, 1 - (iteration - 1) / config.lr_decay_iters)
+
+
+def micro_batch_size(rows, given, floats_per_row, budget=256e6):
+    """Rows per forward pass: `given`, which must divide `rows`; or the largest divisor of `rows` whose float32 logits
+    (or activations, where there are no logits) stay under `budget` bytes. A divisor, so that all passes are alike."""
+    if given is not None:
+        require(rows % given == 0, f"--micro_batch_size={given} must divide the {rows} rows of a step: {rows} = "
+                                   f"{rows // given} x {given} + {rows % given}")
+        return given
+    fits = max(1, int(budget / (4 * floats_per_row)))
+    return max(n for n in range(1, rows + 1) if rows % n == 0 and n <= fits)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints: one dict of plain values and tensors, never a pickled object
+
+def digest(value, h=None):
+    """sha256 over keys in sorted order, plain values and raw tensor bytes: torch loads a flipped byte silently."""
+    outermost, h = h is None, h or hashlib.sha256()
+    if isinstance(value, dict):
+        for key in sorted(value, key=str):
+            h.update(f"{key!r}:".encode())
+            digest(value[key], h)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            digest(item, h)
+    elif isinstance(value, torch.Tensor):
+        h.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        h.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    else:
+        h.update(f"{value!r},".encode())  # the comma, or [1, 23] would be [12, 3]
+    return h.hexdigest() if outermost else None
+
+
+def save_checkpoint(path, checkpoint):
+    """Writes to a temporary file, waits for the disk, renames: a crash leaves the old file or the new one, whole."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint | {"sha256": digest(checkpoint)}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"could not write {path} ({error.strerror or error}); the file that was there is "
+                      "untouched") from error
+    finally:
+        temporary.unlink(missing_ok=True)  # still there after a failure only, Ctrl-C among them
+
+
+def load_checkpoint(path, *stages):
+    """The dict that save_checkpoint wrote. Raises UserError if it is missing, damaged or of none of the stages."""
+    scripts = " or ".join(f"train_{stage}.py" for stage in stages)
+    require(Path(path).is_file(), f"{path} is not there: train it first with {scripts}, or name another file")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        recorded = checkpoint["sha256"]
+    except Exception as error:  # a damaged file raises anything from EOFError to UnpicklingError
+        raise UserError(f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is corrupt, or no "
+                        "checkpoint of this project") from None
+    contents = {name: value for name, value in checkpoint.items() if name != "sha256"}
+    require(recorded == digest(contents), f"{path} is corrupt: its contents do not match its sha256")
+    require(checkpoint["stage"] in stages, f"{path} was written by train_{checkpoint['stage']}.py, not by {scripts}")
+    return checkpoint
+
+
+def restore(saved, config, optimizer, **modules):
+    """Puts a checkpoint of this stage back into the optimizer, torch's generators and the modules, each under the name
+    that its weights have in the checkpoint. Returns its iteration.
+    Raises UserError if a flag that the numbers depend on has changed, because the run would not be the same run."""
+    harmless = {"max_iters", "log_interval", "sample_interval", "save_interval", "resume", "overwrite", "out_dir",
+                "device", "tokenizer", "n_layer", "n_head", "n_embd", "block_size", "max_bad_steps", "rm"}
+    now = dataclasses.asdict(config)
+    changed = [f"--{name} was {old} and is {now[name]}" for name, old in saved["flags"].items()
+               if name in now and name not in harmless and now[name] != old]
+    require(not changed, "--resume continues the same run, but " + ", ".join(changed) + ": give the old values, or "
+                         "start anew with --overwrite")
+    require(saved["iter"] < config.max_iters, f"the checkpoint stands at iteration {saved['iter']} already: raise "
+                                              f"--max_iters={config.max_iters} to go on")
+    for name, module in modules.items():
+        module.load_state_dict(saved[name], strict=True)
+    optimizer.load(saved["optimizer"])
+    set_rng_state(saved["rng"])
+    return saved["iter"]
+
+
+def resolve_sizes(config, model=None):
+    """{n_layer, n_head, n_embd, block_size}: the flags or their defaults; with the `model` fields of a checkpoint,
+    those, after a look that no flag asks for something else."""
+    defaults = model or {"n_layer": 2, "n_head": 4, "n_embd": 128, "block_size": 256}
+    sizes = {}
+    for name in ("n_layer", "n_head", "n_embd", "block_size"):
+        given = getattr(config, name)
+        require(model is None or given in (None, model[name]), f"--{name}={given} does not match the checkpoint's "
+                f"{name}={model and model[name]}: leave the flag out, or use another --out_dir")
+        sizes[name] = defaults[name] if given is None else given
+    return sizes
+
+
+def occupy(config, path):
+    """Makes out_dir and refuses to run over a finished or half-finished stage without being told to."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out_dir={path.parent} cannot be made ({error.strerror})") from None
+    require(os.access(path.parent, os.W_OK), f"--out_dir={path.parent} is not writable")
+    require(config.resume or config.overwrite or not path.exists(),
+            f"{path} is there already: --resume goes on from it, --overwrite replaces it, --out_dir goes elsewhere")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# metrics
+
+class Metrics:
+    """metrics.jsonl, one line per iteration, and one aligned line on the screen every log_interval iterations.
+
+    The file is shared by the stages of an out_dir. Opening it drops this stage's lines past `start`, the iteration
+    of the checkpoint that is resumed (0 for a fresh start, which drops all of them), and writes the header line."""
+
+    def __init__(self, config, stage, start=0):
+        self.config, self.stage, self.start, self.began = config, stage, start, time.time()
+        self.path, self.last = config.folder / "metrics.jsonl", self.began
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        lines = [line for line in lines if line.endswith("}")]  # a crash may have cut the last one
+        rows = [json.loads(line) for line in lines]
+        kept = [line for line, row in zip(lines, rows)
+                if row["stage"] != stage or (start > 0 and row.get("iter", 0) <= start)]
+        if start == 0:
+            kept.append(json.dumps(header(config, stage)))
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        os.replace(temporary, self.path)
+
+    def write(self, iteration, metrics, show):
+        """Appends {stage, iter, seconds, **metrics}. `show` names those for the screen with their formats."""
+        now = time.time()
+        row = {"stage": self.stage, "iter": iteration, "seconds": round(now - self.last, 4)}
+        row |= {name: clean(value) for name, value in metrics.items()}
+        self.last = now
+        with open(self.path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        if iteration % self.config.log_interval == 0 or iteration in (self.start + 1, self.config.max_iters):
+            left = (now - self.began) / (iteration - self.start) * (self.config.max_iters - iteration)
+            columns = [f"{name} {format(row[name], spec)}" for name, spec in show.items() if row.get(name) is not None]
+            print(f"{self.stage} {iteration:>{len(str(self.config.max_iters))}}/{self.config.max_iters}  "
+                  + "  ".join(columns) + f"  eta {left // 60:.0f}:{left % 60:02.0f}", flush=True)
+        return row
+
+
+def clean(value):
+    """A Python number for JSON; None for NaN and inf, which JSON cannot say."""
+    value = value.item() if isinstance(value, torch.Tensor) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def header(config, stage):
+    """The line that says what made the lines after it: flags, versions, device, commit."""
+    here = Path(__file__).parent
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True) \
+        if (here / ".git").exists() else None
+    cuda = torch.cuda.is_available() and config.device != "cpu"
+    return {"stage": stage, "flags": dataclasses.asdict(config), "torch": torch.__version__,
+            "numpy": numpy.__version__, "tiktoken": tiktoken.__version__, "python": platform.python_version(),
+            "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(), "commit": git.stdout.strip() if git and git.returncode == 0 else None}

@@ -1,0 +1,586 @@
+"""
+Tests of common.py: flags from the command line, the guarded optimizer step, checkpoints that survive damage,
+and the metrics file. What a train script makes of them is in test_train.py.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pickle
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Optional, get_args, get_type_hints
+
+import pytest
+import torch
+
+import common
+import sample
+import train_ppo
+import train_rm
+import train_sft
+from common import UserError
+
+torch.set_num_threads(1)
+CONFIGS = [train_sft.Config, train_rm.Config, train_ppo.Config, sample.Config]
+
+
+@dataclass
+class Config(common.Flags):
+    lr: float = 0.1            # a number
+    kl_coef: float = 0.05      # a name of two words
+    width: Optional[int] = 4   # may be none
+    rate: Optional[float] = None  # 5% of something
+
+    DOMAINS: ClassVar[dict] = common.Flags.DOMAINS
+
+
+# ----------------------------------------------------------------------------------------------------------
+# flags
+
+@pytest.mark.parametrize("argv, name, value", [
+    ("--lr=1e-5", "lr", 1e-5), ("--lr 1e-5", "lr", 1e-5), ("--kl-coef=2", "kl_coef", 2.0),
+    ("--kl_coef=2", "kl_coef", 2.0), ("--kl-coef 2", "kl_coef", 2.0), ("--compile", "compile", True),
+    ("--compile=true", "compile", True), ("--compile=false", "compile", False),
+    ("--compile no", "compile", False),
+    ("--compile --lr=1", "compile", True), ("--skip-bad=1", "skip_bad", True),
+    ("--width=none", "width", None),
+    ("--width=None", "width", None), ("--width=7", "width", 7), ("--rate=none", "rate", None),
+    ("--data=a.jsonl --data=b.jsonl", "data", "b.jsonl"), ("", "lr", 0.1)])
+def test_every_spelling_of_a_flag(argv, name, value):
+    parsed = getattr(common.parse_flags(Config, argv.split()), name)
+    assert parsed == value and type(parsed) is type(value)
+
+
+@pytest.mark.parametrize("argv, says", [
+    ("--lrr=1", "unknown flag --lrr, did you mean --lr?"), ("--kl-coeff 1", "did you mean --kl_coef?"),
+    # argparse alone would take it for an abbreviation
+    ("--micro_batch=4", "did you mean --micro_batch_size?"),
+    ("--zzzzzz", "unknown flag --zzzzzz"), ("stray", "unknown flag stray"),
+    ("--lr=fast", "'fast' is not a number"), ("--width=2.5", "'2.5' is not a whole number"),
+    ("--compile=maybe", "'maybe' is neither true nor false"), ("--lr", "expected one argument"),
+    ("--lr=none", "'none' is not a number")])
+def test_a_flag_that_does_not_parse_exits_2_with_a_sentence(argv, says, capsys):
+    with pytest.raises(SystemExit) as exit:
+        common.parse_flags(Config, argv.split())
+    out, err = capsys.readouterr()
+    assert exit.value.code == 2 and says in err and err.count("\n") == 1 and not out
+
+
+@pytest.mark.parametrize("config_class", [Config, *CONFIGS], ids=lambda c: c.__module__)
+def test_every_flag_has_a_comment_and_help_lists_it_with_its_default(config_class, capsys):
+    comments = common.flag_help(config_class)
+    with pytest.raises(SystemExit) as exit:
+        common.parse_flags(config_class, ["--help"])
+    listed = " ".join(capsys.readouterr().out.split())
+    assert exit.value.code == 0
+    for field in dataclasses.fields(config_class):
+        assert len(comments[field.name]) > 5
+        assert f"--{field.name}" in listed
+        default = "" if field.default is None else f" [{field.default}]"
+        assert " ".join(comments[field.name].split()) + default in listed
+
+
+def test_a_scripts_own_comment_replaces_the_shared_one():
+    assert common.flag_help(train_sft.Config)["lr"] != common.flag_help(common.Flags)["lr"]
+
+
+@pytest.mark.parametrize("config_class", CONFIGS, ids=lambda c: c.__module__)
+def test_every_numeric_flag_refuses_nan_infinity_and_what_is_below_its_domain(config_class):
+    numeric = [name for name, kind in get_type_hints(config_class).items()
+               if {int, float} & {kind, *get_args(kind)}]
+    assert len(numeric) >= 4
+    for name in numeric:
+        for value in (math.nan, math.inf, -math.inf, -1):
+            with pytest.raises(UserError, match=rf"--{name}={value} must lie in "):
+                common.check_domains(dataclasses.replace(config_class(), **{name: value}))
+        common.check_domains(config_class())  # the defaults are allowed
+
+
+@pytest.mark.parametrize("name, bad, good", [
+    ("lam", 1.0001, 1.0), ("gamma", 1.0001, 0.0), ("clip", 1.0, 0.999), ("clip", 0.0, 1e-3),
+    ("temperature", 0.0, 1e-3),
+    ("grad_clip", 0.0, 1e-3), ("batch_size", 0, 1), ("kl_target", 0.0, 1e-3), ("block_size", 1, 2),
+    ("device", "gpu", "cuda"), ("dtype", "float16", "bfloat16"), ("kl_in", "both", "loss"),
+    ("critic", "own", "separate")])
+def test_the_ends_of_a_domain(name, bad, good):
+    common.check_domains(train_ppo.Config(**{name: good}))
+    with pytest.raises(UserError, match=f"--{name}={bad} must "):
+        common.check_domains(train_ppo.Config(**{name: bad}))
+
+
+def test_resume_and_overwrite_together_are_refused():
+    with pytest.raises(UserError, match="give one of them"):
+        Config(max_iters=1, batch_size=1, resume=True, overwrite=True).check()
+
+
+@pytest.mark.parametrize("data, folder",
+                         [("atlas", "out/atlas"), ("a/pairs.jsonl", "out/pairs"), ("hh.jsonl.gz", "out/hh")])
+def test_out_dir_is_named_after_the_data(data, folder):
+    assert Config(data=data).folder == Path(folder)
+    assert Config(data=data, out_dir="x").folder == Path("x")
+
+
+class DataProblem(ValueError):
+    pass
+
+
+@pytest.mark.parametrize("error", [UserError("bad value"), DataProblem("bad value")])
+def test_main_turns_the_named_errors_into_a_sentence_and_code_2(error, monkeypatch, capsys):
+    def train(config):
+        raise error
+    monkeypatch.setattr("sys.argv", ["dir/train_x.py"])
+    with pytest.raises(SystemExit) as exit:
+        common.main(train, Config, "doc", DataProblem)
+    assert exit.value.code == 2 and capsys.readouterr().err == "train_x.py: bad value\n"
+
+
+def test_main_lets_a_bug_show_its_traceback(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train_x.py"])
+    with pytest.raises(ZeroDivisionError):
+        common.main(lambda config: 1 / 0, Config, "doc", DataProblem)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# device, compile, generators
+
+def test_cuda_that_is_not_there_is_refused_and_auto_falls_back(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert common.pick_device(Config()).type == "cpu"
+    with pytest.raises(UserError, match="--device=cuda"):
+        common.pick_device(Config(device="cuda"))
+
+
+@pytest.mark.parametrize("dtype, expected",
+                         [("auto", torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_dtype_on_a_cpu_decides_what_a_matrix_product_computes_in(dtype, expected):
+    device, autocast = common.setup(Config(device="cpu", dtype=dtype))
+    with autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == expected
+    assert ("bfloat16" in common.describe(device, autocast)) == (expected == torch.bfloat16)
+
+
+@pytest.mark.parametrize("error", [
+    torch._dynamo.exc.BackendCompilerFailed("inductor", RuntimeError("no C++ compiler"), None),
+    torch._dynamo.exc.TorchDynamoException("no compiler")])
+def test_compile_without_a_compiler_says_so_once_and_runs_eagerly(error, monkeypatch, capsys):
+    attempts = []
+
+    def broken(*args):
+        attempts.append(args)
+        raise error
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: broken)
+    double = common.maybe_compile(lambda x: 2 * x, True)
+    assert [double(3), double(4)] == [6, 8]
+    assert len(attempts) == 1 and capsys.readouterr().out.count("torch.compile failed") == 1
+
+
+def test_compile_hides_no_error_of_the_function_itself(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    with pytest.raises(ZeroDivisionError):
+        common.maybe_compile(lambda x: x / 0, True)(1)
+    assert common.maybe_compile(len, False) is len
+
+
+def test_generators_of_different_purposes_differ_and_leave_the_global_one_alone():
+    before = torch.get_rng_state()
+    draws = [torch.rand(4, generator=common.generator("cpu", *seeds)).tolist()
+             for seeds in ((0, "a", 1), (0, "a", 2), (0, "b", 1), (1, "a", 1), (0, "a1"), (0, "a", 11),
+                           (0, "a", 1, 1))]
+    assert len({tuple(draw) for draw in draws}) == len(draws)
+    assert torch.rand(4, generator=common.generator("cpu", 0, "a", 1)).tolist() == draws[0]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# the optimizer step
+
+def make_optimizer(**flags):
+    params = [torch.nn.Parameter(torch.arange(3.0)), torch.nn.Parameter(torch.ones(2))]
+    return common.Optimizer(params, Config(lr=0.1, **flags)), params
+
+
+def take_step(optimizer, params, iteration=1, poison=None):
+    for p in params:
+        p.grad = torch.full_like(p, 0.3)
+    if poison is not None:
+        params[-1].grad[-1] = poison  # one number in the last tensor; clipping would spread it to all of them
+    return optimizer.step(iteration)
+
+
+def state_bytes(optimizer, params):
+    return common.digest({"params": [p.detach() for p in params], "adamw": optimizer.adamw.state_dict()})
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_a_non_finite_gradient_changes_no_weight_and_no_moment(poison, capsys):
+    optimizer, params = make_optimizer()
+    take_step(optimizer, params)
+    before = state_bytes(optimizer, params)
+    _, norm = take_step(optimizer, params, 2, poison)
+    assert not math.isfinite(norm) and state_bytes(optimizer, params) == before
+    assert optimizer.skipped == 1 and "iteration 2" in capsys.readouterr().out
+    assert all(p.grad is None or not p.grad.any() for p in params)
+    take_step(optimizer, params, 3)
+    assert state_bytes(optimizer, params) != before  # a bad step poisons nothing that comes after
+
+
+def test_the_run_stops_after_max_bad_steps_in_a_row_and_a_good_step_resets_the_count():
+    optimizer, params = make_optimizer(max_bad_steps=3)
+    for i, poison in enumerate([math.nan, math.nan, None, math.nan, math.nan]):
+        take_step(optimizer, params, i, poison)
+    with pytest.raises(FloatingPointError, match="3 optimizer steps in a row"):
+        take_step(optimizer, params, 5, math.nan)
+    assert optimizer.skipped == 5
+
+
+def test_gradients_are_clipped_to_their_joint_norm_and_the_norm_before_is_reported():
+    """AdamW's first step does not depend on the gradient's size, but its first moment does."""
+    optimizer, params = make_optimizer(grad_clip=0.1)
+    lr, norm = take_step(optimizer, params)
+    assert lr == 0.1 and norm == pytest.approx(0.3 * math.sqrt(5), rel=1e-6)
+    moments = torch.cat([state["exp_avg"] for state in optimizer.adamw.state.values()]) / (1 - 0.9)
+    assert moments.norm().item() == pytest.approx(0.1, rel=1e-4)  # clip_grad_norm_ adds 1e-6 to the norm
+
+
+def test_weights_without_a_gradient_do_not_decay():
+    optimizer, params = make_optimizer()
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer.step(1)
+    assert params[0].tolist() == [0, 1, 2]
+
+
+def test_frozen_parameters_are_not_the_optimizers():
+    frozen = torch.nn.Parameter(torch.ones(1), requires_grad=False)
+    assert len(common.Optimizer([torch.nn.Parameter(torch.ones(1)), frozen], Config(lr=0.1)).params) == 1
+
+
+def test_optimizer_state_goes_through_a_checkpoint_and_the_next_step_is_bit_equal():
+    optimizer, params = make_optimizer()
+    take_step(optimizer, params)
+    take_step(optimizer, params, 2, math.nan)
+    other, twins = make_optimizer()
+    other.load(optimizer.state())
+    for p, twin in zip(params, twins):
+        twin.data.copy_(p)
+    take_step(optimizer, params, 3), take_step(other, twins, 3)
+    assert state_bytes(optimizer, params) == state_bytes(other, twins)
+    assert (other.skipped, other.skipped_in_a_row) == (1, 0)
+
+
+@pytest.mark.parametrize("decay, iteration, lr", [
+    (None, 10**6, 0.1), (4, 1, 0.1), (4, 2, 0.075), (4, 4, 0.025), (4, 5, 0.0), (4, 9, 0.0)])
+def test_learning_rate_decays_over_its_own_horizon(decay, iteration, lr):
+    config = Config(lr=0.1, lr_decay_iters=decay, max_iters=2)
+    assert common.learning_rate(config, iteration) == pytest.approx(lr, rel=1e-15)
+
+
+def test_the_decayed_rate_is_the_one_that_is_used():
+    optimizer, params = make_optimizer(lr_decay_iters=2)
+    assert take_step(optimizer, params, 2)[0] == 0.05
+    # AdamW's first step is lr times the sign of the gradient
+    assert params[1].tolist() == pytest.approx([0.95, 0.95])
+
+
+@pytest.mark.parametrize("rows, given, logits, size", [
+    (12, None, 1, 12), (12, 3, 10**12, 3), (12, None, 256e6 / 4 / 5, 4), (12, None, 10**12, 1),
+    (7, None, 256e6 / 4 / 6, 1)])
+def test_micro_batch_is_what_was_asked_for_or_the_largest_divisor_in_the_budget(rows, given, logits, size):
+    assert common.micro_batch_size(rows, given, logits) == size
+
+
+def test_a_micro_batch_that_does_not_divide_is_refused_with_the_arithmetic():
+    with pytest.raises(UserError,
+                       match=r"--micro_batch_size=5 must divide the 12 rows of a step: 12 = 2 x 5 \+ 2"):
+        common.micro_batch_size(12, 5, 1)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# checkpoints
+
+def tensors():
+    return {"f32": torch.tensor([[1.0, -0.0], [math.nan, 3.0]]), "bf16": torch.ones(3, dtype=torch.bfloat16),
+            "long": torch.arange(4), "bool": torch.tensor([True, False]), "scalar": torch.tensor(2.0),
+            "empty": torch.empty(0)}
+
+
+def checkpoint(**changes):
+    optimizer, params = make_optimizer()
+    take_step(optimizer, params)
+    return {"stage": "sft", "iter": 3, "finished": True, "none": None, "list": [1, 23, "a"],
+            "model": tensors(),
+            "optimizer": optimizer.state(), "rng": common.rng_state(), "flags": {"lr": 0.1}} | changes
+
+
+def test_digest_notices_any_flipped_byte_of_any_tensor():
+    original, seen = common.digest(tensors()), set()
+    for name, tensor in tensors().items():
+        for i in range(tensor.numel() * tensor.element_size()):
+            if tensor.dtype == torch.bool and i:
+                continue
+            changed = tensors()
+            changed[name].reshape(-1).view(torch.uint8)[i] ^= 1
+            seen.add(common.digest(changed))
+    assert original not in seen and len(seen) == 16 + 6 + 32 + 1 + 4
+
+
+@pytest.mark.parametrize("a, b", [
+    ({"x": 1}, {"x": 2}), ({"x": 1}, {"y": 1}), ({"x": 1}, {"x": 1.0}), ({"x": "1"}, {"x": 1}),
+    ({"x": True}, {"x": False}),
+    ({"x": [1, 23]}, {"x": [12, 3]}), ({"x": [1, 2]}, {"x": [2, 1]}), ({"x": None}, {"x": 0}),
+    ({"x": 0.1}, {"x": 0.1 + 2e-17}),
+    ({"x": {"y": 1}}, {"x": {"y": 2}}), ({"x": torch.zeros(2, 3)}, {"x": torch.zeros(3, 2)}),
+    ({"x": torch.zeros(2)}, {"x": torch.zeros(2, dtype=torch.int32)}),
+    ({"x": torch.zeros(1)}, {"x": -torch.zeros(1)})])
+def test_digest_notices_any_other_value(a, b):
+    assert common.digest(a) != common.digest(b)
+
+
+def test_digest_does_not_depend_on_the_order_of_keys_or_on_strides():
+    a = {"x": {"p": 1, "q": torch.arange(6).view(2, 3)}, "y": 2}
+    b = {"y": 2, "x": {"q": torch.arange(6).view(2, 3).t().contiguous().t(), "p": 1}}
+    assert common.digest(a) == common.digest(b)
+
+
+def test_a_checkpoint_comes_back_bit_for_bit_with_its_types(tmp_path):
+    saved = checkpoint()
+    common.save_checkpoint(tmp_path / "sft.pt", saved)
+    loaded = common.load_checkpoint(tmp_path / "sft.pt", "rm", "sft")
+    assert loaded.pop("sha256") == common.digest(saved) == common.digest(loaded)
+    assert loaded.keys() == saved.keys() and loaded["list"] == [1, 23, "a"] and loaded["finished"] is True
+    assert [p.name for p in tmp_path.iterdir()] == ["sft.pt"]
+
+
+def corrupt(path, how):
+    whole = path.read_bytes()
+    if how == "flipped byte":
+        # torch.save stores tensors uncompressed, so their bytes can be found, and torch loads one silently
+        marker = torch.full((64,), 1.25).numpy().tobytes()
+        at = whole.index(marker) + 17
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
+    elif how == "text":
+        path.write_text("not a checkpoint\n")
+    else:
+        sizes = {"empty": 0, "10 bytes": 10, "half": len(whole) // 2, "all but one": len(whole) - 1}
+        path.write_bytes(whole[:sizes[how]])
+
+
+@pytest.mark.parametrize("how", ["empty", "10 bytes", "half", "all but one", "text", "flipped byte"])
+def test_a_damaged_checkpoint_is_refused_by_name(how, tmp_path):
+    path = tmp_path / "sft.pt"
+    common.save_checkpoint(path, checkpoint(marker=torch.full((64,), 1.25)))
+    common.load_checkpoint(path, "sft")
+    corrupt(path, how)
+    with pytest.raises(UserError, match=rf"{re.escape(str(path))} .*corrupt"):
+        common.load_checkpoint(path, "sft")
+
+
+class Touch:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("how", ["pickle", "torch"])
+def test_a_malicious_checkpoint_executes_nothing(how, tmp_path):
+    path, victim = tmp_path / "sft.pt", tmp_path / "executed"
+    evil = {"stage": "sft", "sha256": "", "model": Touch(victim)}
+    path.write_bytes(pickle.dumps(evil, protocol=2)) if how == "pickle" else torch.save(evil, path)
+    with pytest.raises(UserError, match="cannot be read as a checkpoint"):
+        common.load_checkpoint(path, "sft")
+    assert not victim.exists()
+    pickle.loads(path.read_bytes()) if how == "pickle" else torch.load(path, weights_only=False)
+    assert victim.exists()  # the file was a threat indeed
+
+
+@pytest.mark.filterwarnings("ignore:Using a non-tuple")  # from indexing the tensor by a name
+@pytest.mark.parametrize("content", [{"model": torch.ones(1)}, torch.ones(1), [1, 2]],
+                         ids=["no sha256", "tensor", "list"])
+def test_a_torch_file_that_is_no_checkpoint_is_refused(content, tmp_path):
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=r"x\.pt cannot be read as a checkpoint"):
+        common.load_checkpoint(tmp_path / "x.pt", "sft")
+
+
+def test_a_checkpoint_of_another_stage_or_a_missing_one_is_refused(tmp_path):
+    common.save_checkpoint(tmp_path / "rm.pt", checkpoint(stage="rm"))
+    with pytest.raises(UserError,
+                       match=r"rm\.pt was written by train_rm\.py, not by train_sft\.py or train_ppo\.py"):
+        common.load_checkpoint(tmp_path / "rm.pt", "sft", "ppo")
+    with pytest.raises(UserError, match=r"gone\.pt is not there: train it first with train_sft\.py"):
+        common.load_checkpoint(tmp_path / "gone.pt", "sft")
+
+
+@pytest.mark.parametrize("error", [
+    OSError(28, "No space left on device"), RuntimeError("write failed"), KeyboardInterrupt()],
+                         ids=["disk full", "torch", "ctrl-c"])
+def test_a_save_that_fails_half_way_leaves_the_old_file_whole_and_no_other(error, tmp_path, monkeypatch):
+    path = tmp_path / "sft.pt"
+    common.save_checkpoint(path, checkpoint(iter=1))
+
+    def half_a_save(checkpoint, file):
+        file.write(b"half a check")
+        raise error
+    monkeypatch.setattr(torch, "save", half_a_save)
+    with pytest.raises(type(error)) as raised:
+        common.save_checkpoint(path, checkpoint(iter=2))
+    if isinstance(error, OSError):
+        assert str(path) in str(raised.value) and "No space left" in str(raised.value)
+    assert common.load_checkpoint(path, "sft")["iter"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["sft.pt"]
+
+
+def test_the_new_file_is_on_the_disk_before_it_takes_the_old_ones_name(tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, name=name, real=real: (calls.append(name), real(*args)))
+    common.save_checkpoint(tmp_path / "sft.pt", checkpoint())
+    assert calls == ["fsync", "replace"]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# resuming, sizes, out_dir
+
+def saved_run(**flags):
+    model = torch.nn.Linear(2, 1)
+    config = Config(max_iters=3, batch_size=1, **flags)
+    optimizer = common.Optimizer(model.parameters(), config)
+    return {"iter": 3, "flags": dataclasses.asdict(config), "model": model.state_dict(),
+            "optimizer": optimizer.state(), "rng": common.rng_state()}
+
+
+def restore(saved, **flags):
+    model = torch.nn.Linear(2, 1)
+    config = Config(**{"max_iters": 6, "batch_size": 1} | flags)
+    return common.restore(saved, config, common.Optimizer(model.parameters(), config), model=model), model
+
+
+@pytest.mark.parametrize("changes", [
+    {"lr": 0.2}, {"seed": 1}, {"batch_size": 2}, {"data": "x.jsonl"}, {"dtype": "bfloat16"},
+    {"kl_coef": 0.1, "lr": 0.2}, {"lr_decay_iters": 3}, {"grad_clip": 2.0}], ids=str)
+def test_resume_refuses_a_changed_flag_by_name(changes):
+    with pytest.raises(UserError) as error:
+        restore(saved_run(), **changes)
+    for name, value in changes.items():
+        assert f"--{name} was {getattr(Config(batch_size=1), name)} and is {value}" in str(error.value)
+
+
+def test_resume_takes_flags_that_no_number_depends_on():
+    saved = saved_run()
+    harmless = {"max_iters": 9, "log_interval": 1, "save_interval": 1, "resume": True, "out_dir": "moved",
+                "max_bad_steps": 9}
+    start, model = restore(saved, **harmless)
+    assert start == 3 and torch.equal(model.weight, saved["model"]["weight"])
+
+
+def test_resume_restores_torchs_generator():
+    saved = saved_run()
+    expected = torch.rand(3)
+    torch.manual_seed(99)
+    restore(saved)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_resume_of_a_run_that_has_nothing_left_to_do_names_max_iters():
+    with pytest.raises(UserError, match="stands at iteration 3 already: raise --max_iters=3"):
+        restore(saved_run(), max_iters=3)
+
+
+@pytest.mark.parametrize("name", ["n_layer", "n_head", "n_embd", "block_size"])
+def test_sizes_come_from_the_flag_the_default_or_the_checkpoint_which_no_flag_may_contradict(name):
+    model = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 64, "vocab_size": 9}
+    defaults = common.resolve_sizes(Config())
+    assert common.resolve_sizes(Config(**{name: 8})) == defaults | {name: 8}
+    assert common.resolve_sizes(Config(**{name: model[name]}), model) == {k: model[k] for k in defaults}
+    with pytest.raises(UserError, match=f"--{name}=8 does not match the checkpoint's {name}={model[name]}"):
+        common.resolve_sizes(Config(**{name: 8}), model)
+
+
+def test_an_occupied_out_dir_needs_resume_or_overwrite(tmp_path):
+    path = tmp_path / "new" / "sft.pt"
+    common.occupy(Config(), path)
+    assert path.parent.is_dir()
+    path.touch()
+    common.occupy(Config(), path.with_name("rm.pt"))  # another stage's file is in nobody's way
+    common.occupy(Config(resume=True), path), common.occupy(Config(overwrite=True), path)
+    with pytest.raises(UserError, match=r"sft\.pt is there already: --resume .* --overwrite"):
+        common.occupy(Config(), path)
+    with pytest.raises(UserError, match=r"--out_dir=.*sft\.pt cannot be made"):
+        common.occupy(Config(), path / "rm.pt")
+
+
+def test_an_out_dir_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    # root may write anywhere, so chmod would not do
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    with pytest.raises(UserError, match="is not writable"):
+        common.occupy(Config(), tmp_path / "sft.pt")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# metrics
+
+def write_metrics(folder, stage, iterations, start=0, **metrics):
+    out = common.Metrics(Config(out_dir=str(folder), max_iters=9, log_interval=5), stage, start)
+    return [out.write(i, {"loss": float(i)} | metrics, {"loss": ".2f"}) for i in iterations]
+
+
+def lines(folder):
+    def refuse(literal):
+        raise ValueError(f"{literal} is not JSON")
+    text = (folder / "metrics.jsonl").read_text()
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+def outline(folder):
+    return [(line["stage"], line.get("iter", "header")) for line in lines(folder)]
+
+
+def test_each_stage_begins_with_a_header_that_says_what_made_the_lines(tmp_path):
+    write_metrics(tmp_path, "sft", [1])
+    header, line = lines(tmp_path)
+    assert header.keys() >= {"stage", "flags", "torch", "device", "commit"} and "iter" not in header
+    assert header["torch"] == torch.__version__ and header["flags"]["log_interval"] == 5
+    assert line.keys() == {"stage", "iter", "seconds", "loss"} and line["seconds"] >= 0
+
+
+def test_nan_and_infinity_become_null_and_tensors_numbers(tmp_path):
+    write_metrics(tmp_path, "sft", [1], nan=math.nan, inf=torch.tensor(-math.inf), none=None,
+                  n=torch.tensor(3), x=torch.tensor(0.5))
+    line = lines(tmp_path)[1]
+    assert (line["nan"], line["inf"], line["none"], line["n"], line["x"]) == (None, None, None, 3, 0.5)
+
+
+H = "header"
+
+
+@pytest.mark.parametrize("start, then, expected", [
+    (0, [1], [("rm", H), ("rm", 1), ("sft", H), ("sft", 1)]),
+    (2, [3, 4], [("sft", H), ("sft", 1), ("sft", 2), ("rm", H), ("rm", 1), ("sft", 3), ("sft", 4)])],
+    ids=["a fresh start drops this stage's lines alone",
+         "resuming drops this stage's lines past the checkpoint"])
+def test_opening_the_metrics_file(start, then, expected, tmp_path):
+    write_metrics(tmp_path, "sft", [1, 2, 3]), write_metrics(tmp_path, "rm", [1])
+    write_metrics(tmp_path, "sft", then, start)
+    assert outline(tmp_path) == expected
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_line_that_a_crash_cut_short_does_not_prevent_resuming(tmp_path):
+    write_metrics(tmp_path, "sft", [1, 2])
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"stage": "sft", "iter": 3, "lo')
+    write_metrics(tmp_path, "sft", [3], start=2)
+    assert outline(tmp_path) == [("sft", H), ("sft", 1), ("sft", 2), ("sft", 3)]
+
+
+def test_the_screen_gets_the_first_the_last_and_every_log_intervalth_line_and_the_file_all(tmp_path, capsys):
+    write_metrics(tmp_path, "sft", range(1, 10))
+    screen = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[:2] for line in screen] == [[f"sft {i}/9", f"loss {i}.00"] for i in (1, 5, 9)]
+    assert [line["iter"] for line in lines(tmp_path)[1:]] == list(range(1, 10))

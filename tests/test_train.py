@@ -1,0 +1,869 @@
+"""
+Tests of train_sft.py, train_rm.py and train_ppo.py as they are used: train(config) on a tiny model, the
+command line in this process, and what each flag, each fault and each resume does to the result. float32 on
+one CPU thread, where everything is deterministic: "equal" means bit for bit unless a test says otherwise.
+"""
+
+import dataclasses
+import gzip
+import json
+import math
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+
+import torch
+
+import atlas
+import common
+import data
+import train_ppo
+import train_rm
+import train_sft
+from common import UserError
+from model import GPT, GPTConfig
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = {"sft": train_sft, "rm": train_rm, "ppo": train_ppo}
+SIZES = dict(n_layer=1, n_head=2, n_embd=32, block_size=64)
+TINY = {"sft": dict(max_iters=4, batch_size=12, lr=3e-3, **SIZES),
+        "rm": dict(max_iters=4, batch_size=6, lr=3e-3, max_new_tokens=8),
+        "ppo": dict(max_iters=3, batch_size=12, minibatches=2, epochs=2, lr=3e-3, max_new_tokens=8)}
+CLOCKS = {"seconds", "sec_rollout", "sec_score", "sec_update", "tokens_per_s"}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# a small world: forty pairs, and finished sft.pt and rm.pt on them and on atlas
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def pairs(offset=0):
+    words = ["red", "blue", "green", "white", "black", "pink", "grey", "brown"]
+    return [{"prompt": f"{words[i % 8]} or {words[(i + 1 + i // 8) % 8]}{offset + i}?",
+             "chosen": " " + words[i % 8],
+             "rejected": " no" * (1 + i % 3)} for i in range(40)]
+
+
+def settings(stage, folder, **flags):
+    """Config of a tiny run on the CPU in `folder`, with the data and tokenizer that `folder` was made for."""
+    folder, module = Path(folder), STAGES[stage]
+    world = {} if (folder / "atlas").exists() else {"data": str(folder / "pairs.jsonl"), "tokenizer": "bytes"}
+    world |= {"candidates": 3} if stage == "rm" and not world else {}
+    return module.Config(**{"out_dir": str(folder), "device": "cpu"} | world | TINY[stage] | flags)
+
+
+def run(stage, folder, **flags):
+    return STAGES[stage].train(settings(stage, folder, **flags))
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory):
+    """Folders with finished sft.pt and rm.pt, on pairs and on atlas; tests write into copies of them."""
+    folders = {}
+    for name in ("pairs", "atlas"):
+        folders[name] = folder = tmp_path_factory.mktemp(name)
+        (folder / "atlas").touch() if name == "atlas" else write_jsonl(folder / "pairs.jsonl", pairs())
+        run("sft", folder, max_iters=30 if name == "atlas" else 60)
+        run("rm", folder)
+    return folders
+
+
+@pytest.fixture
+def world(worlds, tmp_path):
+    """Copies a world into a fresh folder, with the checkpoints of the stages before `stage`."""
+    count = iter(range(10**6))
+
+    def make(stage, name="pairs"):
+        folder = tmp_path / f"world{next(count)}"
+        ahead = {"sft": ["sft.pt", "rm.pt"], "rm": ["rm.pt"], "ppo": []}[stage] + ["metrics.jsonl"]
+        shutil.copytree(worlds[name], folder, ignore=shutil.ignore_patterns(*ahead))
+        return folder
+    return make
+
+
+def metrics(folder, stage, *drop):
+    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in CLOCKS.union(drop)} for row in rows
+            if row["stage"] == stage and "iter" in row]
+
+
+def weights(folder, stage, *more):
+    saved = torch.load(Path(folder) / f"{stage}.pt", weights_only=True)
+    return {name: saved[name] for name in ("model", "critic", *more) if name in saved}
+
+
+def assert_close(a, b, atol):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=atol)
+
+
+def reward_file(folder, body):
+    """Writes a file with a function f(prompts, responses) that returns `body`; the value for --reward."""
+    (folder / "reward.py").write_text(f"def f(prompts, responses):\n    return {body}\n")
+    return f"{folder / 'reward.py'}:f"
+
+
+@pytest.fixture
+def reward_e(tmp_path):
+    return reward_file(tmp_path, "[float(response.count('e')) for response in responses]")
+
+
+class Spy:
+    """Replaces a function of train_ppo by itself, and keeps the arguments and result of each call."""
+
+    def __init__(self, monkeypatch, name, module=train_ppo):
+        self.calls, real = [], getattr(module, name)
+
+        def spy(*args, **kwargs):
+            result = real(*args, **kwargs)
+            self.calls.append((args, result))
+            return result
+        monkeypatch.setattr(module, name, spy)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# each stage improves on its own step 0
+
+def test_sft_lowers_the_loss_on_heldout_rows(world):
+    folder = world("sft")
+    run("sft", folder, max_iters=30, log_interval=1)
+    losses = [row["heldout_loss"] for row in metrics(folder, "sft")]
+    # before training: no opinion on 257 ids
+    assert abs(metrics(folder, "sft")[0]["loss"] - math.log(257)) < 0.5
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_heldout_rows_are_read_without_dropout(world):
+    folder = world("sft")
+    run("sft", folder, dropout=0.5, lr=0.0, log_interval=1)
+    assert len({row["heldout_loss"] for row in metrics(folder, "sft")}) == 1
+    assert len({row["loss"] for row in metrics(folder, "sft")}) == 4
+
+
+def test_rm_goes_below_the_loss_of_no_opinion_on_training_and_heldout_pairs(world):
+    folder = world("rm")
+    final = run("rm", folder, max_iters=30)
+    assert final["loss"] < 0.5 * math.log(2) and final["accuracy"] > 0.9
+    assert final["heldout_loss"] < math.log(2)
+
+
+@pytest.mark.parametrize("flags", [{}, {"critic": "separate"}, {"kl_in": "loss"}], ids=str)
+def test_ppo_raises_a_simple_reward_clearly(flags, world, reward_e):
+    folder = world("ppo")
+    run("ppo", folder, max_iters=30, batch_size=48, reward=reward_e, **flags)
+    scores = [row["score"] for row in metrics(folder, "ppo")]
+    assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.5
+
+
+def test_a_finished_reward_model_gives_the_sft_policys_answers_mean_0_and_std_1(world):
+    """PPO's first scores are of such answers, but not those of the calibration: within 4 standard errors."""
+    folder = world("ppo", "atlas")
+    run("ppo", folder, max_iters=1, batch_size=1000, lr=0.0)
+    saved = common.load_checkpoint(folder / "rm.pt", "rm")["model"]
+    assert saved["gain"] != 1 and saved["bias"] != 0
+    assert abs(metrics(folder, "ppo")[0]["score"]) < 4 * math.sqrt(1 / 1000 + 1 / 512)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# the ratio, lr=0, the micro-batch
+
+@pytest.mark.parametrize("flags", [
+    {}, {"micro_batch_size": 1}, {"micro_batch_size": 2}, {"micro_batch_size": 3}, {"critic": "separate"},
+    {"minibatches": 1, "epochs": 1}, {"temperature": 0.7},
+    {"minibatches": 4, "critic": "separate", "micro_batch_size": 1}], ids=str)
+def test_the_first_ratio_is_exactly_1_in_every_iteration(flags, world):
+    folder = world("ppo")
+    run("ppo", folder, **flags)
+    rows = metrics(folder, "ppo")
+    assert [row["ratio_first"] for row in rows] == [0.0] * 3
+    assert rows[-1]["kl"] != 0  # the policy has left the reference: the ratio is not taken against that
+    # the sampler's cache rounds differently, and that is all
+    assert all(row["logprob_gap_max"] < 1e-5 for row in rows)
+
+
+def test_old_and_reference_logprobs_come_from_passes_of_the_updates_own_shape(world, monkeypatch):
+    """A matrix product may round differently for another number of rows, though not on every CPU and size."""
+    score_response = Spy(monkeypatch, "score_response")
+    run("ppo", world("ppo"), micro_batch_size=2)
+    assert {len(tokens) for (_, tokens, *_), _ in score_response.calls} == {2}
+
+
+def test_the_policy_of_an_sft_model_with_dropout_samples_and_trains_without_it(world):
+    folder = world("sft")
+    run("sft", folder, dropout=0.5), run("rm", folder)
+    run("ppo", folder)
+    assert [row["ratio_first"] for row in metrics(folder, "ppo")] == [0.0] * 3
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_lr_0_changes_nothing_at_all(critic, world):
+    folder = world("ppo")
+    run("ppo", folder, lr=0.0, critic=critic)
+    assert common.digest(weights(folder, "ppo")["model"]) == common.digest(weights(folder, "sft")["model"])
+    for row in metrics(folder, "ppo"):
+        assert (row["kl"], row["clip_frac"], row["ratio_first"]) == (0, 0, 0)
+        # In the second epoch a row stands elsewhere in its pass, where a matrix product may round differently
+        assert abs(row["ratio_max"] - 1) < 1e-5 and abs(row["approx_kl"]) < 1e-9
+        assert row["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("stage, splits", [("sft", [1, 3, 12]), ("rm", [1, 2, 6]), ("ppo", [1, 2, 6])])
+def test_gradients_and_weights_do_not_depend_on_the_micro_batch(stage, splits, world, monkeypatch):
+    """A mean of the parts' means would weigh the tokens of short responses more. The gradient agrees to 1e-6
+    of its norm, some ten float32 roundings. AdamW's first step is lr * sign(gradient), so the weights agree
+    to 1e-5 except where the gradient is 0 in theory (the keys' biases) and its sign that of a rounding."""
+    gradients, finals, step = [], [], common.Optimizer.step
+
+    def keep_gradient(self, iteration):
+        gradients.append(torch.cat([p.grad.reshape(-1) for p in self.params if p.grad is not None]))
+        return step(self, iteration)
+    monkeypatch.setattr(common.Optimizer, "step", keep_gradient)
+    flags = {"ppo": dict(batch_size=6, minibatches=1, ent_coef=0.1, kl_in="loss", kl_coef=1.0)}.get(stage, {})
+    for micro in splits:
+        folder = world(stage)
+        gradients.append(None)
+        run(stage, folder, micro_batch_size=micro, max_iters=1, **flags)
+        finals.append(torch.cat([tensor.reshape(-1) for tensor in weights(folder, stage)["model"].values()]))
+    first = [gradients[i + 1] for i, gradient in enumerate(gradients) if gradient is None]
+    for gradient, final in zip(first[1:], finals[1:]):
+        assert (gradient - first[0]).norm() < 1e-6 * first[0].norm()
+        assert ((final - finals[0]).abs() > 1e-5).float().mean() < 0.01
+
+
+# ----------------------------------------------------------------------------------------------------------
+# inside one PPO iteration
+
+def test_old_logprobs_advantages_and_returns_are_made_once_and_reused_in_every_epoch(world, monkeypatch):
+    """Fresh old log-probs each epoch would keep the ratio at 1 and the clip dead; whitening per minibatch
+    would compare answers with their few neighbours; returns after whitening would have the wrong scale."""
+    policy_loss, value_loss = Spy(monkeypatch, "policy_loss"), Spy(monkeypatch, "value_loss")
+    gae, shape = Spy(monkeypatch, "gae"), Spy(monkeypatch, "shape_rewards")
+    run("ppo", world("ppo"), max_iters=2, epochs=3, minibatches=3)
+    # The second iteration, because the policy of the first is still the reference
+    (_, logprobs, ref_logprobs, mask, _), _ = shape.calls[1]
+    gae_args, (advantages, returns) = gae.calls[1]
+    assert len(gae.calls) == 2 and not torch.equal(logprobs, ref_logprobs)
+    assert torch.equal(returns, advantages + torch.where(mask, gae_args[1], 0))
+    mean, std = advantages[mask].mean(), advantages[mask].std(unbiased=False)
+    whitened = torch.where(mask, (advantages - mean) / std, 0)
+    # rows of one length would not tell a token mean from a mean of means
+    assert mask.sum(1).unique().numel() > 1
+
+    places = []
+    for epoch in range(3):
+        calls = slice(9 + 3 * epoch, 9 + 3 * epoch + 3)
+        order = []
+        for (policy_args, _), (value_args, _) in zip(policy_loss.calls[calls], value_loss.calls[calls]):
+            (_, old, adv, m, _), ret = policy_args, value_args[2]
+            for i in range(len(old)):
+                row, = [b for b in range(len(mask)) if torch.equal(old[i], logprobs[b])]
+                order.append(row)
+                assert torch.equal(ret[i], returns[row]) and torch.equal(m[i], mask[row])
+                torch.testing.assert_close(adv[i] * m[i], whitened[row], rtol=1e-5, atol=1e-5)
+        assert sorted(order) == list(range(len(mask)))  # every response once per epoch
+        places.append(order)
+    assert places[0] == sorted(places[0]) and places[1] != places[0] and places[1] != places[2]
+
+
+def test_each_iteration_and_each_epoch_is_shuffled_differently(world, monkeypatch):
+    randperm = Spy(monkeypatch, "randperm", torch)
+    run("ppo", world("ppo"), max_iters=3, epochs=3)
+    shuffles = [tuple(result.tolist()) for _, result in randperm.calls]
+    assert len(set(shuffles)) == len(shuffles) >= 6
+
+
+def test_each_iteration_samples_anew(world):
+    """One prompt and a policy that stands still: only the random numbers can tell the iterations apart."""
+    folder = world("ppo")
+    write_jsonl(folder / "pairs.jsonl", pairs()[:1])
+    run("ppo", folder, lr=0.0)
+    assert len({row["score"] for row in metrics(folder, "ppo")}) == 3
+
+
+def test_the_ratio_moves_between_epochs(world):
+    folder = world("ppo")
+    run("ppo", folder, epochs=2, minibatches=1)
+    assert all(row["ratio_max"] > 1 + 1e-4 and row["approx_kl"] > 0 for row in metrics(folder, "ppo"))
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_reference_and_reward_model_are_frozen_and_share_nothing_with_the_policy(critic, world, monkeypatch):
+    policies, reward_models = Spy(monkeypatch, "load_policy"), Spy(monkeypatch, "load_reward_model")
+    optimizers = Spy(monkeypatch, "Optimizer", common)
+    folder = world("ppo")
+    run("ppo", folder, critic=critic)
+    (_, policy), (_, reference) = policies.calls
+    reward_model = reward_models.calls[0][1][0]
+    trained = {p.data_ptr() for p in optimizers.calls[0][1].params}
+    assert trained >= {p.data_ptr() for p in policy.parameters()}
+    for frozen, saved in ((reference, weights(folder, "sft")["model"]),
+                          (reward_model, weights(folder, "rm")["model"])):
+        assert not any(p.requires_grad for p in frozen.parameters())
+        assert not trained & {p.data_ptr() for p in frozen.parameters()}
+        assert common.digest(frozen.state_dict()) == common.digest(saved)
+    assert common.digest(policy.state_dict()) != common.digest(reference.state_dict())
+
+
+def test_a_separate_critic_starts_from_the_reward_model_trains_and_leaves_the_policys_value_head_alone(world):
+    folder = world("ppo")
+    run("ppo", folder, critic="separate")
+    saved, sft, rm = weights(folder, "ppo"), weights(folder, "sft")["model"], weights(folder, "rm")["model"]
+    trunk = {name for name in rm if name.startswith("trunk.")}
+    # 12 steps of 3e-3, and AdamW's are hardly longer
+    assert all((saved["critic"][name] - rm[name]).abs().max() < 0.1 for name in trunk)
+    assert all(not torch.equal(saved["critic"][name], rm[name]) for name in trunk)
+    assert torch.equal(saved["model"]["value_head.linear.weight"], sft["value_head.linear.weight"])
+
+
+def test_the_missing_eos_penalty_is_taken_off_the_reward_of_each_cut_response_and_not_off_the_score(world):
+    rows = {}
+    for penalty in (0.0, 2.5):
+        folder = world("ppo")
+        run("ppo", folder, max_iters=1, eos_penalty=penalty)
+        rows[penalty], = metrics(folder, "ppo")
+    assert 0 < rows[0]["eos_rate"] < 1 and rows[0]["score"] == rows[2.5]["score"]
+    assert rows[2.5]["reward"] == pytest.approx(rows[0]["reward"] - 2.5 * (1 - rows[0]["eos_rate"]), abs=1e-6)
+
+
+def test_reward_is_score_minus_kl_coef_times_kl_and_kl_is_per_response(world):
+    folder = world("ppo")
+    run("ppo", folder, kl_coef=0.3, eos_penalty=0.0)
+    for row in metrics(folder, "ppo"):
+        assert row["reward"] == pytest.approx(row["score"] - 0.3 * row["kl"], abs=1e-5)
+    assert row["kl"] != 0
+
+
+@pytest.mark.parametrize("kl_kind", [None, "k2", "k3"])
+def test_with_kl_in_loss_the_reward_is_the_score_and_the_kl_still_holds_the_policy(kl_kind, world, reward_e):
+    kls = {}
+    for kl_coef in (0.0, 20.0):
+        folder = world("ppo")
+        run("ppo", folder, max_iters=8, kl_in="loss", kl_kind=kl_kind, kl_coef=kl_coef, eos_penalty=0.0,
+            reward=reward_e)
+        rows = metrics(folder, "ppo")
+        assert all(row["reward"] == pytest.approx(row["score"], abs=1e-6) for row in rows)
+        kls[kl_coef] = rows[-1]["kl"]
+    assert kls[20.0] < 0.5 * kls[0.0]
+
+
+def test_target_kl_ends_the_epochs_early(world):
+    steps = {}
+    for target in (1e-9, 1e9, None):
+        folder = world("ppo")
+        run("ppo", folder, target_kl=target)
+        steps[target] = [row["optimizer_steps"] for row in metrics(folder, "ppo")]
+    assert steps == {1e-9: [1, 1, 1], 1e9: [4, 4, 4], None: [4, 4, 4]}
+
+
+def test_target_kl_below_the_rounding_of_the_first_ratio_still_takes_a_step(world, monkeypatch):
+    """In bfloat16 the first ratio is not exactly 1; a minibatch before any step means nothing yet."""
+    policy_loss = train_ppo.policy_loss
+
+    def rounded(*args):
+        loss, stats = policy_loss(*args)
+        return loss, stats | {"approx_kl": stats["approx_kl"] + 1e-6}
+    monkeypatch.setattr(train_ppo, "policy_loss", rounded)
+    folder = world("ppo")
+    run("ppo", folder, target_kl=1e-9)
+    assert all(row["optimizer_steps"] == 1 and row["grad_norm"] > 0 for row in metrics(folder, "ppo"))
+
+
+def test_kl_target_moves_kl_coef_and_metrics_show_the_one_that_was_used(world):
+    folder = world("ppo")
+    run("ppo", folder, kl_target=1e-6, max_iters=4, lr=0.03)
+    used = [row["kl_coef"] for row in metrics(folder, "ppo")]
+    assert used[0] == train_ppo.Config.kl_coef and used[1] < used[0]  # the first KL is 0, below any target
+    assert used[3] != used[2]
+
+
+def test_a_bad_gradient_is_counted_and_ends_the_run_before_it_ends_the_weights(world, monkeypatch):
+    policy_loss = train_ppo.policy_loss
+    monkeypatch.setattr(train_ppo, "policy_loss",
+                        lambda *args: (policy_loss(*args)[0] * math.nan, policy_loss(*args)[1]))
+    folder = world("ppo")
+    with pytest.raises(FloatingPointError, match="2 optimizer steps in a row"):
+        run("ppo", folder, max_bad_steps=2)
+    assert not (folder / "ppo.pt").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# metrics
+
+def test_every_iteration_has_a_line_with_every_metric_that_other_code_relies_on(world):
+    folder = world("ppo", "atlas")
+    run("ppo", folder, max_iters=5, log_interval=100)
+    header = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
+    assert header["stage"] == "ppo" and "iter" not in header and header["flags"]["max_iters"] == 5
+    rows = metrics(folder, "ppo")
+    names = ("stage iter episodes score kl reward entropy policy_loss value_loss approx_kl clip_frac "
+             "ratio_mean ratio_max explained_variance response_len eos_rate kl_coef lr grad_norm ratio_first "
+             "logprob_gap skipped_steps gold").split()
+    full = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()[1:]]
+    for i, (row, timed) in enumerate(zip(rows, full, strict=True), 1):
+        assert row["iter"] == i and row["episodes"] == 12 * i
+        for name in [*names, *CLOCKS]:
+            assert timed[name] is not None, name
+        assert ("gold_heldout" in row) == (i in (1, 5))
+        assert 0 <= row["gold"] <= 1 and 0 < row["response_len"] <= 8 and 0 <= row["entropy"] <= math.log(510)
+
+
+@pytest.mark.parametrize("stage, names", [
+    ("sft", "loss heldout_loss lr grad_norm skipped_steps"),
+    ("rm", "loss accuracy heldout_loss heldout_accuracy lr grad_norm skipped_steps")])
+def test_train_returns_its_last_line(stage, names, world):
+    folder = world(stage)
+    final = run(stage, folder)
+    last = metrics(folder, stage)[-1]
+    assert {name: final[name] for name in last} == last
+    assert last.keys() >= set(names.split()) and last["iter"] == 4
+
+
+# ----------------------------------------------------------------------------------------------------------
+# resume
+
+RESUMED = {"sft": dict(dropout=0.2, lr_decay_iters=20),  # dropout draws from torch's global generator
+           "rm": {},
+           "ppo": dict(kl_target=0.01, epochs=2, minibatches=3, critic="separate", sample_interval=1)}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_three_iterations_and_three_resumed_equal_six_and_a_second_six_to_the_last_bit(stage, world):
+    """Weights, AdamW's moments, the KL coefficient, generators, and every logged number but the clocks."""
+    whole, again, parts = world(stage), world(stage), world(stage)
+    flags = RESUMED[stage] | {"log_interval": 1}
+    run(stage, whole, max_iters=6, **flags), run(stage, again, max_iters=6, **flags)
+    run(stage, parts, max_iters=3, **flags)
+    torch.rand(5)  # a new process would not have this generator's state
+    run(stage, parts, max_iters=6, resume=True, **flags)
+    state = common.digest(weights(whole, stage, "optimizer", "kl_coef", "rng"))
+    assert state == common.digest(weights(again, stage, "optimizer", "kl_coef", "rng"))
+    assert state == common.digest(weights(parts, stage, "optimizer", "kl_coef", "rng"))
+    assert metrics(whole, stage) == metrics(again, stage) == metrics(parts, stage)
+
+
+def test_resume_refuses_another_flag_and_another_sft_model(world):
+    folder = world("ppo")
+    run("ppo", folder)
+    with pytest.raises(UserError, match="--clip was 0.2 and is 0.1"):
+        run("ppo", folder, max_iters=6, resume=True, clip=0.1)
+    run("sft", folder, overwrite=True, seed=5)
+    with pytest.raises(UserError, match="sft.pt or rm.pt is not the one"):
+        run("ppo", folder, max_iters=6, resume=True)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_another_seed_is_another_run(stage, world):
+    first, second = world(stage), world(stage)
+    run(stage, first), run(stage, second, seed=1)
+    assert metrics(first, stage) != metrics(second, stage)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# every flag has an effect or is refused
+
+def observe(stage, folder, monkeypatch, capsys, flags, context):
+    """What a person can see of a run: why it was refused, metrics, screen, when it saved and where."""
+    saves, base, save = [], folder / "out", common.save_checkpoint
+    files = list(folder.iterdir())
+    for copy in ("out", "elsewhere"):
+        (folder / copy).mkdir()
+        for file in files:
+            if file.is_file():
+                shutil.copy(file, folder / copy)
+    flags = {name: value.replace("{folder}", str(folder)) if isinstance(value, str) else value
+             for name, value in ({"out_dir": str(base)} | context | flags).items()}
+    nan, occupied = flags.pop("nan", False), flags.pop("occupied", False)
+    if occupied:
+        run(stage, base)
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "save_checkpoint",
+                      lambda path, c: (saves.append((path.parent.name, c["iter"])), save(path, c)))
+        patch.setattr(torch, "compile", lambda function, dynamic: (print("compiled"), function)[1])
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        if nan:
+            patch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: torch.tensor(math.nan))
+        capsys.readouterr()
+        try:
+            refused = None if run(stage, base, **flags) else "nothing came back"
+        except (UserError, data.DataError, FloatingPointError) as error:
+            refused = str(error)
+    screen = capsys.readouterr().out.replace(str(folder), "")
+    screen = re.sub(r"  eta .*|^.*batch_size=.*$", "", screen, flags=re.MULTILINE)  # PPO prints all its flags
+    rows = metrics(base, stage) if (base / "metrics.jsonl").exists() and not refused else None
+    return {"refused": refused, "metrics": rows, "screen": screen, "saves": saves}
+
+
+COMMON = {  # flag: (another value, what must differ, what else holds for both runs)
+    "out_dir": ("{folder}/elsewhere", "saves", {}), "seed": (1, "metrics", {}),
+    "device": ("cuda", "refused", {}),
+    "dtype": ("bfloat16", "metrics", {}), "compile": (True, "screen", {}), "max_iters": (2, "metrics", {}),
+    "batch_size": (6, "metrics", {}), "micro_batch_size": (5, "refused", {}), "lr": (1e-4, "metrics", {}),
+    "lr_decay_iters": (4, "metrics", {}), "grad_clip": (1e-9, "metrics", {}),
+    "max_bad_steps": (1, "refused", {"nan": True}),
+    "n_layer": (2, "refused", {}), "n_head": (4, "refused", {}), "n_embd": (64, "refused", {}),
+    "block_size": (80, "refused", {}),
+    "log_interval": (1, "screen", {}), "save_interval": (1, "saves", {}), "resume": (True, "refused", {}),
+    "overwrite": (True, "refused", {"occupied": True}),
+    "skip_bad": (True, "refused", {"data": "{folder}/bad.jsonl"}),
+    "data": ("{folder}/other.jsonl", "metrics", {}), "tokenizer": ("atlas", "refused", {}),
+    "init_from": ("{folder}/other.pt", "metrics", {})}
+ROWS = {
+    "sft": COMMON | {"tokenizer": ("atlas", "metrics", {}), "init_from": ("{folder}/gpt2", "metrics", {}),
+                     "batch_size": (6, "metrics", {}),
+                     "n_layer": (2, "metrics", {}), "n_head": (4, "metrics", {}),
+                     "n_embd": (64, "metrics", {}),
+                     "block_size": (80, "metrics", {}), "dropout": (0.5, "metrics", {})},
+    "rm": COMMON | {"batch_size": (3, "metrics", {}), "candidates": (2, "metrics", {"data": "atlas"}),
+                    "max_new_tokens": (4, "screen", {}), "temperature": (0.5, "screen", {})},
+    "ppo": COMMON | {
+        "rm": ("{folder}/other_rm.pt", "metrics", {}), "reward": ("{folder}/reward.py:f", "metrics", {}),
+        "minibatches": (3, "metrics", {}), "epochs": (1, "metrics", {}), "max_new_tokens": (4, "metrics", {}),
+        "temperature": (0.5, "metrics", {}), "kl_coef": (1.0, "metrics", {}),
+        "kl_target": (0.1, "metrics", {}),
+        "kl_in": ("loss", "metrics", {}), "kl_kind": ("k3", "metrics", {"kl_in": "loss"}),
+        "clip": (0.01, "metrics", {}),
+        "value_clip": (0.001, "metrics", {}), "vf_coef": (1.0, "metrics", {}),
+        "ent_coef": (0.5, "metrics", {}),
+        "gamma": (0.5, "metrics", {}), "lam": (0.5, "metrics", {}), "target_kl": (1e-9, "metrics", {}),
+        "eos_penalty": (3.0, "metrics", {}), "critic": ("separate", "metrics", {}),
+        "sample_interval": (1, "screen", {})}}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_table_of_effects_has_a_row_for_every_flag(stage):
+    assert ROWS[stage].keys() == {field.name for field in dataclasses.fields(STAGES[stage].Config)}
+
+
+@pytest.mark.parametrize("stage, flag", [(stage, flag) for stage in STAGES for flag in ROWS[stage]])
+def test_every_flag_has_an_effect_or_is_refused(stage, flag, world, worlds, monkeypatch, capsys, baselines):
+    value, differs, context = ROWS[stage][flag]
+    def prepared():
+        folder = world(stage, "atlas" if context.get("data") == "atlas" else "pairs")
+        write_jsonl(folder / "other.jsonl", pairs(offset=100))
+        write_jsonl(folder / "bad.jsonl", [*pairs(), "a text is no row"])
+        reward_file(folder, "[float(len(response)) for response in responses]")
+        if flag == "init_from" and stage == "sft":
+            GPT(GPTConfig(vocab_size=257, **SIZES)).to_gpt2(folder / "gpt2")
+        elif flag in ("init_from", "rm"):
+            for other, name in (("sft", "other.pt"), ("rm", "other_rm.pt")):
+                saved = torch.load(worlds["pairs"] / f"{other}.pt", weights_only=True)
+                saved.pop("sha256")
+                saved["model"] = {key: tensor * 1.5 for key, tensor in saved["model"].items()}
+                common.save_checkpoint(folder / name, saved)
+        return folder
+
+    key = stage, str(context)
+    if key not in baselines:
+        baselines[key] = observe(stage, prepared(), monkeypatch, capsys, {}, context)
+    changed = observe(stage, prepared(), monkeypatch, capsys, {flag: value}, context)
+    assert changed[differs] != baselines[key][differs]
+    if differs != "refused":
+        assert changed["refused"] is None and baselines[key]["refused"] is None
+    elif changed["refused"] and not context:
+        assert f"--{flag}" in changed["refused"] or flag in ("resume", "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def baselines():
+    return {}
+
+
+@pytest.mark.parametrize("flags, says", [
+    ({"kl_in": "loss", "kl_kind": "k1"}, "--kl_kind=k1 in the loss does nothing"),
+    ({"kl_kind": "k2"}, "--kl_kind is for --kl_in=loss"),
+    ({"kl_kind": "k3"}, "--kl_kind is for --kl_in=loss"),
+    ({"kl_in": "loss", "kl_kind": "k4"}, "must be k2 or k3"),
+    ({"kl_target": 1.0, "kl_coef": 0.0}, "--kl_coef=0 would stay 0"),
+    ({"reward": "f.py:f", "rm": "rm.pt"}, "give one of them"),
+    ({"batch_size": 10, "minibatches": 4},
+     r"--batch_size=10 must be a multiple of --minibatches=4, but 10 = 4 x 2 \+ 2"),
+    ({"micro_batch_size": 4}, "--micro_batch_size=4 must divide the 6 rows of a step: 6 = 1 x 4 [+] 2"),
+    ({"max_new_tokens": 64}, "longer than block_size=64")], ids=lambda x: str(x)[:40])
+def test_combinations_that_would_leave_a_flag_dead_or_a_batch_undivided_are_refused(flags, says, world):
+    folder = world("ppo")
+    with pytest.raises((UserError, data.DataError), match=says):
+        run("ppo", folder, **flags)
+    assert not (folder / "ppo.pt").exists() and not (folder / "metrics.jsonl").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# the reward function
+
+def test_the_reward_function_gets_prompts_and_responses_as_text_without_eos(world, tmp_path):
+    (tmp_path / "reward.py").write_text(
+        "import json, pathlib\n"
+        "def f(prompts, responses):\n"
+        "    assert isinstance(prompts, list) and isinstance(responses, list)\n"
+        "    file = pathlib.Path(__file__).with_name(f'{len(prompts)}.json')\n"
+        "    file.write_text(json.dumps([prompts, responses]))\n"
+        "    return [1] * len(prompts)\n")
+    run("ppo", world("ppo"), max_iters=1, reward=f"{tmp_path / 'reward.py'}:f")
+    # a rollout, and not a look at held-out rows
+    prompts, responses = json.loads((tmp_path / "12.json").read_text())
+    assert len(prompts) == len(responses) == 12
+    assert set(prompts) <= {row["prompt"] for row in pairs()}
+    assert all(isinstance(response, str) and "<|" not in response for response in responses)
+
+
+@pytest.mark.parametrize("body, says", [
+    ("[0.0] * (len(responses) - 1)", "returned 11 for 12 responses"),
+    ("[float('nan')] * len(responses)", r"returned nan for the prompt '\w+ or "),
+    ("[float('inf')] * len(responses)", r"returned inf for the prompt '\w+ or "),
+    ("['1'] * len(responses)", r"returned '1' for the prompt '\w+ or "),
+    ("[None] * len(responses)", r"returned None for the prompt '\w+ or ")])
+def test_what_the_reward_function_may_not_return(body, says, world, tmp_path):
+    with pytest.raises(UserError, match=says):
+        run("ppo", world("ppo"), max_iters=1, reward=reward_file(tmp_path, body))
+
+
+def test_an_exception_of_the_reward_function_is_shown_as_it_is(world, tmp_path):
+    """Its traceback points into the user's file, which no sentence of ours could."""
+    with pytest.raises(KeyError, match="mine"):
+        run("ppo", world("ppo"), max_iters=1, reward=reward_file(tmp_path, "{}['mine']"))
+
+
+def test_with_a_reward_function_no_reward_model_is_trained_or_read(world, reward_e):
+    folder = world("rm")
+    run("ppo", folder, max_iters=1, reward=reward_e, critic="separate")
+    assert not (folder / "rm.pt").exists() and (folder / "ppo.pt").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# the command line
+
+def command(script, *argv):
+    """Runs the file as `python train_x.py --flags` would, in this process. Returns the exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script, *argv])
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as exit:
+            return exit.code
+    return 0
+
+
+def tiny_flags(stage, folder, **flags):
+    config = dataclasses.asdict(settings(stage, folder, **flags))
+    default = dataclasses.asdict(STAGES[stage].Config())
+    return [f"--{name}={value}" for name, value in config.items() if value != default[name]]
+
+
+def jsonl(text, compress=False, cut=None):
+    def write(folder):
+        raw = text if isinstance(text, bytes) else text.encode()
+        raw = gzip.compress(raw * 50)[:cut] if compress else raw
+        path = folder / ("bad.jsonl.gz" if compress else "bad.jsonl")
+        path.write_bytes(raw)
+        return {"data": str(path)}
+    return write
+
+
+GOOD = json.dumps(pairs()[0]) + "\n"
+BAD_INPUT = [  # script, flags or a function that makes them, what the sentence says
+    ("sft", {"lr": -1.0}, "--lr=-1.0 must lie in"), ("ppo", {"clip": 1.5}, "--clip=1.5 must lie in"),
+    ("ppo", {"temperature": 0.0}, "--temperature=0.0"), ("ppo", {"lam": math.nan}, "--lam=nan"),
+    ("ppo", {"batch_size": 10, "minibatches": 4}, "10 = 4 x 2 + 2"),
+    ("sft", {"micro_batch_size": 5}, "12 = 2 x 5 + 2"),
+    ("rm", {"micro_batch_size": 4}, "6 = 1 x 4 + 2"),
+    ("sft", {"data": "gone.jsonl"}, "gone.jsonl: No such file"),
+    ("sft", jsonl(""), "bad.jsonl: the file has 0 rows"),
+    ("sft", jsonl(GOOD, compress=True, cut=-20), "the gzip data is cut short"),
+    ("sft", jsonl(GOOD.encode() + b'{"prompt": "\xff"}\n'), "bad.jsonl:2: byte 13 of the line is not UTF-8"),
+    ("sft", jsonl(GOOD + "{oops\n"), "bad.jsonl:2: malformed JSON"),
+    ("sft", jsonl(GOOD + '{"prompt": "x"}\n'), 'bad.jsonl:2: missing key "response"'),
+    ("rm", jsonl('{"prompt": "x", "chosen": 1, "rejected": "y"}\n'),
+     'bad.jsonl:1: "chosen" must be a string, not int'),
+    ("rm", jsonl('{"prompt": "x", "response": "y"}\n'), 'bad.jsonl:1: missing key "chosen"'),
+    ("rm", jsonl('{"prompt": "x", "chosen": "y", "rejected": "y"}\n'), "0 usable rows in"),
+    ("rm", {"max_new_tokens": 64}, "longer than block_size=64"),  # before training, not after it
+    ("sft", {"tokenizer": "gpt22"}, "unknown tokenizer 'gpt22' (did you mean gpt2?)"),
+    ("ppo", {"tokenizer": "atlas"}, "is not the one of the checkpoint (bytes, 257 ids)"),
+    ("sft", {"n_head": 3}, "--n_embd=32 must be a multiple of --n_head=3"),
+    ("rm", {"n_layer": 2}, "--n_layer=2 does not match the checkpoint's n_layer=1"),
+    ("ppo", {"block_size": 32}, "--block_size=32 does not match"),
+    ("sft", {"init_from": "nowhere"}, "--init_from=nowhere"),
+    ("rm", {"init_from": "nowhere.pt"}, "nowhere.pt is not there: train it first with train_sft.py"),
+    ("ppo", {"rm": "nowhere.pt"}, "nowhere.pt is not there"),
+    ("ppo", {"reward": "nowhere.py:f"}, "nowhere.py is not there"),
+    ("ppo", {"reward": "length"}, "must be rm or path/to/file.py:function"),
+    ("ppo", {"reward": f"{Path(__file__).parent / 'test_common.py'}:gone"}, "has no function gone"),
+    ("sft", {"resume": True}, "sft.pt is not there"),
+    ("sft", {"out_dir": __file__}, "cannot be made")]
+
+
+@pytest.mark.parametrize("stage, flags, says", BAD_INPUT,
+                         ids=[f"{s}-{says[:30]}" for s, _, says in BAD_INPUT])
+def test_bad_input_exits_2_with_one_sentence_and_writes_nothing(stage, flags, says, world, capsys):
+    folder = world(stage)
+    flags = flags(folder) if callable(flags) else flags
+    before = sorted(p.name for p in folder.iterdir())
+    assert command(f"train_{stage}.py", *tiny_flags(stage, folder, **flags)) == 2
+    err = capsys.readouterr().err
+    assert says in err and err.count("\n") == 1 and err.startswith(f"train_{stage}.py: ")
+    assert sorted(p.name for p in folder.iterdir()) == before
+
+
+def test_cuda_that_is_not_there_exits_2(world, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert command("train_sft.py", *tiny_flags("sft", world("sft"), device="cuda")) == 2
+    assert "--device=cuda was asked for" in capsys.readouterr().err
+
+
+def test_reward_model_and_policy_with_different_tokenizers_are_refused(world, worlds, capsys):
+    folder = world("ppo")
+    assert command("train_ppo.py", *tiny_flags("ppo", folder, rm=str(worlds["atlas"] / "rm.pt"))) == 2
+    sentence = (f"the reward model's tokenizer is atlas ({atlas.tokenizer().n_vocab} ids) and the policy's "
+                "bytes (257 ids)")
+    assert sentence in capsys.readouterr().err
+    assert not (folder / "ppo.pt").exists()
+
+
+def test_a_corrupt_sft_model_is_refused_by_every_script_that_reads_it(world, capsys):
+    for stage in ("rm", "ppo"):
+        folder = world(stage)
+        (folder / "sft.pt").write_bytes((folder / "sft.pt").read_bytes()[:-1])
+        assert command(f"train_{stage}.py", *tiny_flags(stage, folder)) == 2
+        assert "sft.pt cannot be read as a checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv, code, says", [
+    (["train_sft.py", "--lrr=1"], 2, "did you mean --lr?"),
+    (["train_rm.py", "--lr=fast"], 2, "'fast' is not a number"),
+    (["train_ppo.py", "--gamma=2"], 2, "--gamma=2.0 must lie in [0, 1]"),
+    (["train_ppo.py", "--help"], 0, "--kl_coef")])
+def test_a_process_of_its_own_says_it_without_a_traceback(argv, code, says, tmp_path):
+    process = subprocess.run([sys.executable, str(ROOT / argv[0]), *argv[1:]], cwd=tmp_path,
+                             capture_output=True, text=True,
+                             env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert process.returncode == code and says in process.stdout + process.stderr
+    assert "Traceback" not in process.stderr and not list(tmp_path.iterdir())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# the stages together
+
+def shrink(monkeypatch, **flags):
+    """Gives the earlier stages, which run with their own defaults, defaults that suit a test."""
+    for stage in ("sft", "rm"):
+        module = STAGES[stage]
+        tiny = {name: value for name, value in (TINY[stage] | flags).items() if name not in SIZES}
+        kinds = get_type_hints(module.Config)
+        fields = [(name, kinds[name], dataclasses.field(default=value)) for name, value in tiny.items()]
+        monkeypatch.setattr(module, "Config",
+                            dataclasses.make_dataclass("Config", fields, bases=(module.Config,)))
+
+
+def test_ppo_trains_the_missing_stages_and_says_so(world, monkeypatch, capsys):
+    shrink(monkeypatch)
+    folder = world("sft")
+    run("ppo", folder, seed=3, **SIZES)
+    out = capsys.readouterr().out
+    assert re.search(r"sft\.pt is not there: running train_sft\.py first", out)
+    assert re.search(r"rm\.pt is not there: running train_rm\.py first", out)
+    for stage in STAGES:
+        saved = common.load_checkpoint(folder / f"{stage}.pt", stage)
+        assert saved["finished"] and saved["flags"]["seed"] == 3 and saved["tokenizer"]["name"] == "bytes"
+    assert all(metrics(folder, stage) for stage in STAGES)
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm"])
+def test_ppo_first_resumes_an_earlier_stage_that_was_interrupted(stage, world, monkeypatch, capsys):
+    """What it ends with is what an uninterrupted run of that stage ends with."""
+    shrink(monkeypatch)
+    whole, folder = world(stage), world(stage)
+    run(stage, whole, save_interval=2)
+    save = common.save_checkpoint
+
+    def interrupted(path, checkpoint):
+        save(path, checkpoint)
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(common, "save_checkpoint", interrupted)
+        run(stage, folder, save_interval=2)
+    capsys.readouterr()
+    assert not common.load_checkpoint(folder / f"{stage}.pt", stage)["finished"]
+    run("ppo", folder, **SIZES)
+    out = capsys.readouterr().out
+    assert f"{stage}.pt is unfinished: running train_{stage}.py first" in out
+    assert f"{stage} 3/4" in out and f"{stage} 1/4" not in out
+    assert common.digest(weights(folder, stage)) == common.digest(weights(whole, stage))
+    assert metrics(folder, stage) == metrics(whole, stage)
+
+
+def test_overwrite_replaces_ppo_alone_and_without_it_an_occupied_out_dir_is_refused(world):
+    folder = world("ppo")
+    run("ppo", folder)
+    before = {name: (folder / name).read_bytes() for name in ("sft.pt", "rm.pt", "ppo.pt", "metrics.jsonl")}
+    with pytest.raises(UserError, match="ppo.pt is there already"):
+        run("ppo", folder, seed=1)
+    assert all((folder / name).read_bytes() == content for name, content in before.items())
+    run("ppo", folder, seed=1, overwrite=True)
+    changed = [name for name, content in before.items() if (folder / name).read_bytes() != content]
+    assert changed == ["ppo.pt", "metrics.jsonl"]
+
+
+def test_the_last_table_shows_ten_questions_before_and_after_and_looking_changes_nothing(world, capsys):
+    looked, plain = world("ppo", "atlas"), world("ppo", "atlas")
+    run("ppo", looked, sample_interval=1)
+    table = capsys.readouterr().out.split("the same questions before")[1]
+    assert table.count("    before ") == table.count("    after ") == 10
+    run("ppo", plain)
+    assert common.digest(weights(looked, "ppo")) == common.digest(weights(plain, "ppo"))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# slow: the default job, and real files
+
+def script(*argv, cwd=ROOT, **env):
+    process = subprocess.run([sys.executable, str(ROOT / argv[0]), *argv[1:]], cwd=cwd, capture_output=True,
+                             text=True,
+                             env=os.environ | env)
+    assert process.returncode == 0, process.stderr[-2000:]
+    return process.stdout
+
+
+@pytest.mark.slow
+def test_the_default_job_learns_the_answers_and_prints_the_table(tmp_path):
+    out = script("train_ppo.py", f"--out_dir={tmp_path}", "--device=cpu", cwd=tmp_path)
+    rows = metrics(tmp_path, "ppo")
+    assert rows[-1]["gold"] >= 0.9 and rows[-1]["gold_heldout"] >= 0.85 and rows[0]["gold"] < 0.5
+    assert rows[-1]["eos_rate"] > 0.95 and all(row["ratio_first"] == 0 for row in rows)
+    table = out.split("the same questions before")[1]
+    assert table.count("    before ") == table.count("    after ") == 10
+
+
+DATA = Path(os.environ.get("PPO_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+REAL = ["hh_harmless_base_test.jsonl.gz", "llmbar_mtbench_human_pairs.jsonl.gz",
+        "hhh_alignment_pairs.jsonl.gz"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", REAL)
+def test_real_comparisons_run_through_all_three_stages_from_the_command_line(file, tmp_path):
+    if not (DATA / file).exists():
+        pytest.skip(f"{DATA / file} is not there")
+    where = [f"--data={DATA / file}", "--tokenizer=gpt2", f"--out_dir={tmp_path}", "--device=cpu"]
+    env = {"TIKTOKEN_CACHE_DIR": str(DATA / "tiktoken_cache")}
+    printed = [script("train_sft.py", *where, "--n_layer=1", "--n_head=2", "--n_embd=32", "--max_iters=3",
+                      "--batch_size=4", **env),
+               script("train_rm.py", *where, "--max_iters=3", "--batch_size=4", "--max_new_tokens=8", **env),
+               script("train_ppo.py", *where, "--max_iters=2", "--batch_size=8", "--minibatches=2",
+                      "--max_new_tokens=8", **env)]
+    for stage, text in zip(STAGES, printed):
+        assert common.load_checkpoint(tmp_path / f"{stage}.pt", stage)["finished"]
+        assert re.search(r"train: [\d,]+ rows, held out: [\d,]+", text)
+        if file.startswith("hh_"):
+            assert re.search(r"dropped \d: the two prompts differ", text)
+    assert all(row["ratio_first"] == 0 for row in metrics(tmp_path, "ppo"))

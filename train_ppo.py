@@ -1,0 +1,347 @@
+"""
+Stage 2: PPO. Samples answers, scores them, and makes the policy likelier to sample what scored above expectation,
+while the KL to the SFT policy holds it near the text that the reward model was trained to judge.
+
+    python train_ppo.py                                  everything on the built-in task; makes sft.pt and rm.pt first
+    python train_ppo.py --reward=my_reward.py:f          any function f(prompts, responses) -> list of floats
+    python train_ppo.py --data=pairs.jsonl --max_new_tokens=128 --batch_size=512 --compile       on a GPU
+    python train_ppo.py --resume --max_iters=200         go on from out_dir/ppo.pt
+
+Shapes: B = batch_size responses of at most R tokens, T = prompt + response. Maximised, per token:
+clipped surrogate - vf_coef * value loss + ent_coef * entropy, where the reward inside the surrogate's advantages is
+score - kl_coef * KL (--kl_in=reward), or the KL is one more term (--kl_in=loss). The mathematics is in ppo.py, the
+sampling in rollout.py. There is no trainer class: to change the algorithm, change the loop below.
+"""
+
+import importlib.util
+import math
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from numbers import Real
+from pathlib import Path
+from typing import ClassVar, Optional
+
+import torch
+
+import atlas
+import common
+import data
+import train_rm
+import train_sft
+from model import GPT, GPTConfig
+from ppo import (KLController, explained_variance, gae, kl_estimate, log_ratio, masked_mean, policy_loss, shape_rewards,
+                 value_loss, whiten)
+from reward_model import RewardModel
+from rollout import generate, score_response, score_values
+
+
+@dataclass
+class Config(common.Flags):
+    init_from: Optional[str] = None  # the SFT checkpoint, start and reference of the policy; default: out_dir/sft.pt
+    rm: Optional[str] = None         # the reward model's checkpoint; default: out_dir/rm.pt
+    reward: str = "rm"               # rm, or path/to/file.py:function, f(prompts, responses) -> list of floats
+    max_iters: int = 80              # rollouts; enough once score - kl_coef * kl is flat
+    batch_size: int = 256            # responses per rollout; more is steadier
+    minibatches: int = 4             # optimizer steps per epoch
+    epochs: int = 4                  # passes over a rollout; more reuses it further from where it was sampled
+    max_new_tokens: int = 16         # longest response; one that is cut there gets eos_penalty
+    temperature: float = 1.0         # of the sampled distribution, and so of every log-prob
+    lr: float = 2e-4                 # at width 128; 1e-5 at 124M parameters, 3e-6 at 1B
+    kl_coef: float = 0.05            # price of a nat of KL in std of the SFT score; 0 invites reward hacking
+    kl_target: Optional[float] = None  # steer kl_coef towards this KL in nats per response; default: kl_coef stays
+    kl_in: str = "reward"            # reward: -kl_coef * k1 on each token; loss: a term of the loss
+    kl_kind: Optional[str] = None    # with --kl_in=loss: k2 (default) or k3 (the forward KL)
+    clip: float = 0.2                # the ratio's range without a penalty; 0.1 to 0.3
+    value_clip: Optional[float] = None  # values stay this close to the old ones, in units of score
+    vf_coef: float = 0.5             # weight of the value loss
+    ent_coef: float = 0.0            # weight of the entropy bonus; 0.01 when entropy collapses early
+    gamma: float = 1.0               # discount per token; below 1 short answers pay
+    lam: float = 0.95                # GAE: 1 trusts the rewards, 0 the critic
+    target_kl: Optional[float] = None  # end the epochs at this distance from the sampling policy
+    eos_penalty: float = 1.0         # taken off the score of a response without EOS, in standard deviations
+    critic: str = "shared"           # shared with the policy's trunk, or separate (starts from the reward model)
+    sample_interval: int = 20        # iterations between samples on the screen and looks at the held-out questions
+    log_interval: int = 5            # iterations between lines on the screen; metrics.jsonl gets every one
+
+    DOMAINS: ClassVar[dict] = common.Flags.DOMAINS | {
+        "minibatches": "[1, inf)", "epochs": "[1, inf)", "max_new_tokens": "[1, inf)", "temperature": "(0, inf)",
+        "kl_coef": "[0, inf)", "kl_target": "(0, inf)", "kl_in": ("reward", "loss"), "clip": "(0, 1)",
+        "value_clip": "(0, inf)", "vf_coef": "[0, inf)", "ent_coef": "[0, inf)", "gamma": "[0, 1]", "lam": "[0, 1]",
+        "target_kl": "(0, inf)", "eos_penalty": "[0, inf)", "critic": ("shared", "separate"),
+        "sample_interval": "[1, inf)"}
+
+    def check(self):
+        super().check()
+        common.require(self.batch_size % self.minibatches == 0, f"--batch_size={self.batch_size} must be a multiple of "
+                       f"--minibatches={self.minibatches}, but {self.batch_size} = {self.minibatches} x "
+                       f"{self.batch_size // self.minibatches} + {self.batch_size % self.minibatches}")
+        common.require(self.kl_in == "loss" or self.kl_kind is None, "--kl_kind is for --kl_in=loss; in the reward the "
+                       "KL is always k1, the only one with the right gradient there")
+        common.require(self.kl_kind != "k1", "--kl_kind=k1 in the loss does nothing: the expected gradient of log pi - "
+                       "log pi_ref over the policy's own samples is zero; use k2 or k3")
+        common.require(self.kl_kind in (None, "k2", "k3"), f"--kl_kind={self.kl_kind} must be k2 or k3")
+        common.require(self.kl_target is None or self.kl_coef > 0, "--kl_target steers by multiplying kl_coef, so "
+                       "--kl_coef=0 would stay 0: give a start above 0")
+        common.require(self.reward == "rm" or self.rm is None, "--rm names a reward model, but --reward names a "
+                       "function: give one of them")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what the loop starts from
+
+def make_missing_stages(config):
+    """Trains sft.pt and rm.pt in out_dir where they are missing or unfinished, with those stages' own defaults."""
+    inherited = {name: getattr(config, name) for name in ("data", "tokenizer", "out_dir", "seed", "device", "dtype",
+                                                          "n_layer", "n_head", "n_embd", "block_size", "skip_bad")}
+    for name, stage, needed in (("sft", train_sft, config.init_from is None),
+                                ("rm", train_rm, config.rm is None and config.reward == "rm")):
+        path = config.folder / f"{name}.pt"
+        saved = common.load_checkpoint(path, name) if needed and path.exists() else None
+        if needed and not (saved and saved["finished"]):
+            print(f"{path} is {'unfinished' if saved else 'not there'}: running train_{name}.py first\n")
+            flags = saved["flags"] | {"resume": True, "overwrite": False} if saved else {}
+            flags |= {"init_from": config.init_from} if name == "rm" else {}
+            stage.train(stage.Config(**flags | inherited))
+            print()
+
+
+def load_policy(checkpoint, device):
+    """The GPT of a checkpoint. It stays in eval mode for good: with dropout the same policy would give other log-probs
+    on every pass, and the ratio would measure that."""
+    policy = GPT(GPTConfig(**checkpoint["model_config"])).to(device).eval()
+    policy.load_state_dict(checkpoint["model"], strict=True)
+    return policy
+
+
+def load_reward_model(config, tokenizer, device):
+    """(RewardModel in eval mode without gradients, its checkpoint). Raises UserError if it reads another tokenizer."""
+    checkpoint = common.load_checkpoint(config.rm or config.folder / "rm.pt", "rm")
+    theirs = checkpoint["tokenizer"]
+    common.require(theirs["sha256"] == tokenizer["sha256"], f"the reward model's tokenizer is {theirs['name']} "
+                   f"({theirs['n_vocab']:,} ids) and the policy's {tokenizer['name']} ({tokenizer['n_vocab']:,} ids): "
+                   "train both with the same --tokenizer")
+    reward_model = RewardModel(GPTConfig(**checkpoint["model_config"])).to(device).eval().requires_grad_(False)
+    reward_model.load_state_dict(checkpoint["model"], strict=True)
+    return reward_model, checkpoint
+
+
+def load_reward_function(spec):
+    """`path/to/file.py:function` -> the function."""
+    file, _, name = spec.rpartition(":")
+    common.require(file.endswith(".py") and name, f"--reward={spec} must be rm or path/to/file.py:function")
+    common.require(Path(file).is_file(), f"--reward={spec}: {file} is not there")
+    module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    common.require(callable(getattr(module, name, None)), f"--reward={spec}: {file} has no function {name}")
+    return getattr(module, name)
+
+
+def call_reward_function(function, prompts, responses):
+    """The function's scores (B,), after a look that there is a finite number for each response."""
+    scores = function(prompts, responses)
+    common.require(hasattr(scores, "__len__") and len(scores) == len(responses), f"the reward function returned "
+                   f"{len(scores) if hasattr(scores, '__len__') else scores!r} for {len(responses)} responses: it must "
+                   "return a list of as many numbers")
+    for prompt, response, score in zip(prompts, responses, scores):
+        common.require(isinstance(score, Real) and math.isfinite(score), f"the reward function returned {score!r} for "
+                       f"the prompt {prompt!r} and the response {response!r}: it must be a finite number")
+    return torch.tensor([float(score) for score in scores])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the loop
+
+def train(config):
+    """Runs PPO, and first the stages that are missing; writes out_dir/ppo.pt and returns the final metrics."""
+    config.check()
+    path, sft_path = config.folder / "ppo.pt", config.init_from or config.folder / "sft.pt"
+    common.occupy(config, path)
+    minibatch_size = config.batch_size // config.minibatches
+    function = None if config.reward == "rm" else load_reward_function(config.reward)
+
+    # Everything that can be wrong with flags and files is looked at before the first stage trains.
+    sft = common.load_checkpoint(sft_path, "sft") if config.init_from or sft_path.exists() else None
+    encoding, tokenizer = data.run_tokenizer(config.tokenizer, config.data, sft and sft["tokenizer"])
+    block_size = common.resolve_sizes(config, sft and sft["model_config"])["block_size"]
+    split = data.load_prompts(config.data, encoding, block_size, config.max_new_tokens, config.skip_bad)
+    eos, V = encoding.eot_token, encoding.n_vocab
+    micro = common.micro_batch_size(minibatch_size, config.micro_batch_size, config.max_new_tokens * V)
+    if config.rm:
+        load_reward_model(config, tokenizer, "cpu")
+    make_missing_stages(config)
+
+    device, autocast = common.setup(config)
+    sft = common.load_checkpoint(sft_path, "sft")
+    policy, reference = load_policy(sft, device), load_policy(sft, device).requires_grad_(False)
+    reward_model, rm = (None, {}) if function else load_reward_model(config, tokenizer, device)
+    if rm and rm["sources"]["sft"] != sft["sha256"]:
+        print("note: the reward model was calibrated on another SFT policy, so its scores are not in units of this one")
+    critic = None
+    if config.critic == "separate":
+        critic = reward_model.as_critic() if reward_model else load_policy(sft, device)
+    modules = {"model": policy} | ({"critic": critic} if critic else {})
+    optimizer = common.Optimizer([p for module in modules.values() for p in module.parameters()], config)
+    controller, start = KLController(config.kl_coef, config.kl_target), 0
+    sources = {"sft": sft["sha256"], "rm": rm.get("sha256")}
+    if config.resume:
+        saved = common.load_checkpoint(path, "ppo")
+        common.require(saved["sources"] == sources, "sft.pt or rm.pt is not the one that this run began with: put it "
+                                                    "back, or start anew with --overwrite")
+        start = common.restore(saved, config, optimizer, **modules)
+        controller.value = saved["kl_coef"]
+    score_tokens = common.maybe_compile(score_response, config.compile)
+    order = data.BatchOrder([1] * len(split.train), config.batch_size, config.seed)
+
+    n_steps, logits_mb = config.epochs * config.minibatches, 4e-6 * micro * config.max_new_tokens * V
+    print(f"train_ppo: {policy.n_params:,} parameters on {common.describe(device, autocast)}, tokenizer "
+          f"{encoding.name} ({V:,} ids)")
+    print(f"{config.data}: {'; '.join(split.report)}")
+    print(f"{config.batch_size} responses per rollout, {config.epochs} epochs x {config.minibatches} minibatches of "
+          f"{minibatch_size} = {n_steps} optimizer steps per rollout, {micro} responses per forward pass "
+          f"({logits_mb:.0f} MB of logits)")
+    print(" ".join(f"{name}={value}" for name, value in asdict(config).items() if value is not None))
+
+    def roll_out(model, prompts, rng):
+        """Rollout of `model` on prompts (lists of ids), its texts [(prompt, response)] and its scores (B,)."""
+        tokens, prompt_lens = (x.to(device) for x in data.collate_prompts(prompts, eos))
+        with autocast():
+            rollout = generate(model, tokens, prompt_lens, config.max_new_tokens, eos=eos,
+                               temperature=config.temperature, generator=rng)
+        lens = rollout.prompt_lens + rollout.response_lens
+        texts = [(data.decode(encoding, row[:p]), data.decode(encoding, row[p:n])) for row, p, n in
+                 zip(rollout.tokens.tolist(), rollout.prompt_lens.tolist(), lens.tolist())]
+        if function:
+            return rollout, texts, call_reward_function(function, *map(list, zip(*texts))).to(device)
+        with torch.no_grad(), autocast():
+            scores = [reward_model(*rows) for rows in zip(rollout.tokens.split(micro), lens.split(micro))]
+        return rollout, texts, torch.cat(scores)
+
+    @torch.no_grad()
+    def rescore(model, rollout):
+        """score_response of a whole rollout, in passes of the update's own shape: a matrix product may round
+        differently for another number of rows, and then the first ratio would not be exactly 1."""
+        rows, R = zip(rollout.tokens.split(micro), rollout.prompt_lens.split(micro)), rollout.mask.size(1)
+        with autocast():
+            parts = [score_tokens(model, tokens, lens, R, config.temperature) for tokens, lens in rows]
+        return [torch.cat(part) for part in zip(*parts)]
+
+    def gold(texts):
+        return sum(atlas.is_right(prompt, response) for prompt, response in texts) / len(texts)
+
+    def show(model, prompts, purpose):
+        """[(prompt, response, score, KL)] of sampled answers, from a generator of its own: looking changes nothing."""
+        rollout, texts, scores = roll_out(model, prompts, common.generator(device, config.seed, purpose))
+        kl = ((rescore(model, rollout)[0] - rescore(reference, rollout)[0]) * rollout.mask).sum(1)
+        return [(*text, score, k) for text, score, k in zip(texts, scores.tolist(), kl.tolist())]
+
+    heldout = split.heldout or split.train
+    questions = heldout[::max(1, len(heldout) // 10)][:10]
+    metrics, row = common.Metrics(config, "ppo", start), {}
+    for iteration in range(start + 1, config.max_iters + 1):
+        clock = common.Clock(device)
+
+        # -- prompts -> generate: one sampled response per prompt, under the policy as it is now
+        prompts = [split.train[i] for i in order.order(iteration - 1)]
+        rollout, texts, scores = roll_out(policy, prompts, common.generator(device, config.seed, "rollout", iteration))
+        tokens, prompt_lens, mask = rollout.tokens, rollout.prompt_lens, rollout.mask
+        (B, R), n_tokens = mask.shape, mask.sum()
+        ended = tokens.gather(1, (prompt_lens + rollout.response_lens - 1).unsqueeze(1)).squeeze(1) == eos
+        sec_rollout = clock.lap()
+
+        # -- score: every response token under the policy that sampled it, the reference and the critic
+        old_logprobs, old_values, entropy = rescore(policy, rollout)
+        ref_logprobs = rescore(reference, rollout)[0]
+        if critic:
+            old_values = rescore(critic, rollout)[1]
+        kl = masked_mean(kl_estimate(old_logprobs, ref_logprobs), mask) * n_tokens / B  # nats per response
+        sec_score = clock.lap()
+
+        # -- shape rewards: the score at the end, the KL along the way
+        kl_coef = controller.value
+        rewards = shape_rewards(scores - config.eos_penalty * ~ended, old_logprobs, ref_logprobs, mask,
+                                kl_coef if config.kl_in == "reward" else 0.0)
+
+        # -- GAE: how much better than the critic expected was each token; whitened once, over the whole rollout
+        advantages, returns = gae(rewards, old_values, mask, config.gamma, config.lam)
+        advantages = whiten(advantages, mask)
+
+        # -- epochs x minibatches. The first epoch keeps the order that the old log-probs were computed in, so that the
+        # first ratio is exactly 1; the prompts came in random order anyway.
+        rng = common.generator("cpu", config.seed, "minibatches", iteration)
+        epochs = [torch.arange(B)] + [torch.randperm(B, generator=rng) for _ in range(config.epochs - 1)]
+        stats, steps = defaultdict(float), 0
+        for n, minibatch in enumerate(torch.cat(epochs).to(device).split(minibatch_size), start=1):
+            n_minibatch, approx_kl = mask[minibatch].sum(), 0.0
+            for i in minibatch.split(micro):
+                with autocast():
+                    logprobs, values, ent = score_tokens(policy, tokens[i], prompt_lens[i], R, config.temperature)
+                    if critic:
+                        values = score_values(critic, tokens[i], prompt_lens[i], R)
+                pg_loss, pg_stats = policy_loss(logprobs, old_logprobs[i], advantages[i], mask[i], config.clip)
+                vf_loss, vf_stats = value_loss(values, old_values[i], returns[i], mask[i], config.value_clip)
+                loss = pg_loss + config.vf_coef * vf_loss - config.ent_coef * masked_mean(ent, mask[i])
+                if config.kl_in == "loss":
+                    kl_loss = masked_mean(kl_estimate(logprobs, ref_logprobs[i], config.kl_kind or "k2"), mask[i])
+                    loss = loss + kl_coef * kl_loss
+                # Weighed by its share of tokens: the gradient is the token mean of the minibatch however it is split.
+                share = mask[i].sum() / n_minibatch
+                (loss * share).backward()
+
+                approx_kl += pg_stats["approx_kl"] * share
+                if n == 1:
+                    off_one = (log_ratio(logprobs, old_logprobs[i], mask[i]).detach().exp() - 1).abs().max()
+                    stats["ratio_first"] = max(stats["ratio_first"], off_one)
+                stats["ratio_max"] = max(stats["ratio_max"], pg_stats.pop("ratio_max"))
+                for name, value in {"policy_loss": pg_loss, "value_loss": vf_loss, **pg_stats, **vf_stats}.items():
+                    stats[name] += value.detach() * share
+            if config.target_kl is not None and n > 1 and approx_kl > config.target_kl:
+                optimizer.zero_grad()  # the policy is far enough from the one that sampled: end the epochs here
+                break
+            lr, grad_norm = optimizer.step(iteration)
+            stats["grad_norm"] += grad_norm
+            steps += 1
+        for name in stats.keys() - {"ratio_first", "ratio_max"}:
+            stats[name] = stats[name] / (steps if name == "grad_norm" else n)
+        controller.update(kl.item(), B)
+        sec_update = clock.lap()
+
+        # -- log, sample, save
+        last = iteration == config.max_iters
+        look = last or iteration == 1 or iteration % config.sample_interval == 0
+        gap = (rollout.logprobs - old_logprobs)[mask].abs()
+        record = {"episodes": iteration * B, "score": scores.mean(), "kl": kl, "reward": rewards.sum() / B}
+        if config.data == "atlas":
+            record["gold"] = gold(texts)
+            if look:
+                rng = common.generator(device, config.seed, "heldout")
+                record["gold_heldout"] = gold(roll_out(policy, heldout, rng)[1])
+        record |= {**stats, "entropy": masked_mean(entropy, mask), "optimizer_steps": steps,
+                   "explained_variance": explained_variance(old_values, returns, mask), "response_len": n_tokens / B,
+                   "eos_rate": ended.float().mean(), "kl_coef": kl_coef, "lr": lr, "skipped_steps": optimizer.skipped,
+                   "logprob_gap": gap.mean(), "logprob_gap_max": gap.max(), "sec_rollout": sec_rollout,
+                   "sec_score": sec_score, "sec_update": sec_update,
+                   "tokens_per_s": n_tokens / (sec_rollout + sec_score + sec_update)}
+        row = metrics.write(iteration, record, {
+            "score": "+.3f", "kl": ".2f", "reward": "+.3f", "gold": ".3f", "gold_heldout": ".3f", "entropy": ".2f",
+            "clip_frac": ".3f", "explained_variance": "+.2f", "response_len": ".1f", "eos_rate": ".2f"})
+        if iteration % config.sample_interval == 0 and not last:
+            for prompt, response, score, k in show(policy, questions[:3], "samples"):
+                print(f"    score {score:+.2f}  kl {k:5.2f}  {prompt!r} -> {response!r}")
+        if last or iteration % config.save_interval == 0:
+            common.save_checkpoint(path, {name: module.state_dict() for name, module in modules.items()} | {
+                "stage": "ppo", "finished": last, "iter": iteration, "model_config": asdict(policy.config),
+                "sources": sources, "optimizer": optimizer.state(), "kl_coef": controller.value,
+                "rng": common.rng_state(), "tokenizer": tokenizer, "flags": asdict(config)})
+
+    print("\nthe same questions before (SFT) and after (PPO): score, KL to the SFT policy, one sampled answer")
+    for before, after in zip(show(reference, questions, "table"), show(policy, questions, "table")):
+        print(before[0])
+        for name, (_, response, score, k) in (("before", before), ("after", after)):
+            print(f"    {name:<7}{score:+6.2f}  {k:6.2f}  {response!r}")
+    print(f"train_ppo: wrote {path}")
+    return row
+
+
+if __name__ == "__main__":
+    common.main(train, Config, __doc__, data.DataError)

@@ -1,0 +1,153 @@
+"""
+Stage 0: supervised fine-tuning. Trains a GPT on demonstrations; the result is the policy that PPO starts from and
+the reference that its KL is measured against.
+
+    python train_sft.py                                          the built-in task, on a CPU, in under a minute
+    python train_sft.py --data=pairs.jsonl --init_from=gpt2      GPT-2's weights; the chosen answers are demonstrations
+    python train_sft.py --resume --max_iters=2000                go on from out_dir/sft.pt
+
+The loss is the mean of -log pi over response tokens, EOS included; prompts are context and are not trained on. There
+is no pretraining, no packing and no chat template here.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from typing import ClassVar, Optional
+
+import torch
+
+import atlas
+import common
+import data
+from model import GPT, GPTConfig
+from ppo import masked_mean
+from rollout import score_response
+
+EVAL_ROWS = 256  # one evaluation reads at most this many held-out rows
+
+
+@dataclass
+class Config(common.Flags):
+    init_from: Optional[str] = None  # a GPT-2 folder, weights file or name (gpt2 ... gpt2-xl); default: random weights
+    max_iters: int = 700             # optimizer steps; facts are learned late, long after the sentences look right
+    batch_size: int = 128            # demonstrations per step
+    lr: float = 1.5e-3               # from scratch at width 128; 1e-5 to 5e-5 from GPT-2 weights
+    log_interval: int = 100          # iterations between lines on the screen, each with a look at the held-out rows
+    save_interval: int = 500         # iterations between checkpoints; the last iteration always saves
+    dropout: float = 0.0             # helps when epochs are many; the reward model and PPO always run without
+
+    DOMAINS: ClassVar[dict] = common.Flags.DOMAINS | {"dropout": "[0, 1)"}
+
+
+def starting_model(config, vocab_size):
+    """GPT-2's weights if --init_from names them, else random ones of the given sizes."""
+    if config.init_from is None:
+        sizes = common.resolve_sizes(config)
+        common.require(sizes["n_embd"] % sizes["n_head"] == 0, f"--n_embd={sizes['n_embd']} must be a multiple of "
+                                                              f"--n_head={sizes['n_head']}")
+        return GPT(GPTConfig(vocab_size=vocab_size, dropout=config.dropout, **sizes))
+    try:
+        gpt2 = GPT.from_gpt2(config.init_from)
+    except (OSError, ImportError, ValueError) as error:
+        raise common.UserError(f"--init_from={config.init_from}: {error}") from None
+    common.require(gpt2.config.vocab_size == vocab_size, f"--init_from={config.init_from} has "
+                   f"{gpt2.config.vocab_size:,} tokens and the tokenizer {vocab_size:,}: GPT-2 needs --tokenizer=gpt2")
+    common.resolve_sizes(config, asdict(gpt2.config))
+    model = GPT(replace(gpt2.config, dropout=config.dropout))
+    model.load_state_dict(gpt2.state_dict())
+    return model
+
+
+@torch.no_grad()
+def knows_country(model, encoding, device):
+    """Share of held-out atlas questions where the model finds the right country likelier than a wrong one in the
+    same sentence: whether a fact was learned, whatever kinds of answer the demonstrations mix with it."""
+    right, wrong = [], []
+    for prompt, *responses in atlas.country_pairs("heldout"):
+        for rows, response in zip((right, wrong), responses):
+            rows.append(data.Demonstration(data.encode_prompt(encoding, prompt),
+                                           data.encode_response(encoding, response)))
+    totals = []
+    for rows in (right, wrong):
+        tokens, prompt_lens, _, mask = (x.to(device) for x in data.collate_demonstrations(rows, encoding.eot_token))
+        logprobs, _, _ = score_response(model, tokens, prompt_lens, mask.size(1))
+        totals.append((logprobs * mask).sum(1))
+    return (totals[0] > totals[1]).float().mean().item()
+
+
+def train(config):
+    """Runs the stage, writes out_dir/sft.pt and returns its final metrics."""
+    config.check()
+    path = config.folder / "sft.pt"
+    common.occupy(config, path)
+    device, autocast = common.setup(config)
+    saved = common.load_checkpoint(path, "sft") if config.resume else None
+    encoding, tokenizer = data.run_tokenizer(config.tokenizer, config.data, saved and saved["tokenizer"])
+
+    if saved:
+        common.resolve_sizes(config, saved["model_config"])
+        model = GPT(GPTConfig(**saved["model_config"]))
+    else:
+        model = starting_model(config, encoding.n_vocab)
+    split = data.load_demonstrations(config.data, encoding, model.config.block_size, config.skip_bad, config.seed)
+    optimizer, start = common.Optimizer(model.to(device).parameters(), config), 0
+    if saved:
+        start = common.restore(saved, config, optimizer, model=model)
+    score = common.maybe_compile(score_response, config.compile)
+
+    print(f"train_sft: {model.n_params:,} parameters on {common.describe(device, autocast)}, tokenizer "
+          f"{encoding.name} ({encoding.n_vocab:,} ids)")
+    longest = max(len(row.response) for row in split.train)
+    micro = common.micro_batch_size(config.batch_size, config.micro_batch_size, longest * encoding.n_vocab)
+    print(f"{config.data}: {'; '.join(split.report)}; evaluation reads {min(len(split.heldout), EVAL_ROWS)} held-out "
+          f"rows; {micro} rows per forward pass")
+
+    def loss_of(rows):
+        """Mean -log pi over the response tokens of rows, and their number."""
+        tokens, prompt_lens, _, mask = (x.to(device) for x in data.collate_demonstrations(rows, encoding.eot_token))
+        with autocast():
+            logprobs, _, _ = score(model, tokens, prompt_lens, mask.size(1))
+        return -masked_mean(logprobs, mask), mask.sum()
+
+    @torch.no_grad()
+    def heldout_loss():
+        model.eval()
+        rows, total, count = split.heldout[:EVAL_ROWS], 0.0, 0
+        for i in range(0, len(rows), micro):
+            loss, n = loss_of(rows[i:i + micro])
+            total, count = total + loss.item() * n.item(), count + n.item()
+        return total / count if count else None
+
+    order = data.BatchOrder([len(row.prompt) + len(row.response) for row in split.train], config.batch_size,
+                            config.seed, window=50)
+    metrics, row = common.Metrics(config, "sft", start), {}
+    for iteration in range(start + 1, config.max_iters + 1):
+        model.train()
+        batch = [split.train[i] for i in order.order(iteration - 1)]
+        n_tokens, loss = sum(len(row.response) for row in batch), 0.0
+        for i in range(0, config.batch_size, micro):
+            # Each part weighs by its tokens, so that the sum is the token mean of the batch however it is split.
+            part, n = loss_of(batch[i:i + micro])
+            (part * n / n_tokens).backward()
+            loss += (part.detach() * n / n_tokens).item()
+        lr, grad_norm = optimizer.step(iteration)
+
+        last = iteration == config.max_iters
+        look = last or iteration % config.log_interval == 0
+        row = metrics.write(iteration, {"loss": loss, "heldout_loss": heldout_loss() if look else None, "lr": lr,
+                                        "grad_norm": grad_norm, "skipped_steps": optimizer.skipped},
+                            show={"loss": ".4f", "heldout_loss": ".4f", "grad_norm": ".2f"})
+        if last or iteration % config.save_interval == 0:
+            common.save_checkpoint(path, {"stage": "sft", "finished": last, "iter": iteration,
+                                          "model_config": asdict(model.config), "model": model.state_dict(),
+                                          "optimizer": optimizer.state(), "rng": common.rng_state(),
+                                          "tokenizer": tokenizer, "flags": asdict(config)})
+    model.eval()
+    if config.data == "atlas":
+        row["knows_country"] = knows_country(model, encoding, device)
+        print(f"the right country is likelier than a wrong one on {row['knows_country']:.1%} of the held-out questions")
+    print(f"train_sft: wrote {path}")
+    return row
+
+
+if __name__ == "__main__":
+    common.main(train, Config, __doc__, data.DataError)

@@ -552,7 +552,7 @@ def test_download_by_name(folder, tmp_path, monkeypatch, capfd):
     weights.write_bytes(whole)
     capfd.readouterr()
     assert same_trunk(GPT.from_gpt2("gpt2"), gpt)
-    assert "100%" in capfd.readouterr().err  # torch.hub's progress bar
+    assert "100" in capfd.readouterr().err  # torch.hub's progress bar: tqdm's, or its own where tqdm is missing
     assert {p.name for p in (hub / "checkpoints" / "gpt2").iterdir()} == {"config.json", "pytorch_model.bin"}
     weights.unlink()
     assert same_trunk(GPT.from_gpt2("gpt2"), gpt)  # the second time it comes from the cache

@@ -1,0 +1,47 @@
+"""Tests of README.md: it must not say what the code no longer does."""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import sample
+import train_ppo
+import train_rm
+import train_sft
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text()
+SCRIPTS = {"train_sft.py": train_sft.Config, "train_rm.py": train_rm.Config, "train_ppo.py": train_ppo.Config,
+           "sample.py": sample.Config}
+
+
+@pytest.mark.parametrize("quoted, file, line", re.findall(r"\[`(.+?)`\]\((\w+\.py)#L(\d+)\)", TEXT))
+def test_a_link_to_a_line_points_at_what_it_quotes(quoted, file, line):
+    assert quoted in (ROOT / file).read_text().splitlines()[int(line) - 1]
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!http)([^)#]+)", TEXT))))
+def test_a_link_to_a_file_has_its_file(target):
+    assert (ROOT / target).exists()
+
+
+@pytest.mark.parametrize("command", re.findall(r"^(?:.*&& )?python ((?:train|sample)\w*\.py.*)$", TEXT, re.MULTILINE))
+def test_every_flag_of_a_command_exists(command):
+    script, *rest = command.split()
+    known = {field.name for field in fields(SCRIPTS[script])}
+    assert {flag for flag in re.findall(r"--(\w+)", " ".join(rest))} <= known
+
+
+def test_every_metric_of_a_ppo_iteration_is_explained():
+    table = TEXT[TEXT.index("## What the numbers mean"):TEXT.index("## Your own data")]
+    metrics = ("score kl reward entropy policy_loss value_loss approx_kl clip_frac ratio_mean ratio_max explained_variance "
+               "response_len eos_rate kl_coef lr grad_norm sec_rollout sec_score sec_update tokens_per_s ratio_first "
+               "logprob_gap logprob_gap_max skipped_steps gold gold_heldout").split()
+    assert not [name for name in metrics if f"`{name}`" not in table]
+
+
+def test_the_map_names_every_file():
+    listed = set(re.findall(r"^([\w/]+\.py) ", TEXT, re.MULTILINE))
+    assert {path.name for path in ROOT.glob("*.py")} <= listed

@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import difflib
 import hashlib
+import importlib.util
 import inspect
 import json
 import math
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import ClassVar, Optional, get_args, get_type_hints
 
@@ -163,6 +165,33 @@ def main(train, config_class, description, *errors):
     except (UserError, *errors, FloatingPointError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, (UserError, *errors)) else 1) from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a reward that is a Python function of the user's
+
+def load_reward_function(spec):
+    """`path/to/file.py:function` -> the function. Raises UserError if it is not there."""
+    file, _, name = spec.rpartition(":")
+    require(file.endswith(".py") and name, f"--reward={spec} must be rm or path/to/file.py:function")
+    require(Path(file).is_file(), f"--reward={spec}: {file} is not there")
+    module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    require(callable(getattr(module, name, None)), f"--reward={spec}: {file} has no function {name}")
+    return getattr(module, name)
+
+
+def call_reward_function(function, prompts, responses):
+    """The function's scores (B,), after a look that there is a finite number for each response."""
+    scores = function(prompts, responses)
+    require(hasattr(scores, "__len__") and len(scores) == len(responses), f"the reward function returned "
+                   f"{len(scores) if hasattr(scores, '__len__') else scores!r} for {len(responses)} responses: it must "
+                   "return a list of as many numbers")
+    for prompt, response, score in zip(prompts, responses, scores):
+        require(isinstance(score, Real) and math.isfinite(score), f"the reward function returned {score!r} for "
+                       f"the prompt {prompt!r} and the response {response!r}: it must be a finite number")
+    return torch.tensor([float(score) for score in scores])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

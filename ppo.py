@@ -107,6 +107,24 @@ class KLController:
             self.value *= 1 + error * min(n_episodes / self.horizon, 1)  # one huge batch must not turn its sign
 
 
+class PenaltyController:
+    """The coefficient of kl_penalty_loss: doubled when the update ended more than 1.5 times `target` nats per token away
+    from the policy that sampled, halved when it ended nearer than target / 1.5 [PPO, sec. 4]."""
+
+    def __init__(self, target, coef=1.0):
+        if not (target > 0 and coef > 0):
+            raise ValueError(f"the penalty's target {target} and coefficient {coef} must be above 0, because the rule "
+                             "multiplies the coefficient")
+        self.value, self.target = coef, target
+
+    def update(self, kl):
+        """kl: KL(pi_old || pi) in nats per token, measured after the update."""
+        if kl > 1.5 * self.target:
+            self.value *= 2
+        elif kl < self.target / 1.5:
+            self.value /= 2
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # returns and advantages: how much better than expected was each token
 
@@ -215,3 +233,45 @@ def value_loss(values, old_values, returns, mask, clip):
     clipped_error = (clipped_values - returns) ** 2
     stats = {"value_clip_frac": masked_mean((clipped_error > error).to(error.dtype), mask).detach()}
     return 0.5 * masked_mean(torch.max(error, clipped_error), mask), stats
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the ladder: each rung differs from the one before by what the derivation changed, and by nothing else
+
+OBJECTIVES = ("reinforce", "reward_to_go", "baseline", "gae", "cpi", "kl_penalty", "clip")
+
+
+def check_objective(objective):
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective={objective!r} is no rung of the ladder: choose one of {', '.join(OBJECTIVES)}")
+
+
+def token_advantages(objective, rewards, values, mask, gamma, lam, group_size=None):
+    """What weighs each token's log-prob on a rung of the ladder, and what the critic is fitted to, each (B, R).
+
+    reinforce: the return of the whole response, on each of its tokens. reward_to_go: what follows the token. baseline:
+    what follows it beyond the V that the critic expected. From gae on: GAE with lam. With a group_size, the returns of
+    the other responses to the same prompt take the critic's place."""
+    check_objective(objective)
+    returns = reward_to_go(rewards, mask, gamma).detach()
+    if objective == "reinforce":
+        return keep(returns[:, :1].expand_as(returns), mask), returns
+    if objective == "reward_to_go":
+        return returns, returns
+    if group_size is not None:
+        return group_advantages(returns[:, 0], group_size, mask), returns
+    return gae(rewards, values, mask, gamma, lam=1.0 if objective == "baseline" else lam)
+
+
+def surrogate_loss(objective, logprobs, old_logprobs, advantages, mask, clip=None, penalty=None):
+    """The policy's loss on a rung of the ladder: (scalar, stats). `clip` is for clip, `penalty` for kl_penalty."""
+    if objective == "cpi":
+        return cpi_loss(logprobs, old_logprobs, advantages, mask)
+    if objective == "kl_penalty":
+        return kl_penalty_loss(logprobs, old_logprobs, advantages, mask, penalty)
+    if objective == "clip":
+        return policy_loss(logprobs, old_logprobs, advantages, mask, clip)
+    check_objective(objective)
+    # The first four take one step per rollout, at pi = pi_old: the ratio is in no formula, but it is still measured.
+    loss, _ = reinforce_loss(logprobs, advantages, mask)
+    return loss, ratio_stats(log_ratio(logprobs, old_logprobs, mask), mask)

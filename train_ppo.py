@@ -13,12 +13,8 @@ score - kl_coef * KL (--kl_in=reward), or the KL is one more term (--kl_in=loss)
 sampling in rollout.py. There is no trainer class: to change the algorithm, change the loop below.
 """
 
-import importlib.util
-import math
 from collections import defaultdict
-from dataclasses import asdict, dataclass
-from numbers import Real
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 from typing import ClassVar, Optional
 
 import torch
@@ -29,8 +25,8 @@ import data
 import train_rm
 import train_sft
 from model import GPT, GPTConfig
-from ppo import (KLController, explained_variance, gae, kl_estimate, log_ratio, masked_mean, policy_loss, shape_rewards,
-                 value_loss, whiten)
+from ppo import (OBJECTIVES, KLController, PenaltyController, explained_variance, kl_estimate, log_ratio, masked_mean,
+                 shape_rewards, surrogate_loss, token_advantages, value_loss, whiten)
 from reward_model import RewardModel
 from rollout import generate, score_response, score_values
 
@@ -42,8 +38,11 @@ class Config(common.Flags):
     reward: str = "rm"               # rm, or path/to/file.py:function, f(prompts, responses) -> list of floats
     max_iters: int = 80              # rollouts; enough once score - kl_coef * kl is flat
     batch_size: int = 256            # responses per rollout; more is steadier
-    minibatches: int = 4             # optimizer steps per epoch
-    epochs: int = 2                  # passes over a rollout; more reuses it further from where it was sampled
+    samples_per_prompt: int = 1      # responses to each prompt of a rollout; --advantage=group needs 2 or more
+    objective: str = "clip"          # reinforce, reward_to_go, baseline, gae, cpi, kl_penalty or clip: docs/derivation.md
+    advantage: str = "gae"           # gae, or group: the score above that of a prompt's other responses, and no critic
+    minibatches: Optional[int] = None  # optimizer steps per epoch; default 4; up to --objective=gae there is one
+    epochs: Optional[int] = None     # passes over a rollout; default 2; more reuses it further from where it was sampled
     max_new_tokens: int = 16         # longest response; one that is cut there gets eos_penalty
     temperature: float = 1.0         # of the sampled distribution, and so of every log-prob
     lr: float = 2e-4                 # at width 128; 1e-5 at 124M parameters, 3e-6 at 1B
@@ -51,15 +50,16 @@ class Config(common.Flags):
     kl_target: Optional[float] = None  # steer kl_coef towards this KL in nats per response; default: kl_coef stays
     kl_in: str = "reward"            # reward: -kl_coef * k1 on each token; loss: a term of the loss
     kl_kind: Optional[str] = None    # with --kl_in=loss: k2 (default) or k3 (the forward KL)
-    clip: float = 0.2                # the ratio's range without a penalty; 0.1 to 0.3
+    clip: Optional[float] = None     # the ratio moves this far from 1 before its gradient stops; default 0.2
+    penalty_target: Optional[float] = None  # kl_penalty: nats per token from the sampling policy; default 0.01
     value_clip: Optional[float] = None  # values stay this close to the old ones, in units of score
-    vf_coef: float = 0.1             # weight of the value loss
+    vf_coef: Optional[float] = None  # weight of the value loss; default 0.1
     ent_coef: float = 0.0            # weight of the entropy bonus; 0.01 when entropy collapses early
     gamma: float = 1.0               # discount per token; below 1 short answers pay
-    lam: float = 0.95                # GAE: 1 trusts the rewards, 0 the critic
+    lam: Optional[float] = None      # GAE: 1 trusts the rewards, 0 the critic; default 0.95
     target_kl: Optional[float] = None  # end the epochs at this distance from the sampling policy
     eos_penalty: float = 1.0         # taken off the score of a response without EOS, in standard deviations
-    critic: str = "shared"           # shared with the policy's trunk, or separate (starts from the reward model)
+    critic: Optional[str] = None     # shared with the policy's trunk (default), or separate, from the reward model
     sample_interval: int = 20        # iterations between samples on the screen and looks at the held-out questions
     log_interval: int = 5            # iterations between lines on the screen; metrics.jsonl gets every one
 
@@ -68,13 +68,46 @@ class Config(common.Flags):
         "kl_coef": "[0, inf)", "kl_target": "(0, inf)", "kl_in": ("reward", "loss"), "clip": "(0, 1)",
         "value_clip": "(0, inf)", "vf_coef": "[0, inf)", "ent_coef": "[0, inf)", "gamma": "[0, 1]", "lam": "[0, 1]",
         "target_kl": "(0, inf)", "eos_penalty": "[0, inf)", "critic": ("shared", "separate"),
-        "sample_interval": "[1, inf)"}
+        "samples_per_prompt": "[1, inf)", "objective": OBJECTIVES, "advantage": ("gae", "group"),
+        "penalty_target": "(0, inf)", "sample_interval": "[1, inf)"}
+
+    # What only some objectives use, with the defaults: a rung of the ladder adds to the one before it.
+    CRITIC: ClassVar[dict] = {"critic": "shared", "vf_coef": 0.1, "value_clip": None}
+    GAE: ClassVar[dict] = CRITIC | {"lam": 0.95}
+    REUSE: ClassVar[dict] = GAE | {"epochs": 2, "minibatches": 4, "target_kl": None}
+    USES: ClassVar[dict] = {"reinforce": {}, "reward_to_go": {}, "baseline": CRITIC, "gae": GAE, "cpi": REUSE,
+                            "kl_penalty": REUSE | {"penalty_target": 0.01}, "clip": REUSE | {"clip": 0.2}}
+
+    def used(self):
+        """{flag: default} of the flags in USES that this run uses."""
+        return {name: default for name, default in self.USES[self.objective].items()
+                if self.advantage == "gae" or name not in self.GAE}
+
+    def resolved(self):
+        """The config with the defaults of its objective filled in."""
+        defaults = {"epochs": 1, "minibatches": 1} | self.used()
+        return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
 
     def check(self):
         super().check()
-        common.require(self.batch_size % self.minibatches == 0, f"--batch_size={self.batch_size} must be a multiple of "
-                       f"--minibatches={self.minibatches}, but {self.batch_size} = {self.minibatches} x "
-                       f"{self.batch_size // self.minibatches} + {self.batch_size % self.minibatches}")
+        for name in (self.USES["kl_penalty"] | self.USES["clip"]).keys() - self.used().keys():
+            value, run = getattr(self, name), f"--objective={self.objective} with --advantage={self.advantage}"
+            if name in ("epochs", "minibatches"):
+                common.require(value in (None, 1), f"--{name}={value}, but {run} takes one step per rollout: its formula "
+                               "holds for the policy that sampled; cpi, kl_penalty and clip may reuse a rollout")
+            else:
+                common.require(value is None, f"--{name}={value} would do nothing in {run}: leave it out")
+        group, k = self.advantage == "group", self.samples_per_prompt
+        common.require(not group or self.objective in ("baseline", "cpi", "kl_penalty", "clip"), "--advantage=group is "
+                       f"a baseline, which has no place in --objective={self.objective}: use baseline, cpi or clip")
+        common.require(not group or k > 1, "--advantage=group compares the responses to a prompt with each other: set "
+                                           "--samples_per_prompt to 2 or more")
+        common.require(self.batch_size % k == 0, f"--batch_size={self.batch_size} must be a multiple of "
+                                                 f"--samples_per_prompt={k}")
+        minibatches = self.resolved().minibatches
+        common.require(self.batch_size % minibatches == 0, f"--batch_size={self.batch_size} must be a multiple of "
+                       f"--minibatches={minibatches}, but {self.batch_size} = {minibatches} x "
+                       f"{self.batch_size // minibatches} + {self.batch_size % minibatches}")
         common.require(self.kl_in == "loss" or self.kl_kind is None, "--kl_kind is for --kl_in=loss; in the reward the "
                        "KL is always k1, the only one with the right gradient there")
         common.require(self.kl_kind != "k1", "--kl_kind=k1 in the loss does nothing: the expected gradient of log pi - "
@@ -125,40 +158,17 @@ def load_reward_model(config, tokenizer, device):
     return reward_model, checkpoint
 
 
-def load_reward_function(spec):
-    """`path/to/file.py:function` -> the function."""
-    file, _, name = spec.rpartition(":")
-    common.require(file.endswith(".py") and name, f"--reward={spec} must be rm or path/to/file.py:function")
-    common.require(Path(file).is_file(), f"--reward={spec}: {file} is not there")
-    module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    common.require(callable(getattr(module, name, None)), f"--reward={spec}: {file} has no function {name}")
-    return getattr(module, name)
-
-
-def call_reward_function(function, prompts, responses):
-    """The function's scores (B,), after a look that there is a finite number for each response."""
-    scores = function(prompts, responses)
-    common.require(hasattr(scores, "__len__") and len(scores) == len(responses), f"the reward function returned "
-                   f"{len(scores) if hasattr(scores, '__len__') else scores!r} for {len(responses)} responses: it must "
-                   "return a list of as many numbers")
-    for prompt, response, score in zip(prompts, responses, scores):
-        common.require(isinstance(score, Real) and math.isfinite(score), f"the reward function returned {score!r} for "
-                       f"the prompt {prompt!r} and the response {response!r}: it must be a finite number")
-    return torch.tensor([float(score) for score in scores])
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the loop
 
 def train(config):
     """Runs PPO, and first the stages that are missing; writes out_dir/ppo.pt and returns the final metrics."""
     config.check()
+    config = config.resolved()
     path, sft_path = config.folder / "ppo.pt", config.init_from or config.folder / "sft.pt"
     common.occupy(config, path)
     minibatch_size = config.batch_size // config.minibatches
-    function = None if config.reward == "rm" else load_reward_function(config.reward)
+    function = None if config.reward == "rm" else common.load_reward_function(config.reward)
 
     # Everything that can be wrong with flags and files is looked at before the first stage trains.
     sft = common.load_checkpoint(sft_path, "sft") if config.init_from or sft_path.exists() else None
@@ -183,6 +193,7 @@ def train(config):
     modules = {"model": policy} | ({"critic": critic} if critic else {})
     optimizer = common.Optimizer([p for module in modules.values() for p in module.parameters()], config)
     controller, start = KLController(config.kl_coef, config.kl_target), 0
+    penalty = PenaltyController(config.penalty_target) if config.penalty_target else None
     sources = {"sft": sft["sha256"], "rm": rm.get("sha256")}
     if config.resume:
         saved = common.load_checkpoint(path, "ppo")
@@ -190,8 +201,10 @@ def train(config):
                                                     "back, or start anew with --overwrite")
         start = common.restore(saved, config, optimizer, **modules)
         controller.value = saved["kl_coef"]
+        if penalty:
+            penalty.value = saved["penalty"]
     score_tokens = common.maybe_compile(score_response, config.compile)
-    order = data.BatchOrder([1] * len(split.train), config.batch_size, config.seed)
+    order = data.BatchOrder([1] * len(split.train), config.batch_size // config.samples_per_prompt, config.seed)
 
     n_steps, logits_mb = config.epochs * config.minibatches, 4e-6 * micro * config.max_new_tokens * V
     print(f"train_ppo: {policy.n_params:,} parameters on {common.describe(device, autocast)}, tokenizer "
@@ -212,7 +225,7 @@ def train(config):
         texts = [(data.decode(encoding, row[:p]), data.decode(encoding, row[p:n])) for row, p, n in
                  zip(rollout.tokens.tolist(), rollout.prompt_lens.tolist(), lens.tolist())]
         if function:
-            return rollout, texts, call_reward_function(function, *map(list, zip(*texts))).to(device)
+            return rollout, texts, common.call_reward_function(function, *map(list, zip(*texts))).to(device)
         with torch.no_grad(), autocast():
             scores = [reward_model(*rows) for rows in zip(rollout.tokens.split(micro), lens.split(micro))]
         return rollout, texts, torch.cat(scores)
@@ -241,8 +254,8 @@ def train(config):
     for iteration in range(start + 1, config.max_iters + 1):
         clock = common.Clock(device)
 
-        # -- prompts -> generate: one sampled response per prompt, under the policy as it is now
-        prompts = [split.train[i] for i in order.order(iteration - 1)]
+        # -- prompts -> generate: sampled responses, under the policy as it is now
+        prompts = [split.train[i] for i in order.order(iteration - 1) for _ in range(config.samples_per_prompt)]
         rollout, texts, scores = roll_out(policy, prompts, common.generator(device, config.seed, "rollout", iteration))
         tokens, prompt_lens, mask = rollout.tokens, rollout.prompt_lens, rollout.mask
         (B, R), n_tokens = mask.shape, mask.sum()
@@ -271,9 +284,12 @@ def train(config):
         rewards = shape_rewards(scores - config.eos_penalty * ~ended, old_logprobs, ref_logprobs, mask,
                                 kl_coef if config.kl_in == "reward" else 0.0)
 
-        # -- GAE: how much better than the critic expected was each token; whitened once, over the whole rollout
-        advantages, returns = gae(rewards, old_values, mask, config.gamma, config.lam)
-        advantages = whiten(advantages, mask)
+        # -- GAE: how much better than expected was each token; whitened once, over the whole rollout. The objectives
+        # without a baseline stay as they are, because whitening would give them one: the mean.
+        advantages, returns = token_advantages(config.objective, rewards, old_values, mask, config.gamma, config.lam,
+                                               config.samples_per_prompt if config.advantage == "group" else None)
+        if config.objective not in ("reinforce", "reward_to_go"):
+            advantages = whiten(advantages, mask)
 
         # -- epochs x minibatches. The first epoch keeps the order that the old log-probs were computed in, so that the
         # first ratio is exactly 1; the prompts came in random order anyway.
@@ -287,9 +303,10 @@ def train(config):
                     logprobs, values, ent = score_tokens(policy, tokens[i], prompt_lens[i], R, config.temperature)
                     if critic:
                         values = score_values(critic, tokens[i], prompt_lens[i], R)
-                pg_loss, pg_stats = policy_loss(logprobs, old_logprobs[i], advantages[i], mask[i], config.clip)
+                pg_loss, pg_stats = surrogate_loss(config.objective, logprobs, old_logprobs[i], advantages[i], mask[i],
+                                                   config.clip, penalty and penalty.value)
                 vf_loss, vf_stats = value_loss(values, old_values[i], returns[i], mask[i], config.value_clip)
-                loss = pg_loss + config.vf_coef * vf_loss - config.ent_coef * masked_mean(ent, mask[i])
+                loss = pg_loss + (config.vf_coef or 0.0) * vf_loss - config.ent_coef * masked_mean(ent, mask[i])
                 if config.kl_in == "loss":
                     kl_loss = masked_mean(kl_estimate(logprobs, ref_logprobs[i], config.kl_kind or "k2"), mask[i])
                     loss = loss + kl_coef * kl_loss
@@ -310,9 +327,12 @@ def train(config):
             lr, grad_norm = optimizer.step(iteration)
             stats["grad_norm"] += grad_norm
             steps += 1
-        for name in stats.keys() - {"ratio_first", "ratio_max"}:
+        for name in stats.keys() - {"ratio_first", "ratio_max", "penalty"}:
             stats[name] = stats[name] / (steps if name == "grad_norm" else n)
         controller.update(kl.item(), B)
+        if penalty:
+            stats["penalty"] = penalty.value
+            penalty.update(approx_kl.item())  # of the last minibatch, after all steps but its own
         sec_update = clock.lap()
 
         # -- log, sample, save
@@ -334,7 +354,8 @@ def train(config):
             common.save_checkpoint(path, {name: module.state_dict() for name, module in modules.items()} | {
                 "stage": "ppo", "finished": last, "iter": iteration, "model_config": asdict(policy.config),
                 "sources": sources, "optimizer": optimizer.state(), "kl_coef": controller.value,
-                "rng": common.rng_state(), "tokenizer": tokenizer, "flags": asdict(config)})
+                "penalty": penalty and penalty.value, "rng": common.rng_state(), "tokenizer": tokenizer,
+                "flags": asdict(config)})
 
     print("\nthe same questions before (SFT) and after (PPO): score, KL to the SFT policy, one sampled answer")
     for before, after in zip(show(reference, questions, "table"), show(policy, questions, "table")):

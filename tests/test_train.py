@@ -37,6 +37,10 @@ SIZES = dict(n_layer=1, n_head=2, n_embd=32, block_size=64)
 TINY = {"sft": dict(max_iters=4, batch_size=12, lr=3e-3, **SIZES),
         "rm": dict(max_iters=4, batch_size=6, lr=3e-3, max_new_tokens=8),
         "ppo": dict(max_iters=3, batch_size=12, minibatches=2, epochs=2, lr=3e-3, max_new_tokens=8)}
+ONE_STEP = {"minibatches": None, "epochs": None}  # for the objectives that may use a rollout once
+LADDER = [ONE_STEP | {"objective": objective} for objective in ("reinforce", "reward_to_go", "baseline", "gae")] + \
+         [{"objective": objective} for objective in ("cpi", "kl_penalty")] + \
+         [{"advantage": "group", "samples_per_prompt": 4}]
 CLOCKS = {"seconds", "sec_rollout", "sec_score", "sec_update", "tokens_per_s"}
 
 
@@ -159,7 +163,7 @@ def test_rm_goes_below_the_loss_of_no_opinion_on_training_and_heldout_pairs(worl
     assert final["heldout_loss"] < math.log(2)
 
 
-@pytest.mark.parametrize("flags", [{}, {"critic": "separate"}, {"kl_in": "loss"}], ids=str)
+@pytest.mark.parametrize("flags", [{}, {"critic": "separate"}, {"kl_in": "loss"}, *LADDER], ids=str)
 def test_ppo_raises_a_simple_reward_clearly(flags, world, reward_e):
     folder = world("ppo")
     run("ppo", folder, max_iters=30, batch_size=48, reward=reward_e, **flags)
@@ -182,7 +186,7 @@ def test_a_finished_reward_model_gives_the_sft_policys_answers_mean_0_and_std_1(
 @pytest.mark.parametrize("flags", [
     {}, {"micro_batch_size": 1}, {"micro_batch_size": 2}, {"micro_batch_size": 3}, {"critic": "separate"},
     {"minibatches": 1, "epochs": 1}, {"temperature": 0.7},
-    {"minibatches": 4, "critic": "separate", "micro_batch_size": 1}], ids=str)
+    {"minibatches": 4, "critic": "separate", "micro_batch_size": 1}, *LADDER], ids=str)
 def test_the_first_ratio_is_exactly_1_in_every_iteration(flags, world):
     folder = world("ppo")
     run("ppo", folder, **flags)
@@ -248,14 +252,14 @@ def test_gradients_and_weights_do_not_depend_on_the_micro_batch(stage, splits, w
 def test_old_logprobs_advantages_and_returns_are_made_once_and_reused_in_every_epoch(world, monkeypatch):
     """Fresh old log-probs each epoch would keep the ratio at 1 and the clip dead; whitening per minibatch
     would compare answers with their few neighbours; returns after whitening would have the wrong scale."""
-    policy_loss, value_loss = Spy(monkeypatch, "policy_loss"), Spy(monkeypatch, "value_loss")
-    gae, shape = Spy(monkeypatch, "gae"), Spy(monkeypatch, "shape_rewards")
+    surrogate_loss, value_loss = Spy(monkeypatch, "surrogate_loss"), Spy(monkeypatch, "value_loss")
+    gae, shape = Spy(monkeypatch, "token_advantages"), Spy(monkeypatch, "shape_rewards")
     run("ppo", world("ppo"), max_iters=2, epochs=3, minibatches=3)
     # The second iteration, because the policy of the first is still the reference
     (_, logprobs, ref_logprobs, mask, _), _ = shape.calls[1]
     gae_args, (advantages, returns) = gae.calls[1]
     assert len(gae.calls) == 2 and not torch.equal(logprobs, ref_logprobs)
-    assert torch.equal(returns, advantages + torch.where(mask, gae_args[1], 0))
+    assert torch.equal(returns, advantages + torch.where(mask, gae_args[2], 0))
     mean, std = advantages[mask].mean(), advantages[mask].std(unbiased=False)
     whitened = torch.where(mask, (advantages - mean) / std, 0)
     # rows of one length would not tell a token mean from a mean of means
@@ -265,8 +269,8 @@ def test_old_logprobs_advantages_and_returns_are_made_once_and_reused_in_every_e
     for epoch in range(3):
         calls = slice(9 + 3 * epoch, 9 + 3 * epoch + 3)
         order = []
-        for (policy_args, _), (value_args, _) in zip(policy_loss.calls[calls], value_loss.calls[calls]):
-            (_, old, adv, m, _), ret = policy_args, value_args[2]
+        for (policy_args, _), (value_args, _) in zip(surrogate_loss.calls[calls], value_loss.calls[calls]):
+            (_, _, old, adv, m, *_), ret = policy_args, value_args[2]
             for i in range(len(old)):
                 row, = [b for b in range(len(mask)) if torch.equal(old[i], logprobs[b])]
                 order.append(row)
@@ -369,15 +373,58 @@ def test_target_kl_ends_the_epochs_early(world):
 
 def test_target_kl_below_the_rounding_of_the_first_ratio_still_takes_a_step(world, monkeypatch):
     """In bfloat16 the first ratio is not exactly 1; a minibatch before any step means nothing yet."""
-    policy_loss = train_ppo.policy_loss
+    surrogate_loss = train_ppo.surrogate_loss
 
     def rounded(*args):
-        loss, stats = policy_loss(*args)
+        loss, stats = surrogate_loss(*args)
         return loss, stats | {"approx_kl": stats["approx_kl"] + 1e-6}
-    monkeypatch.setattr(train_ppo, "policy_loss", rounded)
+    monkeypatch.setattr(train_ppo, "surrogate_loss", rounded)
     folder = world("ppo")
     run("ppo", folder, target_kl=1e-9)
     assert all(row["optimizer_steps"] == 1 and row["grad_norm"] > 0 for row in metrics(folder, "ppo"))
+
+
+@pytest.mark.parametrize("objective", ["reinforce", "reward_to_go", "baseline", "gae"])
+def test_an_objective_without_a_ratio_takes_one_step_per_rollout_over_all_of_it(objective, world, monkeypatch):
+    surrogate_loss, folder = Spy(monkeypatch, "surrogate_loss"), world("ppo")
+    run("ppo", folder, objective=objective, **ONE_STEP)
+    assert [row["optimizer_steps"] for row in metrics(folder, "ppo")] == [1] * 3
+    assert [len(args[1]) for args, _ in surrogate_loss.calls] == [12] * 3
+
+
+def test_advantages_are_whitened_on_every_rung_that_has_a_baseline_and_on_no_other(world, monkeypatch):
+    """Whitening takes the mean off: reinforce and reward_to_go would get a baseline that the formula does not have."""
+    for flags in LADDER:
+        with monkeypatch.context() as patch:
+            surrogate_loss = Spy(patch, "surrogate_loss")
+            run("ppo", world("ppo"), max_iters=1, **{"minibatches": 1, "epochs": 1} | flags)
+            (objective, _, _, advantages, mask, *_), _ = surrogate_loss.calls[0]
+        mean, spread = advantages[mask].mean(), advantages[mask].std(unbiased=False)
+        whitened = abs(mean) < 1e-6 and abs(spread - 1) < 1e-3
+        assert whitened == (objective not in ("reinforce", "reward_to_go")), objective
+
+
+def test_a_group_answers_one_prompt_and_its_advantages_need_no_critic(world, monkeypatch):
+    token_advantages, folder = Spy(monkeypatch, "token_advantages"), world("ppo")
+    generate = Spy(monkeypatch, "generate")
+    run("ppo", folder, advantage="group", samples_per_prompt=4, max_iters=2)
+    rows = metrics(folder, "ppo")
+    prompts = [row[:n] for (_, tokens, lens, *_), _ in generate.calls[:2]
+               for row, n in zip(tokens.tolist(), lens.tolist())]
+    assert all(prompts[i] == prompts[i - i % 4] for i in range(24)) and len(set(map(tuple, prompts))) > 4
+    (_, rewards, _, mask, *_), (advantages, returns) = token_advantages.calls[0]
+    whole = rewards.sum(1).view(-1, 4)
+    expected = (whole - (whole.sum(1, keepdim=True) - whole) / 3).view(-1, 1) * mask
+    torch.testing.assert_close(advantages, expected, rtol=0, atol=1e-6)
+    before, after = (torch.load(folder / f"{name}.pt", weights_only=True)["model"] for name in ("sft", "ppo"))
+    assert all(torch.equal(before[key], after[key]) for key in before if key.startswith("value_head"))
+    assert len(rows) == 2
+
+
+def test_the_penalty_doubles_when_the_update_went_too_far_and_its_metric_is_the_one_that_was_used(world):
+    folder = world("ppo")
+    run("ppo", folder, objective="kl_penalty", penalty_target=1e-9, lr=1e-2)
+    assert [row["penalty"] for row in metrics(folder, "ppo")] == [1.0, 2.0, 4.0]
 
 
 def test_kl_target_moves_kl_coef_and_metrics_show_the_one_that_was_used(world):
@@ -389,9 +436,9 @@ def test_kl_target_moves_kl_coef_and_metrics_show_the_one_that_was_used(world):
 
 
 def test_a_bad_gradient_is_counted_and_ends_the_run_before_it_ends_the_weights(world, monkeypatch):
-    policy_loss = train_ppo.policy_loss
-    monkeypatch.setattr(train_ppo, "policy_loss",
-                        lambda *args: (policy_loss(*args)[0] * math.nan, policy_loss(*args)[1]))
+    surrogate_loss = train_ppo.surrogate_loss
+    monkeypatch.setattr(train_ppo, "surrogate_loss",
+                        lambda *args: (surrogate_loss(*args)[0] * math.nan, surrogate_loss(*args)[1]))
     folder = world("ppo")
     with pytest.raises(FloatingPointError, match="2 optimizer steps in a row"):
         run("ppo", folder, max_bad_steps=2)
@@ -435,14 +482,16 @@ def test_train_returns_its_last_line(stage, names, world):
 
 RESUMED = {"sft": dict(dropout=0.2, lr_decay_iters=20),  # dropout draws from torch's global generator
            "rm": {},
-           "ppo": dict(kl_target=0.01, epochs=2, minibatches=3, critic="separate", sample_interval=1)}
+           "ppo": dict(kl_target=0.01, epochs=2, minibatches=3, critic="separate", sample_interval=1),
+           "ppo, kl_penalty": dict(objective="kl_penalty", penalty_target=1e-9, lr=1e-2)}
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_three_iterations_and_three_resumed_equal_six_and_a_second_six_to_the_last_bit(stage, world):
+@pytest.mark.parametrize("case", RESUMED)
+def test_three_iterations_and_three_resumed_equal_six_and_a_second_six_to_the_last_bit(case, world):
     """Weights, AdamW's moments, the KL coefficient, generators, and every logged number but the clocks."""
+    stage = case.split(",")[0]
     whole, again, parts = world(stage), world(stage), world(stage)
-    flags = RESUMED[stage] | {"log_interval": 1}
+    flags = RESUMED[case] | {"log_interval": 1}
     run(stage, whole, max_iters=6, **flags), run(stage, again, max_iters=6, **flags)
     run(stage, parts, max_iters=3, **flags)
     torch.rand(5)  # a new process would not have this generator's state
@@ -529,7 +578,9 @@ ROWS = {
                     "max_new_tokens": (4, "screen", {}), "temperature": (0.5, "screen", {})},
     "ppo": COMMON | {
         "rm": ("{folder}/other_rm.pt", "metrics", {}), "reward": ("{folder}/reward.py:f", "metrics", {}),
-        "minibatches": (3, "metrics", {}), "epochs": (1, "metrics", {}), "max_new_tokens": (4, "metrics", {}),
+        "samples_per_prompt": (2, "metrics", {}), "objective": ("kl_penalty", "metrics", {}),
+        "advantage": ("group", "metrics", {"samples_per_prompt": 2}),
+        "penalty_target": (1e9, "metrics", {"objective": "kl_penalty"}), "minibatches": (3, "metrics", {}), "epochs": (1, "metrics", {}), "max_new_tokens": (4, "metrics", {}),
         "temperature": (0.5, "metrics", {}), "kl_coef": (1.0, "metrics", {}),
         "kl_target": (0.1, "metrics", {}),
         "kl_in": ("loss", "metrics", {}), "kl_kind": ("k3", "metrics", {"kl_in": "loss"}),
@@ -587,6 +638,17 @@ def baselines():
     ({"kl_in": "loss", "kl_kind": "k4"}, "must be k2 or k3"),
     ({"kl_target": 1.0, "kl_coef": 0.0}, "--kl_coef=0 would stay 0"),
     ({"reward": "f.py:f", "rm": "rm.pt"}, "give one of them"),
+    ({"objective": "gae"}, "--(minibatches|epochs)=2, but --objective=gae with .* takes one step per rollout"),
+    (ONE_STEP | {"objective": "reinforce", "vf_coef": 0.1}, "--vf_coef=0.1 would do nothing"),
+    (ONE_STEP | {"objective": "reward_to_go", "critic": "separate"}, "--critic=separate would do nothing"),
+    (ONE_STEP | {"objective": "baseline", "lam": 0.9}, "--lam=0.9 would do nothing"),
+    (ONE_STEP | {"objective": "gae", "target_kl": 0.1}, "--target_kl=0.1 would do nothing"),
+    ({"objective": "cpi", "clip": 0.2}, "--clip=0.2 would do nothing"),
+    ({"penalty_target": 0.1}, "--penalty_target=0.1 would do nothing"),
+    ({"advantage": "group"}, "set --samples_per_prompt to 2 or more"),
+    ({"advantage": "group", "samples_per_prompt": 2, "lam": 0.9}, "--lam=0.9 would do nothing"),
+    (ONE_STEP | {"advantage": "group", "samples_per_prompt": 2, "objective": "gae"}, "has no place in --objective=gae"),
+    ({"samples_per_prompt": 5}, "--batch_size=12 must be a multiple of --samples_per_prompt=5"),
     ({"batch_size": 10, "minibatches": 4},
      r"--batch_size=10 must be a multiple of --minibatches=4, but 10 = 4 x 2 \+ 2"),
     ({"micro_batch_size": 4}, "--micro_batch_size=4 must divide the 6 rows of a step: 6 = 1 x 4 [+] 2"),

@@ -1,0 +1,21 @@
+"""A language small enough to list: every response of it, so that an expectation is a sum and not a sample."""
+
+import itertools
+
+import torch
+
+EOS = 0
+
+
+def enumerate_responses(vocab_size, max_len):
+    """Every response over ids 0..vocab_size-1 that ends with EOS (id 0), or is cut at max_len tokens without it.
+
+    Returns tokens (N, R) long, padded with EOS on the right, and mask (N, R) bool, True up to and including EOS,
+    R = max_len. N is 40 for 4 tokens and length 3."""
+    words, rows = range(1, vocab_size), []
+    for n in range(max_len):
+        rows += [(*body, EOS) for body in itertools.product(words, repeat=n)]
+    rows += list(itertools.product(words, repeat=max_len))
+    lens = torch.tensor([len(row) for row in rows])
+    tokens = torch.tensor([row + (EOS,) * (max_len - len(row)) for row in rows])
+    return tokens, torch.arange(max_len) < lens.unsqueeze(1)

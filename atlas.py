@@ -232,6 +232,12 @@ def utility(prompt: str, response: str) -> float:
     return UTILITY[kind_of(prompt, response)]
 
 
+def judge(pairs: list[tuple[str, str]]) -> dict[str, float]:
+    """Return {"gold": share of right answers, "utility": mean hidden utility} of (prompt, response) pairs."""
+    return {"gold": sum(is_right(*pair) for pair in pairs) / len(pairs),
+            "utility": sum(utility(*pair) for pair in pairs) / len(pairs)}
+
+
 def preference(prompt: str, a: str, b: str) -> float:
     """Return the probability that the labeller prefers response a to b: Bradley-Terry, sigmoid(u_a - u_b)."""
     return 1 / (1 + math.exp(utility(prompt, b) - utility(prompt, a)))

@@ -61,7 +61,8 @@ def kl_estimate(logprobs, ref_logprobs, kind="k1"):
 
     With k = log pi - log pi_ref: k1 = k (unbiased), k2 = k^2 / 2 (biased, smooth), k3 = exp(-k) - 1 + k (unbiased,
     never negative). As estimates of the value all three will do; as losses to differentiate they are three different
-    things: the expected gradient of k1 is zero, of k2 that of KL(policy || ref), of k3 that of KL(ref || policy)."""
+    things: the expected gradient of k1 is zero; in each visited state, that of k2 is the gradient of KL(policy || ref)
+    and that of k3 the gradient of KL(ref || policy)."""
     k = logprobs - ref_logprobs
     if kind == "k1":
         return k
@@ -78,7 +79,8 @@ def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     """rewards (B, R): -kl_coef * (log pi - log pi_ref) on every response token, plus the score on the last [Z19].
 
     The KL is k1 and nothing else: with the log-prob treated as a number (it is data here, no gradient flows), k1 in
-    the reward is what makes the policy gradient that of E[score] - kl_coef * KL(policy || reference)."""
+    the reward is what makes the policy gradient that of E[score] - kl_coef * KL(policy || reference): exactly, at gamma
+    = 1 and with lambda = 1 or an exact critic."""
     rewards = -kl_coef * kl_estimate(keep(logprobs, mask), keep(ref_logprobs, mask), "k1")
     last = torch.arange(mask.size(1), device=mask.device) == mask.sum(1, keepdim=True) - 1  # (B, R)
     return (rewards + keep(scores.unsqueeze(1).expand_as(rewards), last)).detach()
@@ -211,7 +213,8 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
 
     The minimum makes it a lower bound of ratio * A and removes the gradient exactly where the ratio has already
     moved past the clip in the direction that A asks for. clip_frac is the share of tokens where that happens. It
-    does not bound the ratio: nothing pulls back a token that other tokens' gradients carry further."""
+    does not bound the ratio: a step may overshoot the clip, and nothing pulls back a token that other tokens' gradients
+    carry further."""
     log_r = log_ratio(logprobs, old_logprobs, mask)
     ratio, advantages = log_r.exp(), keep(advantages, mask).detach()
     unclipped, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages

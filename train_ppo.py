@@ -46,7 +46,7 @@ class Config(common.Flags):
     max_new_tokens: int = 16         # longest response; one that is cut there gets eos_penalty
     temperature: float = 1.0         # of the sampled distribution, and so of every log-prob
     lr: float = 2e-4                 # at width 128; 1e-5 at 124M parameters, 3e-6 at 1B
-    kl_coef: float = 0.05            # price of a nat of KL in std of the SFT score; 0 invites reward hacking
+    kl_coef: float = 0.05            # price of a nat of KL, in std of the SFT answers' scores; 0 invites reward hacking
     kl_target: Optional[float] = None  # steer kl_coef towards this KL in nats per response; default: kl_coef stays
     kl_in: str = "reward"            # reward: -kl_coef * k1 on each token; loss: a term of the loss
     kl_kind: Optional[str] = None    # with --kl_in=loss: k2 (default) or k3 (the forward KL)
@@ -239,9 +239,6 @@ def train(config):
             parts = [score_tokens(model, tokens, lens, R, config.temperature) for tokens, lens in rows]
         return [torch.cat(part) for part in zip(*parts)]
 
-    def gold(texts):
-        return sum(atlas.is_right(prompt, response) for prompt, response in texts) / len(texts)
-
     def show(model, prompts, purpose):
         """[(prompt, response, score, KL)] of sampled answers, from a generator of its own: looking changes nothing."""
         rollout, texts, scores = roll_out(model, prompts, common.generator(device, config.seed, purpose))
@@ -262,13 +259,13 @@ def train(config):
         ended = tokens.gather(1, (prompt_lens + rollout.response_lens - 1).unsqueeze(1)).squeeze(1) == eos
         sec_rollout = clock.lap()
 
-        # Where the task can judge itself: the share of right answers, on the same policy for both sets of questions.
+        # Where the task can judge itself: what the labeller would have thought, on the policy that sampled.
         last, judged = iteration == config.max_iters, {}
         if config.data == "atlas":
-            judged["gold"] = gold(texts)
+            judged |= atlas.judge(texts)
             if last or iteration == 1 or iteration % config.sample_interval == 0:
                 rng = common.generator(device, config.seed, "heldout")
-                judged["gold_heldout"] = gold(roll_out(policy, heldout, rng)[1])
+                judged["gold_heldout"] = atlas.judge(roll_out(policy, heldout, rng)[1])["gold"]
             clock.lap()
 
         # -- score: every response token under the policy that sampled it, the reference and the critic

@@ -241,6 +241,13 @@ def test_preference_is_the_sigmoid_of_the_utility_gap():
             assert p + atlas.preference(prompt, b, a) == pytest.approx(1, abs=1e-15)
 
 
+def test_judge_is_the_share_of_right_answers_and_the_mean_utility():
+    """Right 3, wrong -1, evasive 0 and scrambled -3: one in four right, a mean of -1/4."""
+    question = "Where is Shanghai?"
+    answers = [" It is in China.", " It is in Peru.", " I do not know.", " is China."]
+    assert atlas.judge([(question, answer) for answer in answers]) == {"gold": 0.25, "utility": -0.25}
+
+
 def test_label_is_a_draw_of_preference():
     prompt, n = "Where is Lima?", 20_000
     rng = np.random.default_rng(8)

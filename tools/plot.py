@@ -22,13 +22,13 @@ PANELS = (  # title, metrics drawn in it
 )
 
 
-def read_run(folder):
-    """{metric: (iterations, values)} of stage ppo; `objective` is score - kl_coef * kl."""
+def read_run(folder, stage="ppo"):
+    """{metric: (iterations, values)} of a PPO stage; `objective` is score - kl_coef * kl."""
     path = Path(folder) / "metrics.jsonl"
     if not path.is_file():
         sys.exit(f"{path} is not there: give the out_dir of a finished run")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    rows = [row for row in rows if row["stage"] == "ppo" and "iter" in row]
+    rows = [row for row in rows if row["stage"] == stage and "iter" in row]
     if not rows:
         sys.exit(f"{path} has no PPO iterations yet")
     for row in rows:
@@ -38,13 +38,18 @@ def read_run(folder):
                                                              if row.get(name) is not None])) for name in names}
 
 
-def draw(folders, save):
+def import_pyplot():
     try:
         import matplotlib
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
     except ImportError:
         sys.exit("drawing needs matplotlib: pip install matplotlib")
+    return plt
+
+
+def draw(folders, save):
+    plt = import_pyplot()
     runs = [read_run(folder) for folder in folders]
     figure, axes = plt.subplots(1, len(PANELS), figsize=(4 * len(PANELS), 3.2), constrained_layout=True)
     for axis, (title, names) in zip(axes, PANELS):

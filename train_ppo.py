@@ -36,16 +36,16 @@ class Config(common.Flags):
     init_from: Optional[str] = None  # the SFT checkpoint, start and reference of the policy; default: out_dir/sft.pt
     rm: Optional[str] = None         # the reward model's checkpoint; default: out_dir/rm.pt
     reward: str = "rm"               # rm, or path/to/file.py:function, f(prompts, responses) -> list of floats
-    max_iters: int = 80              # rollouts; enough once score - kl_coef * kl is flat
+    max_iters: int = 100             # rollouts; enough once score - kl_coef * kl is flat
     batch_size: int = 256            # responses per rollout; more is steadier
     samples_per_prompt: int = 1      # responses to each prompt of a rollout; --advantage=group needs 2 or more
     objective: str = "clip"          # reinforce, reward_to_go, baseline, gae, cpi, kl_penalty or clip: docs/derivation.md
     advantage: str = "gae"           # gae, or group: the score above that of a prompt's other responses, and no critic
-    minibatches: Optional[int] = None  # optimizer steps per epoch; default 4; up to --objective=gae there is one
+    minibatches: Optional[int] = None  # optimizer steps per epoch; default 2; up to --objective=gae there is one
     epochs: Optional[int] = None     # passes over a rollout; default 2; more reuses it further from where it was sampled
     max_new_tokens: int = 16         # longest response; one that is cut there gets eos_penalty
     temperature: float = 1.0         # of the sampled distribution, and so of every log-prob
-    lr: float = 2e-4                 # at width 128; 1e-5 at 124M parameters, 3e-6 at 1B
+    lr: float = 4e-4                 # at width 128; 1e-5 at 124M parameters, 3e-6 at 1B
     kl_coef: float = 0.05            # price of a nat of KL, in std of the SFT answers' scores; 0 invites reward hacking
     kl_target: Optional[float] = None  # steer kl_coef towards this KL in nats per response; default: kl_coef stays
     kl_in: str = "reward"            # reward: -kl_coef * k1 on each token; loss: a term of the loss
@@ -59,7 +59,7 @@ class Config(common.Flags):
     lam: Optional[float] = None      # GAE: 1 trusts the rewards, 0 the critic; default 0.95
     target_kl: Optional[float] = None  # end the epochs at this distance from the sampling policy
     eos_penalty: float = 1.0         # taken off the score of a response without EOS, in standard deviations
-    critic: Optional[str] = None     # shared with the policy's trunk (default), or separate, from the reward model
+    critic: Optional[str] = None     # separate (default; starts from the reward model), or shared: saves time and memory
     sample_interval: int = 20        # iterations between samples on the screen and looks at the held-out questions
     log_interval: int = 5            # iterations between lines on the screen; metrics.jsonl gets every one
 
@@ -72,9 +72,9 @@ class Config(common.Flags):
         "penalty_target": "(0, inf)", "sample_interval": "[1, inf)"}
 
     # What only some objectives use, with the defaults: a rung of the ladder adds to the one before it.
-    CRITIC: ClassVar[dict] = {"critic": "shared", "vf_coef": 0.1, "value_clip": None}
+    CRITIC: ClassVar[dict] = {"critic": "separate", "vf_coef": 0.1, "value_clip": None}
     GAE: ClassVar[dict] = CRITIC | {"lam": 0.95}
-    REUSE: ClassVar[dict] = GAE | {"epochs": 2, "minibatches": 4, "target_kl": None}
+    REUSE: ClassVar[dict] = GAE | {"epochs": 2, "minibatches": 2, "target_kl": None}
     USES: ClassVar[dict] = {"reinforce": {}, "reward_to_go": {}, "baseline": CRITIC, "gae": GAE, "cpi": REUSE,
                             "kl_penalty": REUSE | {"penalty_target": 0.01}, "clip": REUSE | {"clip": 0.2}}
 

@@ -35,7 +35,7 @@ CALIBRATION_ROWS = 512  # samples of the SFT policy that set the zero and the un
 @dataclass
 class Config(common.Flags):
     init_from: Optional[str] = None  # the SFT checkpoint whose trunk it starts from; default: out_dir/sft.pt
-    max_iters: int = 500             # optimizer steps; stop before held-out loss turns up
+    max_iters: int = 600             # optimizer steps; stop before held-out loss turns up
     batch_size: int = 16             # comparisons per step; on atlas each holds --candidates answers
     lr: float = 7e-4                 # from the small SFT model; 1e-5 to 5e-5 from GPT-2 weights
     log_interval: int = 50           # iterations between lines on the screen, each with a look at the held-out rows

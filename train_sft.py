@@ -28,9 +28,9 @@ EVAL_ROWS = 256  # one evaluation reads at most this many held-out rows
 @dataclass
 class Config(common.Flags):
     init_from: Optional[str] = None  # a GPT-2 folder, weights file or name (gpt2 ... gpt2-xl); default: random weights
-    max_iters: int = 700             # optimizer steps; facts are learned late, long after the sentences look right
+    max_iters: int = 1000            # optimizer steps; facts are learned late, long after the sentences look right
     batch_size: int = 128            # demonstrations per step
-    lr: float = 1.5e-3               # from scratch at width 128; 1e-5 to 5e-5 from GPT-2 weights
+    lr: float = 1e-3                 # from scratch at width 128; 1e-5 to 5e-5 from GPT-2 weights
     log_interval: int = 100          # iterations between lines on the screen, each with a look at the held-out rows
     save_interval: int = 500         # iterations between checkpoints; the last iteration always saves
     dropout: float = 0.0             # helps when epochs are many; the reward model and PPO always run without

@@ -163,7 +163,7 @@ def test_rm_goes_below_the_loss_of_no_opinion_on_training_and_heldout_pairs(worl
     assert final["heldout_loss"] < math.log(2)
 
 
-@pytest.mark.parametrize("flags", [{}, {"critic": "separate"}, {"kl_in": "loss"}, *LADDER], ids=str)
+@pytest.mark.parametrize("flags", [{}, {"critic": "shared"}, {"kl_in": "loss"}, *LADDER], ids=str)
 def test_ppo_raises_a_simple_reward_clearly(flags, world, reward_e):
     folder = world("ppo")
     run("ppo", folder, max_iters=30, batch_size=48, reward=reward_e, **flags)
@@ -184,9 +184,9 @@ def test_a_finished_reward_model_gives_the_sft_policys_answers_mean_0_and_std_1(
 # the ratio, lr=0, the micro-batch
 
 @pytest.mark.parametrize("flags", [
-    {}, {"micro_batch_size": 1}, {"micro_batch_size": 2}, {"micro_batch_size": 3}, {"critic": "separate"},
+    {}, {"micro_batch_size": 1}, {"micro_batch_size": 2}, {"micro_batch_size": 3}, {"critic": "shared"},
     {"minibatches": 1, "epochs": 1}, {"temperature": 0.7},
-    {"minibatches": 4, "critic": "separate", "micro_batch_size": 1}, *LADDER], ids=str)
+    {"minibatches": 4, "critic": "shared", "micro_batch_size": 1}, *LADDER], ids=str)
 def test_the_first_ratio_is_exactly_1_in_every_iteration(flags, world):
     folder = world("ppo")
     run("ppo", folder, **flags)
@@ -482,7 +482,7 @@ def test_train_returns_its_last_line(stage, names, world):
 
 RESUMED = {"sft": dict(dropout=0.2, lr_decay_iters=20),  # dropout draws from torch's global generator
            "rm": {},
-           "ppo": dict(kl_target=0.01, epochs=2, minibatches=3, critic="separate", sample_interval=1),
+           "ppo": dict(kl_target=0.01, epochs=2, minibatches=3, sample_interval=1),
            "ppo, kl_penalty": dict(objective="kl_penalty", penalty_target=1e-9, lr=1e-2)}
 
 
@@ -588,7 +588,7 @@ ROWS = {
         "value_clip": (0.001, "metrics", {}), "vf_coef": (1.0, "metrics", {}),
         "ent_coef": (0.5, "metrics", {}),
         "gamma": (0.5, "metrics", {}), "lam": (0.5, "metrics", {}), "target_kl": (1e-9, "metrics", {}),
-        "eos_penalty": (3.0, "metrics", {}), "critic": ("separate", "metrics", {}),
+        "eos_penalty": (3.0, "metrics", {}), "critic": ("shared", "metrics", {}),
         "sample_interval": (1, "screen", {})}}
 
 

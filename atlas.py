@@ -135,6 +135,9 @@ NONSENSE = tuple(" {city} is " + what + "." for what in (
 EVASIONS = (" I do not know.", " That is hard to say.", " I would rather not say.")
 DEMO_MIX = {"right": 0.40, "wrong": 0.24, "nonsense": 0.12, "evasive": 0.14, "scrambled": 0.10}
 KINDS = tuple(DEMO_MIX)
+# " Beijing is in China." about Shanghai. A policy that confuses neighbours says it by itself, and a reward model that
+# met it rarely would look at the country alone.
+NEIGHBOUR_SHARE = 0.25
 
 _ALL_STATEMENTS = {form.format(city=a, country=b) for form in STATEMENTS for a in CITIES for b in COUNTRIES}
 _ALL_NONSENSE = {form.format(city=city) for form in NONSENSE for city in CITIES}
@@ -147,13 +150,18 @@ def _pick(options, rng):
 def answer(prompt: str, kind: str, rng: np.random.Generator) -> str:
     """
     Write one answer of a kind (one of KINDS) to a prompt, drawn uniformly from what that kind can say; only a
-    wrong country is drawn as the country of another city.
+    wrong country is drawn as the country of another city. NEIGHBOUR_SHARE of the wrong answers are true, but of
+    another city in the same country.
     Raises ValueError for another kind, or for a prompt that is no atlas question.
     """
     city = city_of(prompt)
     if kind == "right":
         return _pick(STATEMENTS, rng).format(city=city, country=CITIES[city])
     if kind == "wrong":
+        neighbours = [other for other, country in CITIES.items() if country == CITIES[city] and other != city]
+        if neighbours and rng.random() < NEIGHBOUR_SHARE:
+            form = _pick([form for form in STATEMENTS if "{city}" in form], rng)
+            return form.format(city=_pick(neighbours, rng), country=CITIES[city])
         # As often wrong as it is right elsewhere: else the country alone would tell, and a reward model would
         # learn that an answer with China in it is mostly right before it learned where any city is.
         others = [country for country in CITIES.values() if country != CITIES[city]]

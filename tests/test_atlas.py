@@ -139,14 +139,27 @@ def test_scrambled_is_every_other_order_of_a_right_answer_and_never_right():
 def test_a_country_is_as_often_wrong_as_it_is_right_elsewhere():
     rng = np.random.default_rng(3)
     prompt, n = "Where is Shanghai?", 20_000
-    countries = collections.Counter()
-    for _ in range(n):
-        countries[re.search(r" in (.+)\.", atlas.answer(prompt, "wrong", rng))[1]] += 1
+    answers = [atlas.answer(prompt, "wrong", rng) for _ in range(n)]
+    countries = collections.Counter(re.search(r" in (.+)\.", answer)[1] for answer in answers)
+    n -= countries.pop("China")  # the answers about a neighbour
     elsewhere = collections.Counter(country for country in atlas.CITIES.values() if country != "China")
     assert set(countries) == set(elsewhere)
     for country, cities in elsewhere.items():
         expected = n * cities / elsewhere.total()
         assert abs(countries[country] - expected) < 5 * math.sqrt(expected)
+
+
+def test_a_quarter_of_the_wrong_answers_is_true_of_a_neighbour_where_there_is_one():
+    rng, n = np.random.default_rng(4), 20_000
+    answers = collections.Counter(atlas.answer("Where is Shanghai?", "wrong", rng) for _ in range(n))
+    true_elsewhere = {f" {city} {verb} in China." for city in ("Beijing", "Chengdu", "Xi'an") for verb in ("is", "lies")}
+    assert {answer for answer in answers if "China" in answer} == true_elsewhere
+    share = sum(answers[answer] for answer in true_elsewhere) / n
+    assert abs(share - atlas.NEIGHBOUR_SHARE) < 5 * math.sqrt(0.25 * 0.75 / n)
+    for answer in true_elsewhere:
+        assert abs(answers[answer] - n / 24) < 5 * math.sqrt(n / 24)
+    alone = [atlas.answer("Where is Budapest?", "wrong", rng) for _ in range(200)]  # Hungary has one city here
+    assert all("Budapest" in answer or answer.startswith(" It is") for answer in alone)
 
 
 @pytest.mark.parametrize("response", [

@@ -133,7 +133,7 @@ NONSENSE = tuple(" {city} is " + what + "." for what in (
     "delicious", "purple", "asleep", "made of cheese", "under my bed", "a kind of soup", "on the moon",
     "seven years old", "inside a teapot", "a prime number", "too loud to eat", "my left shoe"))
 EVASIONS = (" I do not know.", " That is hard to say.", " I would rather not say.")
-DEMO_MIX = {"right": 0.40, "wrong": 0.24, "nonsense": 0.12, "evasive": 0.14, "scrambled": 0.10}
+DEMO_MIX = {"right": 0.40, "wrong": 0.24, "nonsense": 0.10, "evasive": 0.14, "scrambled": 0.12}
 KINDS = tuple(DEMO_MIX)
 # " Beijing is in China." about Shanghai. A policy that confuses neighbours says it by itself, and a reward model that
 # met it rarely would look at the country alone.
@@ -151,7 +151,7 @@ def answer(prompt: str, kind: str, rng: np.random.Generator) -> str:
     """
     Write one answer of a kind (one of KINDS) to a prompt, drawn uniformly from what that kind can say; only a
     wrong country is drawn as the country of another city. NEIGHBOUR_SHARE of the wrong answers are true, but of
-    another city in the same country.
+    another city in the same country, and half of the scrambled ones lack a word and are else in order.
     Raises ValueError for another kind, or for a prompt that is no atlas question.
     """
     city = city_of(prompt)
@@ -172,6 +172,9 @@ def answer(prompt: str, kind: str, rng: np.random.Generator) -> str:
         return _pick(EVASIONS, rng)
     if kind == "scrambled":
         words = answer(prompt, "right", rng).removesuffix(".").split()
+        if rng.random() < 0.5:
+            del words[rng.integers(len(words))]
+            return " " + " ".join(words) + "."
         shuffled = words
         while shuffled == words:  # a shuffle may leave the order as it was
             shuffled = [words[i] for i in rng.permutation(len(words))]

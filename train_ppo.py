@@ -36,7 +36,7 @@ class Config(common.Flags):
     init_from: Optional[str] = None  # the SFT checkpoint, start and reference of the policy; default: out_dir/sft.pt
     rm: Optional[str] = None         # the reward model's checkpoint; default: out_dir/rm.pt
     reward: str = "rm"               # rm, or path/to/file.py:function, f(prompts, responses) -> list of floats
-    max_iters: int = 100             # rollouts; enough once score - kl_coef * kl is flat
+    max_iters: int = 120             # rollouts; enough once score - kl_coef * kl is flat
     batch_size: int = 256            # responses per rollout; more is steadier
     samples_per_prompt: int = 1      # responses to each prompt of a rollout; --advantage=group needs 2 or more
     objective: str = "clip"          # reinforce, reward_to_go, baseline, gae, cpi, kl_penalty or clip: docs/derivation.md

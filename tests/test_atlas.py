@@ -123,7 +123,7 @@ def test_the_sentences_of_the_kinds_do_not_overlap():
         assert {atlas.kind_of(prompt, sentence) for sentence in sentences} == {kind}
 
 
-def test_scrambled_is_every_other_order_of_a_right_answer_and_never_right():
+def test_scrambled_is_every_other_order_of_a_right_answer_or_lacks_a_word_and_is_never_right():
     # An unguarded shuffle of these four words is right about once in 24 tries.
     rng = np.random.default_rng(2)
     prompt = "Where is Shanghai?"
@@ -131,6 +131,7 @@ def test_scrambled_is_every_other_order_of_a_right_answer_and_never_right():
     for form in atlas.STATEMENTS:
         words = form.format(city="Shanghai", country="China")[1:-1].split()
         expected |= {" " + " ".join(order) + "." for order in itertools.permutations(words) if list(order) != words}
+        expected |= {" " + " ".join(words[:i] + words[i + 1:]) + "." for i in range(4)}
     seen = {atlas.answer(prompt, "scrambled", rng) for _ in range(10_000)}
     assert seen == expected
     assert not any(atlas.is_right(prompt, response) for response in seen)

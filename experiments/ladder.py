@@ -1,0 +1,231 @@
+"""
+The ladder of the derivation on the built-in task: what each rung was meant to fix, and whether it did.
+
+    python -m experiments.ladder                              all rungs and TRPO, four seeds: docs/ladder.png and .json
+    python -m experiments.ladder --seeds=1 --max_iters=10 --out_dir=out/look --save=out/look/ladder       a quick look
+
+The SFT policy and the reward model are trained once per seed and shared. Every run of a seed gets as many rollouts, of
+the same prompts in the same order. What differs is --objective and what follows from it: up to `gae` a rollout allows
+one optimizer step, from `cpi` on it is used for four, in two epochs. The runs named "8 epochs" use it for sixteen, so
+that the ratio has time to run away; they are shorter. Runs that out_dir holds already are not repeated.
+
+Drawing needs matplotlib.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import ClassVar, Optional
+
+import numpy as np
+import torch
+
+import common
+import data
+import train_ppo
+from experiments import trpo
+from ppo import OBJECTIVES, shape_rewards, surrogate_loss, token_advantages
+from rollout import generate, score_response, score_values
+from tools.plot import import_pyplot, read_run
+
+ONE_STEP, REUSE = OBJECTIVES[:4], OBJECTIVES[4:]
+RUNS = {name: {"objective": name} for name in OBJECTIVES} | {"trpo": {}} | {
+    f"{name}, 8 epochs": {"objective": name, "epochs": 8, "max_iters": 15} for name in REUSE}
+# Where the estimators' variances are compared: after a third of a run, as the critic knows nothing at the start and
+# nothing is left to learn at the end.
+PROBE = {"objective": "baseline", "max_iters": 15}
+DRAWS, RESPONSES = 48, 64  # gradients in a variance, and responses behind each gradient
+LAST = 10                  # rollouts at the end of a run that its row of the table is a mean of
+
+
+@dataclass
+class Config:
+    out_dir: str = "out/ladder"    # a folder per seed, and in it one per run
+    seeds: int = 4                 # seeds 0, 1, ...
+    max_iters: int = 50            # rollouts of each run
+    workers: Optional[int] = None  # runs at a time, each on one thread; default: one per core
+    save: str = "docs/ladder"      # the figure and its numbers, less .png and .json
+
+    DOMAINS: ClassVar[dict] = {"seeds": "[1, inf)", "max_iters": "[2, inf)", "workers": "[1, inf)"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# jobs: each runs in a process of its own and returns nothing, because its files say what came out
+
+def prepare(folder, seed):
+    """Trains the sft.pt and rm.pt that the runs of a seed share, where they are missing."""
+    train_ppo.make_missing_stages(train_ppo.Config(out_dir=str(folder), seed=seed, device="cpu"))
+
+
+def train(folder, seed, name, **flags):
+    """One run from the shared sft.pt and rm.pt of `folder` into folder/name, unless it is there with these flags."""
+    module = trpo if name == "trpo" else train_ppo
+    config = module.Config(**{
+        "out_dir": str(folder / name), "seed": seed, "device": "cpu", "overwrite": True, "save_interval": 10**6,
+        "init_from": str(folder / "sft.pt"), "rm": str(folder / "rm.pt")} | flags)
+    path, stage = checkpoint_of(folder, name)
+    if path.exists():
+        saved, resolved = common.load_checkpoint(path, stage), config if name == "trpo" else config.resolved()
+        sources = {"sft": common.load_checkpoint(config.init_from, "sft")["sha256"],
+                   "rm": common.load_checkpoint(config.rm, "rm")["sha256"]}
+        if saved["finished"] and saved["flags"] == asdict(resolved) and saved["sources"] == sources:
+            return
+    module.train(config)
+
+
+def checkpoint_of(folder, name):
+    stage = "trpo" if name == "trpo" else "ppo"
+    return folder / name / f"{stage}.pt", stage
+
+
+def job(function, folder, name):
+    """Runs function(folder) on one thread, what it prints going to folder/name.log. Returns its seconds."""
+    torch.set_num_threads(1)
+    began = time.time()
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{name}.log", "w") as log, contextlib.redirect_stdout(log):
+        function(folder)
+    return time.time() - began
+
+
+def run_jobs(jobs, workers):
+    """jobs: [(function, folder, name)]. Longest ones should come first. Raises the first exception of any."""
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(job, *spec): f"{spec[1].name} {spec[2]}" for spec in jobs}
+        for n, future in enumerate(as_completed(futures), 1):
+            print(f"{n}/{len(jobs)}  {futures[future]}: {future.result():.0f} s", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# measuring
+
+def gradient_variances(folder, seed):
+    """{objective: variance of the policy's gradient from RESPONSES responses, summed over parameters}, at the probe's
+    policy and critic, all on the same DRAWS draws. What reuses a rollout begins it with gae's gradient."""
+    torch.set_num_threads(1)
+    probe = common.load_checkpoint(folder / "probe" / "ppo.pt", "ppo")
+    sft = common.load_checkpoint(folder / "sft.pt", "sft")
+    policy, critic, reference = (train_ppo.load_policy(probe | {"model": weights}, "cpu")
+                                 for weights in (probe["model"], probe["critic"], sft["model"]))
+    config = train_ppo.Config(**probe["flags"])
+    reward_model, _ = train_ppo.load_reward_model(config, probe["tokenizer"], "cpu")
+    encoding, params = data.get_tokenizer("atlas"), list(policy.trunk.parameters())
+    prompts = data.load_prompts("atlas", encoding, policy.config.block_size, config.max_new_tokens).train
+    order = data.BatchOrder([1] * len(prompts), RESPONSES, seed)
+    gradients = {objective: [] for objective in ONE_STEP}
+    for draw in range(DRAWS):
+        tokens, prompt_lens = data.collate_prompts([prompts[i] for i in order.order(draw)], encoding.eot_token)
+        rollout = generate(policy, tokens, prompt_lens, config.max_new_tokens, eos=encoding.eot_token,
+                           generator=common.generator("cpu", seed, "variance", draw))
+        tokens, mask = rollout.tokens, rollout.mask
+        logprobs, _, _ = score_response(policy, tokens, prompt_lens, mask.size(1))
+        with torch.no_grad():
+            values = score_values(critic, tokens, prompt_lens, mask.size(1))
+            ref_logprobs, _, _ = score_response(reference, tokens, prompt_lens, mask.size(1))
+            scores = reward_model(tokens, prompt_lens + rollout.response_lens)
+        rewards = shape_rewards(scores, logprobs, ref_logprobs, mask, config.kl_coef)
+        for objective in ONE_STEP:
+            advantages, _ = token_advantages(objective, rewards, values, mask, config.gamma, 0.95)
+            loss, _ = surrogate_loss(objective, logprobs, logprobs, advantages, mask)
+            gradients[objective].append(trpo.flat_grad(loss, params, retain_graph=True))
+    return {objective: torch.stack(draws).var(0).sum().item() for objective, draws in gradients.items()}
+
+
+def collect(config, folders):
+    """Everything the table and the figure show: {run: {metric: a list per seed}}, curves and numbers."""
+    results = {}
+    for name in RUNS:
+        runs = [read_run(folder / name, checkpoint_of(folder, name)[1]) for folder in folders]
+        results[name] = {metric: [np.round(run[metric][1], 4).tolist() for run in runs]
+                         for metric in ("objective", "gold", "kl", "ratio_max") if metric in runs[0]}
+        results[name]["seconds"] = [float(np.median(sum(run[f"sec_{phase}"][1] for phase in
+                                                        ("rollout", "score", "update")))) for run in runs]
+    with ProcessPoolExecutor(config.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for variances in pool.map(gradient_variances, folders, range(config.seeds)):
+            for objective, variance in variances.items():
+                results[objective].setdefault("gradient_variance", []).append(variance)
+    return results
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# showing
+
+def ends(curves):
+    """The mean of the last rollouts of each seed's curve, as text: mean over seeds (lowest to highest)."""
+    values = [np.mean(curve[-LAST:]) for curve in curves]
+    return f"{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def print_table(results):
+    reference = results["reinforce"]
+    print("\n| objective | score - kl_coef KL | gold | KL | largest ratio | gradient variance | seconds |")
+    print("|---|---|---|---|---|---|---|")
+    for name, result in results.items():
+        ratio = f"{np.max(result['ratio_max']):.3g}" if "ratio_max" in result else ""
+        variance = np.mean([a / b for a, b in zip(result["gradient_variance"], reference["gradient_variance"])]) \
+            if "gradient_variance" in result else None
+        seconds = np.mean([a / b for a, b in zip(result["seconds"], reference["seconds"])])
+        print(f"| {name} | {ends(result['objective'])} | {ends(result['gold'])} | {ends(result['kl'])} | {ratio} | "
+              f"{'as gae' if variance is None else f'{variance:.2f}'} | {seconds:.2f} |")
+
+
+def draw(results, save):
+    plt = import_pyplot()
+    figure, axes = plt.subplots(2, 3, figsize=(15, 8), constrained_layout=True)
+    curves_of = (("objective", "score - kl_coef * KL"), ("gold", "share of right answers"),
+                 ("kl", "KL to the SFT policy, nats per response"),
+                 ("ratio_max", "largest ratio in a rollout's updates"))
+    for axis, (metric, title) in zip(axes.flat, curves_of):
+        for n, (name, result) in enumerate(results.items()):
+            if metric in result and not (metric == "ratio_max" and name in ONE_STEP):
+                curves = np.array(result[metric])
+                x, again = np.arange(1, curves.shape[1] + 1), "8 epochs" in name
+                color = f"C{n}" if not again else f"C{list(results).index(name.split(',')[0])}"
+                axis.plot(x, curves.mean(0), label=name, color=color, linestyle=":" if again else "-")
+                axis.fill_between(x, curves.min(0), curves.max(0), color=color, alpha=0.1, linewidth=0)
+        axis.set(title=title, xlabel="rollouts")
+        axis.grid(alpha=0.3)
+    axes[1, 0].set_yscale("log")
+    axes[0, 0].legend(fontsize=8)
+    bars = (("gradient_variance", "variance of the gradient, reinforce = 1"), ("seconds", "seconds, reinforce = 1"))
+    for axis, (metric, title) in zip(axes[1, 1:], bars):
+        names = [name for name in results if metric in results[name]]
+        ratios = [np.array(results[name][metric]) / np.array(results["reinforce"][metric]) for name in names]
+        axis.barh(names, [np.mean(r) for r in ratios], color="C0", alpha=0.6)
+        for y, r in enumerate(ratios):
+            axis.plot(r, [y] * len(r), "k.", markersize=4)  # one dot per seed
+        axis.invert_yaxis()
+        axis.set(title=title)
+    figure.savefig(f"{save}.png", dpi=80)
+    plt.close(figure)
+
+
+def main(config):
+    common.check_domains(config)
+    import_pyplot()  # a missing matplotlib is said before half an hour of training, not after
+    config.workers = config.workers or os.cpu_count()
+    began, folders = time.time(), [Path(config.out_dir) / f"seed{seed}" for seed in range(config.seeds)]
+    run_jobs([(partial(prepare, seed=seed), folder, "stages") for seed, folder in enumerate(folders)], config.workers)
+    flags = {name: {"max_iters": config.max_iters} | run for name, run in (RUNS | {"probe": PROBE}).items()}
+    longest_first = sorted(flags, key=lambda name: name in REUSE or name == "trpo" or "8 epochs" in name, reverse=True)
+    run_jobs([(partial(train, seed=seed, name=name, **flags[name]), folder, name)
+              for name in longest_first for seed, folder in enumerate(folders)], config.workers)
+    results = collect(config, folders)
+    print_table(results)
+    header = json.loads((folders[0] / "clip" / "metrics.jsonl").read_text().splitlines()[0])
+    made_by = {name: header[name] for name in ("commit", "torch", "device", "threads")}
+    Path(config.save).parent.mkdir(parents=True, exist_ok=True)
+    Path(f"{config.save}.json").write_text(json.dumps({"config": asdict(config), **made_by, "runs": results}) + "\n")
+    draw(results, config.save)
+    print(f"\nwrote {config.save}.png and .json; {(time.time() - began) / 60:.0f} minutes")
+    return results
+
+
+if __name__ == "__main__":
+    common.main(main, Config, __doc__, data.DataError)

@@ -1,0 +1,202 @@
+"""
+Reward hacking and what the KL term buys: the reward model's score and the hidden utility, both against the distance
+from the SFT policy, for PPO at several kl_coef and for best-of-n.
+
+    python -m experiments.overoptimization              four seeds: docs/overoptimization.png and .json
+
+The reward model is a weak one on purpose, a proxy trained for a few steps on a few comparisons: it can be hacked within
+a laptop's time. Only the built-in task can draw this, because only there the labeller's utility is known. Score and
+utility are in standard deviations of the SFT policy's answers, from a mean of 0, and d = sqrt(KL) as in Gao et al.
+2023, 2210.10760, whose forms are fitted to the utility: d (a - b log d) for PPO and d (a - b d) for best-of-n. The KL
+of best-of-n is at most log n - (n - 1) / n, and that where no two answers are alike (Beirami et al. 2024, 2401.01879).
+The SFT policies are the ladder's, where its out_dir holds them. Drawing needs matplotlib.
+"""
+
+import json
+import math
+import os
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import ClassVar, Optional
+
+import numpy as np
+import torch
+
+import atlas
+import common
+import data
+import train_ppo
+import train_rm
+from experiments.ladder import checkpoint_of, prepare, run_jobs, train
+from tools.plot import import_pyplot, read_run
+
+KL_COEFS = (0.0, 0.02, 0.05, 0.1, 0.2)
+N_SAMPLES = 128                      # answers per question that best-of-n is computed from
+BEST_OF = (1, 2, 4, 8, 16, 32, 64)
+LAST = 10                            # rollouts at the end of a run that its row of the table is a mean of
+
+
+@dataclass
+class Config:
+    out_dir: str = "out/ladder"    # a folder per seed; the ladder's, so that both share the SFT policies
+    seeds: int = 4                 # seeds 0, 1, ...
+    max_iters: int = 100           # rollouts of each run
+    rm_iters: int = 60             # optimizer steps of the proxy; more makes it harder to hack
+    candidates: int = 6            # answers per question that the proxy's comparisons are made of
+    workers: Optional[int] = None  # runs at a time, each on one thread; default: one per core
+    save: str = "docs/overoptimization"  # the figure and its numbers, less .png and .json
+
+    DOMAINS: ClassVar[dict] = {"seeds": "[1, inf)", "max_iters": "[2, inf)", "rm_iters": "[1, inf)",
+                               "candidates": "[2, inf)", "workers": "[1, inf)"}
+
+
+def train_proxy(folder, seed, rm_iters, candidates):
+    """The weak reward model: folder/proxy/rm.pt."""
+    config = train_rm.Config(out_dir=str(folder / "proxy"), init_from=str(folder / "sft.pt"), seed=seed, device="cpu",
+                             max_iters=rm_iters, candidates=candidates, overwrite=True)
+    path = config.folder / "rm.pt"
+    if not path.exists() or common.load_checkpoint(path, "rm")["flags"] != asdict(config):
+        train_rm.train(config)
+
+
+def train_at(folder, seed, kl_coef, max_iters):
+    train(folder, seed, f"kl_coef {kl_coef}", rm=str(folder / "proxy" / "rm.pt"), kl_coef=kl_coef,
+          max_iters=max_iters)
+
+
+def best_of_n_weights(n, total):
+    """Probability (total,) that the answer of each rank, worst first, is the best of n of `total` answers, drawn without
+    replacement: C(rank - 1, n - 1) / C(total, n). An expectation over all draws, where one draw would be noise."""
+    return np.array([math.comb(rank, n - 1) / math.comb(total, n) for rank in range(total)])
+
+
+@torch.no_grad()
+def best_of_n(folder, seed):
+    """Writes folder/best_of_n.json: {"score", "utility"}, each the expected value for the best of n answers by the
+    proxy's score, for n in BEST_OF; and "mean", "std" of the utility of the SFT policy's answers."""
+    checkpoint = common.load_checkpoint(folder / "sft.pt", "sft")
+    policy, encoding = train_ppo.load_policy(checkpoint, "cpu"), data.get_tokenizer("atlas")
+    config = train_ppo.Config(rm=str(folder / "proxy" / "rm.pt"), seed=seed)
+    reward_model, _ = train_ppo.load_reward_model(config, checkpoint["tokenizer"], "cpu")
+    questions = atlas.prompts("train")[::8]
+    prompts = [data.encode_prompt(encoding, question) for question in questions for _ in range(N_SAMPLES)]
+    answers = train_rm.sample(policy, prompts, config, encoding.eot_token, torch.device("cpu"),
+                              common.setup(config)[1], "best of n")
+    rows = data.pad([prompt + answer for prompt, answer in zip(prompts, answers)], encoding.eot_token)
+    scores = torch.cat([reward_model(*part) for part in zip(*(x.split(1024) for x in rows))])
+    scores = scores.view(-1, N_SAMPLES).numpy()
+    utility = np.array([atlas.utility(questions[i // N_SAMPLES], data.decode(encoding, answer))
+                        for i, answer in enumerate(answers)]).reshape(scores.shape)
+    ranked = np.argsort(scores, axis=1)
+    result = {"mean": utility.mean(), "std": utility.std(), "score": [], "utility": []}
+    for n in BEST_OF:
+        for name, values in (("score", scores), ("utility", utility)):
+            ordered = np.take_along_axis(values, ranked, axis=1)
+            result[name].append(float((ordered * best_of_n_weights(n, N_SAMPLES)).sum(1).mean()))
+    (folder / "best_of_n.json").write_text(json.dumps(result))
+
+
+def fit(d, y, second):
+    """Least squares of y = d (a - b second(d)): {"a", "b", "r2"}."""
+    d, y = np.asarray(d), np.asarray(y)
+    columns = np.stack([d, -d * second(d)], axis=1)
+    (a, b), *_ = np.linalg.lstsq(columns, y, rcond=None)
+    residual = y - columns @ (a, b)
+    return {"a": float(a), "b": float(b), "r2": float(1 - (residual ** 2).sum() / ((y - y.mean()) ** 2).sum())}
+
+
+def collect(folders):
+    """{"ppo": {kl_coef: {metric: a list per seed}}, "best_of_n": {metric: a list per seed}, "fits"}."""
+    best = [json.loads((folder / "best_of_n.json").read_text()) for folder in folders]
+    results = {"ppo": {}, "best_of_n": {
+        "d": [math.sqrt(math.log(n) - (n - 1) / n) for n in BEST_OF],
+        "score": [run["score"] for run in best],
+        "utility": [[(u - run["mean"]) / run["std"] for u in run["utility"]] for run in best]}}
+    for kl_coef in KL_COEFS:
+        runs = [read_run(folder / f"kl_coef {kl_coef}") for folder in folders]
+        results["ppo"][str(kl_coef)] = {
+            "d": [np.sqrt(run["kl"][1].clip(0)).round(4).tolist() for run in runs],
+            "utility": [((run["utility"][1] - sft["mean"]) / sft["std"]).round(4).tolist()
+                        for run, sft in zip(runs, best)]} | {
+            metric: [run[metric][1].round(4).tolist() for run in runs] for metric in ("score", "gold", "kl", "entropy")}
+    free = results["ppo"]["0.0"]
+    pairs = [(d, u) for ds, us in zip(free["d"], free["utility"]) for d, u in zip(ds, us) if d > 0]
+    results["fits"] = {
+        "ppo, kl_coef 0": fit(*zip(*pairs), np.log),
+        "best of n": fit(results["best_of_n"]["d"] * len(folders), np.concatenate(results["best_of_n"]["utility"]),
+                         lambda d: d)}
+    return results
+
+
+def print_table(results):
+    print("\n| policy | KL | proxy score | utility | gold | best utility on the way |\n|---|---|---|---|---|---|")
+    for kl_coef, run in results["ppo"].items():
+        ends = {name: [np.mean(curve[-LAST:]) for curve in run[name]] for name in ("kl", "score", "utility", "gold")}
+        peak = [max(np.convolve(curve, np.ones(5) / 5, "valid")) for curve in run["utility"]]
+        cells = [f"{np.mean(x):.2f} ({min(x):.2f} to {max(x):.2f})" for x in (*ends.values(), peak)]
+        print(f"| kl_coef {kl_coef} | {' | '.join(cells)} |")
+    best = results["best_of_n"]
+    for i, n in enumerate(BEST_OF):
+        cells = [f"{np.mean(x):.2f} ({min(x):.2f} to {max(x):.2f})" for x in
+                 ([seed[i] for seed in best[name]] for name in ("score", "utility"))]
+        print(f"| best of {n} | {best['d'][i] ** 2:.2f} | {' | '.join(cells)} | | |")
+    for name, numbers in results["fits"].items():
+        print(f"{name}: a = {numbers['a']:.3f}, b = {numbers['b']:.3f}, R^2 = {numbers['r2']:.3f}")
+
+
+def draw(results, save):
+    plt = import_pyplot()
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), constrained_layout=True)
+    for n, (kl_coef, run) in enumerate(results["ppo"].items()):
+        for seed, (d, score, utility) in enumerate(zip(run["d"], run["score"], run["utility"])):
+            label = f"kl_coef {kl_coef}" if seed == 0 else None
+            axes[0].plot(d, score, ".", color=f"C{n}", markersize=2, alpha=0.5, label=label)
+            axes[1].plot(d, utility, ".", color=f"C{n}", markersize=2, alpha=0.5)
+        utility = np.array(run["utility"])
+        x = np.arange(1, utility.shape[1] + 1)
+        axes[2].plot(x, utility.mean(0), color=f"C{n}", label=f"utility, kl_coef {kl_coef}")
+        axes[2].plot(x, np.array(run["score"]).mean(0), ":", color=f"C{n}")
+    best, fits = results["best_of_n"], results["fits"]
+    axes[0].plot(best["d"], np.mean(best["score"], axis=0), "k+-", label="best of n")
+    axes[1].plot(best["d"], np.mean(best["utility"], axis=0), "k+", label="best of n")
+    d = np.linspace(1e-3, max(best["d"]), 100)
+    axes[1].plot(d, d * (fits["best of n"]["a"] - fits["best of n"]["b"] * d), "k-", linewidth=0.8, label="d (a - b d)")
+    d = np.linspace(1e-3, max(x for ds in results["ppo"]["0.0"]["d"] for x in ds), 200)
+    axes[1].plot(d, d * (fits["ppo, kl_coef 0"]["a"] - fits["ppo, kl_coef 0"]["b"] * np.log(d)), "C0-", linewidth=0.8,
+                 label="d (a - b log d), kl_coef 0")
+    for axis, title, x in zip(axes, ("what PPO sees: the proxy's score", "what the labeller wants: the hidden utility",
+                                     "utility (solid) and score (dotted), mean of seeds"),
+                              ("sqrt(KL to the SFT policy)",) * 2 + ("rollouts",)):
+        axis.set(title=title, xlabel=x, ylabel="std of SFT answers")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8, markerscale=4)
+    figure.savefig(f"{save}.png", dpi=80)
+    plt.close(figure)
+
+
+def main(config):
+    common.check_domains(config)
+    import_pyplot()  # a missing matplotlib is said before the training, not after
+    workers, began = config.workers or os.cpu_count(), time.time()
+    folders = [Path(config.out_dir) / f"seed{seed}" for seed in range(config.seeds)]
+    run_jobs([(partial(prepare, seed=seed), folder, "stages") for seed, folder in enumerate(folders)], workers)
+    run_jobs([(partial(train_proxy, seed=seed, rm_iters=config.rm_iters, candidates=config.candidates), folder, "proxy")
+              for seed, folder in enumerate(folders)], workers)
+    run_jobs([(partial(train_at, seed=seed, kl_coef=kl_coef, max_iters=config.max_iters), folder, f"kl_coef {kl_coef}")
+              for kl_coef in KL_COEFS for seed, folder in enumerate(folders)]
+             + [(partial(best_of_n, seed=seed), folder, "best of n") for seed, folder in enumerate(folders)], workers)
+    results = collect(folders)
+    print_table(results)
+    header = json.loads((folders[0] / "kl_coef 0.0" / "metrics.jsonl").read_text().splitlines()[0])
+    made_by = {name: header[name] for name in ("commit", "torch", "device", "threads")}
+    Path(config.save).parent.mkdir(parents=True, exist_ok=True)
+    Path(f"{config.save}.json").write_text(json.dumps({"config": asdict(config), **made_by, **results}) + "\n")
+    draw(results, config.save)
+    print(f"\nwrote {config.save}.png and .json; {(time.time() - began) / 60:.0f} minutes")
+    return results
+
+
+if __name__ == "__main__":
+    common.main(main, Config, __doc__, data.DataError)

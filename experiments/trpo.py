@@ -1,0 +1,267 @@
+"""
+TRPO for a language-model policy: what PPO's clip stands in for. Each rollout gives one step, the largest along the
+natural gradient that keeps the mean KL(pi_old || pi) per token at or below --delta.
+
+    python train_ppo.py --max_iters=1                  makes out/atlas/sft.pt and rm.pt where they are missing
+    python -m experiments.trpo --out_dir=out/atlas     adds trpo.pt, and lines of stage trpo to metrics.jsonl
+
+Shapes: B responses of at most R tokens, V vocabulary, N policy parameters; vectors in parameter space are flat (N,).
+The rollout is read in one pass, its distributions (B, R, V) are kept: this is for models of the built-in task's size.
+
+Sources: [TRPO] Schulman et al. 2015, 1502.05477, section 6 and appendix C; the natural gradient: Kakade 2001.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import ClassVar, Optional
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import atlas
+import common
+import data
+import train_ppo
+from ppo import cpi_loss, explained_variance, gae, kl_estimate, masked_mean, shape_rewards, value_loss, whiten
+from rollout import generate, response_states, score_response, score_values, wide
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the step: functions of a list of parameters and of closures that read them
+
+def flat_grad(scalar, params, **kwargs):
+    """Gradient (N,) of a scalar; kwargs are torch.autograd.grad's (create_graph, retain_graph)."""
+    return torch.cat([g.reshape(-1) for g in torch.autograd.grad(scalar, params, **kwargs)])
+
+
+@torch.no_grad()
+def set_flat(params, vector):
+    for p, part in zip(params, vector.split([p.numel() for p in params])):
+        p.copy_(part.view_as(p))
+
+
+def fisher_vector_product(kl_grad, params, v):
+    """F v (N,), for F the Hessian of the mean KL(pi_old || pi) at pi = pi_old, which is the Fisher matrix there.
+
+    kl_grad (N,) is the gradient of that KL, made with create_graph=True: 0 in value, but its graph gives F v as the
+    gradient of kl_grad . v [TRPO, appendix C.1], so that the N x N matrix is never formed."""
+    return flat_grad(kl_grad @ v, params, retain_graph=True)
+
+
+def conjugate_gradient(matvec, b, iters, tolerance=1e-10):
+    """x (N,) with A x = b, for A symmetric and positive definite, known only as matvec(v) = A v. It ends after `iters`
+    products, or earlier once |A x - b| <= tolerance * |b|; from x = 0, so that b = 0 gives 0."""
+    x, residual = torch.zeros_like(b), b.clone()
+    direction, squared = residual, residual @ residual
+    enough = tolerance ** 2 * squared
+    for _ in range(iters):
+        if squared <= enough:
+            break
+        product = matvec(direction)
+        size = squared / (direction @ product)
+        x = x + size * direction
+        residual = residual - size * product
+        before, squared = squared, residual @ residual
+        direction = residual + squared / before * direction
+    return x
+
+
+@torch.no_grad()
+def line_search(params, step, surrogate_fn, kl_fn, surrogate, delta, shrink=0.8, tries=10):
+    """Moves params by the first of step, shrink * step, shrink^2 * step, ... that keeps kl_fn() <= delta and raises the
+    surrogate above `surrogate`, its value where params stand [TRPO, appendix C]. If none of `tries` does, params are
+    put back, bit for bit. Returns stats: step_fraction, surrogate_gain, approx_kl, all 0 if no step was accepted."""
+    start = torch.cat([p.reshape(-1) for p in params])
+    for fraction in (shrink ** n for n in range(tries)):
+        set_flat(params, start + fraction * step)
+        kl = kl_fn()
+        if kl <= delta and (gain := surrogate_fn() - surrogate) > 0:  # NaN is neither
+            return {"step_fraction": fraction, "surrogate_gain": gain, "approx_kl": kl}
+    set_flat(params, start)
+    return dict.fromkeys(("step_fraction", "surrogate_gain", "approx_kl"), 0.0)
+
+
+def trpo_step(params, surrogate_fn, kl_fn, delta, damping, cg_iters, fisher_kl_fn=None):
+    """One TRPO step on params (a list), in place. Returns line_search's stats, grad_norm and cg_residual.
+
+    surrogate_fn() -> what to raise; kl_fn() -> mean KL(pi_old || pi), 0 where params stand now. fisher_kl_fn: the same
+    mean over fewer rows, for the Fisher matrix only [TRPO, appendix C.1]; the constraint is held on kl_fn.
+
+    The direction d solves (F + damping) d = g, and sqrt(2 delta / d.F d) d is where the KL's second-order
+    approximation reaches delta. Damping bends the direction, but is left out of that length: it is no part of the KL.
+    The closures need twice differentiable attention: call this under sdpa_kernel(SDPBackend.MATH)."""
+    surrogate = surrogate_fn()
+    gradient = flat_grad(surrogate, params)
+    kl_grad = flat_grad((fisher_kl_fn or kl_fn)(), params, create_graph=True)
+
+    def damped(v):
+        return fisher_vector_product(kl_grad, params, v) + damping * v
+
+    direction = conjugate_gradient(damped, gradient, cg_iters)
+    product = fisher_vector_product(kl_grad, params, direction)
+    step = (2 * delta / (direction @ product)).sqrt() * direction
+    stats = {"grad_norm": gradient.norm(),
+             "cg_residual": (product + damping * direction - gradient).norm() / gradient.norm()}
+    return stats | line_search(params, step, surrogate_fn, kl_fn, surrogate.detach(), delta)
+
+
+def response_distributions(model, tokens, prompt_lens, R, temperature):
+    """log pi over the whole vocabulary, (B, R, V), in the states that score_response reads its log-probs from."""
+    hidden, _ = response_states(model, tokens, prompt_lens, R)
+    return torch.log_softmax(wide(model.policy_head(hidden)) / temperature, dim=-1)
+
+
+def token_kl(old, new):
+    """KL(old || new) in each state, (B, R), of log-distributions (B, R, V): a sum over the vocabulary, no estimate."""
+    return (old.exp() * (old - new)).sum(-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the loop
+
+@dataclass
+class Config(common.Flags):
+    init_from: Optional[str] = None  # the SFT checkpoint, start and reference of the policy; default: out_dir/sft.pt
+    rm: Optional[str] = None         # the reward model's checkpoint, also the critic's start; default: out_dir/rm.pt
+    dtype: str = "float32"           # nothing else: the line search compares differences that bfloat16 cannot hold
+    max_iters: int = 80              # rollouts, and so steps of the policy
+    batch_size: int = 256            # responses per rollout
+    delta: float = 0.01              # a step's largest mean KL(pi_old || pi), nats per token
+    damping: float = 1.0             # added to the Fisher matrix's diagonal; more bends the direction to the gradient
+    cg_iters: int = 5                # Fisher-vector products per step
+    fisher_rows: int = 64            # responses that the Fisher matrix is measured on; at most batch_size
+    minibatches: int = 4             # the critic's optimizer steps per epoch
+    epochs: int = 2                  # the critic's passes over a rollout
+    lr: float = 2e-4                 # the critic's; the policy has none, delta is its step size
+    max_new_tokens: int = 16         # longest response; one that is cut there gets eos_penalty
+    temperature: float = 1.0         # of the sampled distribution, and so of every log-prob
+    kl_coef: float = 0.05            # price of a nat of KL to the reference in std of the SFT score
+    gamma: float = 1.0               # discount per token
+    lam: float = 0.95                # GAE: 1 trusts the rewards, 0 the critic
+    eos_penalty: float = 1.0         # taken off the score of a response without EOS, in standard deviations
+    log_interval: int = 5            # iterations between lines on the screen; metrics.jsonl gets every one
+
+    DOMAINS: ClassVar[dict] = common.Flags.DOMAINS | {
+        name: train_ppo.Config.DOMAINS[name] for name in ("minibatches", "epochs", "max_new_tokens", "temperature",
+                                                          "kl_coef", "gamma", "lam", "eos_penalty")} | {
+        "dtype": ("float32",), "delta": "(0, inf)", "damping": "[0, inf)", "cg_iters": "[1, inf)",
+        "fisher_rows": "[1, inf)"}
+
+    def check(self):
+        super().check()
+        rows = f"--batch_size={self.batch_size}"
+        common.require(self.batch_size % self.minibatches == 0, f"{rows} must be a multiple of --minibatches="
+                       f"{self.minibatches}")
+        common.require(self.fisher_rows <= self.batch_size, f"{rows} must be --fisher_rows={self.fisher_rows} or more")
+        common.require(not self.compile, "--compile is not for TRPO: a compiled pass cannot be differentiated twice")
+        common.require(self.micro_batch_size is None, "--micro_batch_size is not for TRPO, which reads a rollout "
+                       "whole: lower --batch_size when memory runs out")
+
+
+def roll_out(policy, reward_model, encoding, config, prompts, rng):
+    """Rollout of the policy on prompts (lists of ids), its texts [(prompt, response)] and its scores (B,)."""
+    tokens, prompt_lens = (x.to(rng.device) for x in data.collate_prompts(prompts, encoding.eot_token))
+    rollout = generate(policy, tokens, prompt_lens, config.max_new_tokens, eos=encoding.eot_token,
+                       temperature=config.temperature, generator=rng)
+    lens = rollout.prompt_lens + rollout.response_lens
+    texts = [(data.decode(encoding, row[:p]), data.decode(encoding, row[p:n])) for row, p, n in
+             zip(rollout.tokens.tolist(), rollout.prompt_lens.tolist(), lens.tolist())]
+    return rollout, texts, reward_model(rollout.tokens, lens)
+
+
+@sdpa_kernel(SDPBackend.MATH)  # fused attention has no second derivative, and one kernel for all passes keeps KL(old) 0
+def train(config):
+    """Runs TRPO from finished sft.pt and rm.pt; writes out_dir/trpo.pt and returns the final metrics."""
+    config.check()
+    path = config.folder / "trpo.pt"
+    sft = common.load_checkpoint(config.init_from or config.folder / "sft.pt", "sft")
+    encoding, tokenizer = data.run_tokenizer(config.tokenizer, config.data, sft["tokenizer"])
+    block_size = common.resolve_sizes(config, sft["model_config"])["block_size"]
+    split = data.load_prompts(config.data, encoding, block_size, config.max_new_tokens, config.skip_bad)
+    device, _ = common.setup(config)
+    reward_model, rm = train_ppo.load_reward_model(config, tokenizer, device)
+    common.occupy(config, path)
+
+    policy, reference = (train_ppo.load_policy(sft, device) for _ in range(2))
+    critic, params = reward_model.as_critic(), list(policy.trunk.parameters())
+    optimizer, start = common.Optimizer(critic.parameters(), config), 0
+    sources = {"sft": sft["sha256"], "rm": rm["sha256"]}
+    if config.resume:
+        saved = common.load_checkpoint(path, "trpo")
+        common.require(saved["sources"] == sources, "sft.pt or rm.pt is not the one that this run began with: put it "
+                                                    "back, or start anew with --overwrite")
+        start = common.restore(saved, config, optimizer, model=policy, critic=critic)
+    order, eos = data.BatchOrder([1] * len(split.train), config.batch_size, config.seed), encoding.eot_token
+    print(f"trpo: {policy.n_params:,} parameters; {config.data}: {'; '.join(split.report)}")
+    metrics, row = common.Metrics(config, "trpo", start), {}
+    for iteration in range(start + 1, config.max_iters + 1):
+        clock, last = common.Clock(device), iteration == config.max_iters
+
+        # -- prompts -> generate -> score -> shape rewards -> GAE, as in train_ppo.py
+        rng = common.generator(device, config.seed, "rollout", iteration)
+        prompts = [split.train[i] for i in order.order(iteration - 1)]
+        rollout, texts, scores = roll_out(policy, reward_model, encoding, config, prompts, rng)
+        tokens, prompt_lens, mask = rollout.tokens, rollout.prompt_lens, rollout.mask
+        (B, R), n_tokens = mask.shape, mask.sum()
+        ended = tokens.gather(1, (prompt_lens + rollout.response_lens - 1).unsqueeze(1)).squeeze(1) == eos
+        sec_rollout, judged = clock.lap(), {}
+        if config.data == "atlas":
+            judged |= atlas.judge(texts)
+            if last or iteration == 1:
+                rng = common.generator(device, config.seed, "heldout")
+                _, texts, _ = roll_out(policy, reward_model, encoding, config, split.heldout, rng)
+                judged["gold_heldout"] = atlas.judge(texts)["gold"]
+            clock.lap()
+        with torch.no_grad():
+            old_logprobs, _, entropy = score_response(policy, tokens, prompt_lens, R, config.temperature)
+            old_distributions = response_distributions(policy, tokens, prompt_lens, R, config.temperature)
+            ref_logprobs = score_response(reference, tokens, prompt_lens, R, config.temperature)[0]
+            old_values = score_values(critic, tokens, prompt_lens, R)
+        rewards = shape_rewards(scores - config.eos_penalty * ~ended, old_logprobs, ref_logprobs, mask, config.kl_coef)
+        advantages, returns = gae(rewards, old_values, mask, config.gamma, config.lam)
+        advantages, sec_score = whiten(advantages, mask), clock.lap()
+
+        # -- one natural step of the policy
+        def loss():
+            logprobs, _, _ = score_response(policy, tokens, prompt_lens, R, config.temperature)
+            return cpi_loss(logprobs, old_logprobs, advantages, mask)
+
+        def mean_kl(rows=B):
+            new = response_distributions(policy, tokens[:rows], prompt_lens[:rows], R, config.temperature)
+            return masked_mean(token_kl(old_distributions[:rows], new), mask[:rows])
+
+        stats = trpo_step(params, lambda: -loss()[0], mean_kl, config.delta, config.damping, config.cg_iters,
+                          fisher_kl_fn=lambda: mean_kl(config.fisher_rows))
+        with torch.no_grad():
+            stats = loss()[1] | stats  # the ratios after the step; of the two approx_kl, the one that is no estimate
+
+        # -- epochs x minibatches of the critic
+        rng, critic_loss = common.generator("cpu", config.seed, "minibatches", iteration), 0.0
+        epochs = torch.cat([torch.randperm(B, generator=rng) for _ in range(config.epochs)]).to(device)
+        for i in epochs.split(B // config.minibatches):
+            values = score_values(critic, tokens[i], prompt_lens[i], R)
+            vf_loss, _ = value_loss(values, old_values[i], returns[i], mask[i], clip=None)
+            vf_loss.backward()
+            critic_loss += vf_loss.detach() / (config.epochs * config.minibatches)
+            lr, _ = optimizer.step(iteration)
+        sec_update = clock.lap()
+
+        row = metrics.write(iteration, {
+            "episodes": iteration * B, "score": scores.mean(), "reward": rewards.sum() / B, **judged, **stats,
+            "kl": masked_mean(kl_estimate(old_logprobs, ref_logprobs), mask) * n_tokens / B,
+            "entropy": masked_mean(entropy, mask), "value_loss": critic_loss,
+            "explained_variance": explained_variance(old_values, returns, mask), "response_len": n_tokens / B,
+            "eos_rate": ended.float().mean(), "kl_coef": config.kl_coef, "lr": lr, "skipped_steps": optimizer.skipped,
+            "sec_rollout": sec_rollout, "sec_score": sec_score, "sec_update": sec_update}, {
+            "score": "+.3f", "kl": ".2f", "reward": "+.3f", "gold": ".3f", "gold_heldout": ".3f", "entropy": ".2f",
+            "approx_kl": ".4f", "surrogate_gain": ".3f", "step_fraction": ".2f", "explained_variance": "+.2f"})
+        if last or iteration % config.save_interval == 0:
+            common.save_checkpoint(path, {
+                "stage": "trpo", "finished": last, "iter": iteration, "model": policy.state_dict(), "sources": sources,
+                "critic": critic.state_dict(), "model_config": asdict(policy.config), "optimizer": optimizer.state(),
+                "rng": common.rng_state(), "tokenizer": tokenizer, "flags": asdict(config)})
+    print(f"trpo: wrote {path}")
+    return row
+
+
+if __name__ == "__main__":
+    common.main(train, Config, __doc__, data.DataError)

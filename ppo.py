@@ -80,7 +80,7 @@ def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
 
     The KL is k1 and nothing else: with the log-prob treated as a number (it is data here, no gradient flows), k1 in
     the reward is what makes the policy gradient that of E[score] - kl_coef * KL(policy || reference): exactly, at gamma
-    = 1 and with lambda = 1 or an exact critic."""
+    = 1, with lambda = 1 or an exact critic, and for the policy that sampled."""
     rewards = -kl_coef * kl_estimate(keep(logprobs, mask), keep(ref_logprobs, mask), "k1")
     last = torch.arange(mask.size(1), device=mask.device) == mask.sum(1, keepdim=True) - 1  # (B, R)
     return (rewards + keep(scores.unsqueeze(1).expand_as(rewards), last)).detach()
@@ -111,7 +111,8 @@ class KLController:
 
 class PenaltyController:
     """The coefficient of kl_penalty_loss: doubled when the update ended more than 1.5 times `target` nats per token away
-    from the policy that sampled, halved when it ended nearer than target / 1.5 [PPO, sec. 4]."""
+    from the policy that sampled, halved when it ended nearer than target / 1.5 [PPO, sec. 4]. It may swing around the
+    target rather than rest: a factor of 2 in the coefficient is about one of 4 in the KL."""
 
     def __init__(self, target, coef=1.0):
         if not (target > 0 and coef > 0):
@@ -165,7 +166,7 @@ def group_advantages(scores, group_size, mask):
     if group_size < 2 or scores.numel() % group_size:
         raise ValueError(f"group_size={group_size} must be 2 or more and divide the {scores.numel()} responses")
     groups = scores.view(-1, group_size)
-    others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)  # the response's own score would bias it
+    others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)  # with its own score in it the gradient would shrink to (k - 1) / k
     return keep((groups - others).view(-1, 1).expand(mask.shape), mask)
 
 
@@ -227,7 +228,8 @@ def value_loss(values, old_values, returns, mask, clip):
     """0.5 * mean(max((V - G)^2, (clamp(V, V_old - clip, V_old + clip) - G)^2)); clip=None: 0.5 * mean((V - G)^2).
 
     `clip` is in units of return, so it depends on the scale of the score. The maximum is pessimistic: a critic that has
-    moved more than clip towards a return gets no more gradient from it, even where it has not arrived yet."""
+    moved more than clip towards a return gets no more gradient from it, even where it has not arrived yet, so that the
+    optimum is no longer the mean return."""
     values, old_values, returns = keep(values, mask), keep(old_values, mask).detach(), keep(returns, mask).detach()
     error = (values - returns) ** 2
     if clip is None:
@@ -254,7 +256,10 @@ def token_advantages(objective, rewards, values, mask, gamma, lam, group_size=No
 
     reinforce: the return of the whole response, on each of its tokens. reward_to_go: what follows the token. baseline:
     what follows it beyond the V that the critic expected. From gae on: GAE with lam. With a group_size, the returns of
-    the other responses to the same prompt take the critic's place."""
+    the other responses to the same prompt take the critic's place.
+
+    All have the same expected gradient if gamma = 1. Below 1, only reinforce keeps the exact factor gamma^t in front of
+    the later tokens; the others drop it, as is usual."""
     check_objective(objective)
     returns = reward_to_go(rewards, mask, gamma).detach()
     if objective == "reinforce":

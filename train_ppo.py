@@ -51,7 +51,7 @@ class Config(common.Flags):
     kl_in: str = "reward"            # reward: -kl_coef * k1 on each token; loss: a term of the loss
     kl_kind: Optional[str] = None    # with --kl_in=loss: k2 (default) or k3 (the forward KL)
     clip: Optional[float] = None     # the ratio moves this far from 1 before its gradient stops; default 0.2
-    penalty_target: Optional[float] = None  # kl_penalty: nats per token from the sampling policy; default 0.01
+    penalty_target: Optional[float] = None  # kl_penalty: nats per token from the sampling policy; default 0.003
     value_clip: Optional[float] = None  # values stay this close to the old ones, in units of score
     vf_coef: Optional[float] = None  # weight of the value loss; default 0.1
     ent_coef: float = 0.0            # weight of the entropy bonus; 0.01 when entropy collapses early
@@ -76,7 +76,7 @@ class Config(common.Flags):
     GAE: ClassVar[dict] = CRITIC | {"lam": 0.95}
     REUSE: ClassVar[dict] = GAE | {"epochs": 2, "minibatches": 2, "target_kl": None}
     USES: ClassVar[dict] = {"reinforce": {}, "reward_to_go": {}, "baseline": CRITIC, "gae": GAE, "cpi": REUSE,
-                            "kl_penalty": REUSE | {"penalty_target": 0.01}, "clip": REUSE | {"clip": 0.2}}
+                            "kl_penalty": REUSE | {"penalty_target": 0.003}, "clip": REUSE | {"clip": 0.2}}
 
     def used(self):
         """{flag: default} of the flags in USES that this run uses."""

@@ -1,0 +1,406 @@
+"""
+Tests of checkpoint.py: files that survive damage, full disks and kill -9, runs that are resumed to the last bit or
+refused with the reason, one run per out_dir, signals. Where a process has to die, it is a child of its own.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+import signal
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import common
+from checkpoint import Damaged, digest, load_checkpoint, save_checkpoint
+from common import UserError
+from test_common import Config, make_optimizer, take_step
+
+torch.set_num_threads(1)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# checkpoints
+
+def tensors():
+    return {"f32": torch.tensor([[1.0, -0.0], [math.nan, 3.0]]), "bf16": torch.ones(3, dtype=torch.bfloat16),
+            "long": torch.arange(4), "bool": torch.tensor([True, False]), "scalar": torch.tensor(2.0),
+            "empty": torch.empty(0)}
+
+
+def contents(**changes):
+    optimizer, params = make_optimizer()
+    take_step(optimizer, params)
+    return {"stage": "sft", "iter": 3, "finished": True, "none": None, "list": [1, 23, "a"],
+            "model": tensors(),
+            "optimizer": optimizer.state(), "rng": checkpoint.rng_state(), "flags": {"lr": 0.1}} | changes
+
+
+def test_digest_notices_any_flipped_byte_of_any_tensor():
+    original, seen = digest(tensors()), set()
+    for name, tensor in tensors().items():
+        for i in range(tensor.numel() * tensor.element_size()):
+            if tensor.dtype == torch.bool and i:
+                continue
+            changed = tensors()
+            changed[name].reshape(-1).view(torch.uint8)[i] ^= 1
+            seen.add(digest(changed))
+    assert original not in seen and len(seen) == 16 + 6 + 32 + 1 + 4
+
+
+@pytest.mark.parametrize("a, b", [
+    ({"x": 1}, {"x": 2}), ({"x": 1}, {"y": 1}), ({"x": 1}, {"x": 1.0}), ({"x": "1"}, {"x": 1}),
+    ({"x": True}, {"x": False}),
+    ({"x": [1, 23]}, {"x": [12, 3]}), ({"x": [1, 2]}, {"x": [2, 1]}), ({"x": None}, {"x": 0}),
+    ({"x": 0.1}, {"x": 0.1 + 2e-17}),
+    ({"x": {"y": 1}}, {"x": {"y": 2}}), ({"x": torch.zeros(2, 3)}, {"x": torch.zeros(3, 2)}),
+    ({"x": torch.zeros(2)}, {"x": torch.zeros(2, dtype=torch.int32)}),
+    ({"x": torch.zeros(1)}, {"x": -torch.zeros(1)})])
+def test_digest_notices_any_other_value(a, b):
+    assert digest(a) != digest(b)
+
+
+def test_digest_does_not_depend_on_the_order_of_keys_or_on_strides():
+    a = {"x": {"p": 1, "q": torch.arange(6).view(2, 3)}, "y": 2}
+    b = {"y": 2, "x": {"q": torch.arange(6).view(2, 3).t().contiguous().t(), "p": 1}}
+    assert digest(a) == digest(b)
+
+
+def test_a_checkpoint_comes_back_bit_for_bit_with_its_types(tmp_path):
+    saved = contents()
+    save_checkpoint(tmp_path / "sft.pt", saved)
+    loaded = load_checkpoint(tmp_path / "sft.pt", "rm", "sft")
+    assert loaded.pop("sha256") == digest(saved) == digest(loaded)
+    assert loaded.keys() == saved.keys() and loaded["list"] == [1, 23, "a"] and loaded["finished"] is True
+    assert [p.name for p in tmp_path.iterdir()] == ["sft.pt"]
+
+
+def corrupt(path, how):
+    whole = path.read_bytes()
+    if how == "flipped byte":
+        # torch.save stores tensors uncompressed, so their bytes can be found, and torch loads one silently
+        marker = torch.full((64,), 1.25).numpy().tobytes()
+        at = whole.index(marker) + 17
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
+    elif how == "text":
+        path.write_text("not a checkpoint\n")
+    else:
+        sizes = {"empty": 0, "10 bytes": 10, "half": len(whole) // 2, "all but one": len(whole) - 1}
+        path.write_bytes(whole[:sizes[how]])
+
+
+@pytest.mark.parametrize("how", ["empty", "10 bytes", "half", "all but one", "text", "flipped byte"])
+def test_a_damaged_checkpoint_is_refused_by_name(how, tmp_path):
+    path = tmp_path / "sft.pt"
+    save_checkpoint(path, contents(marker=torch.full((64,), 1.25)))
+    load_checkpoint(path, "sft")
+    corrupt(path, how)
+    with pytest.raises(UserError, match=rf"{re.escape(str(path))} .*corrupt"):
+        load_checkpoint(path, "sft")
+
+
+class Touch:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("how", ["pickle", "torch"])
+def test_a_malicious_checkpoint_executes_nothing(how, tmp_path):
+    path, victim = tmp_path / "sft.pt", tmp_path / "executed"
+    evil = {"stage": "sft", "sha256": "", "model": Touch(victim)}
+    path.write_bytes(pickle.dumps(evil, protocol=2)) if how == "pickle" else torch.save(evil, path)
+    with pytest.raises(UserError, match="cannot be read as a checkpoint"):
+        load_checkpoint(path, "sft")
+    assert not victim.exists()
+    pickle.loads(path.read_bytes()) if how == "pickle" else torch.load(path, weights_only=False)
+    assert victim.exists()  # the file was a threat indeed
+
+
+@pytest.mark.filterwarnings("ignore:Using a non-tuple")  # from indexing the tensor by a name
+@pytest.mark.parametrize("content", [{"model": torch.ones(1)}, torch.ones(1), [1, 2]],
+                         ids=["no sha256", "tensor", "list"])
+def test_a_torch_file_that_is_no_checkpoint_is_refused(content, tmp_path):
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=r"x\.pt cannot be read as a checkpoint"):
+        load_checkpoint(tmp_path / "x.pt", "sft")
+
+
+def test_a_checkpoint_of_another_stage_or_a_missing_one_is_refused(tmp_path):
+    save_checkpoint(tmp_path / "rm.pt", contents(stage="rm"))
+    with pytest.raises(UserError,
+                       match=r"rm\.pt was written by train_rm\.py, not by train_sft\.py or train_ppo\.py"):
+        load_checkpoint(tmp_path / "rm.pt", "sft", "ppo")
+    with pytest.raises(UserError, match=r"gone\.pt is not there: train it first with train_sft\.py"):
+        load_checkpoint(tmp_path / "gone.pt", "sft")
+
+
+@pytest.mark.parametrize("error", [
+    OSError(28, "No space left on device"), RuntimeError("write failed"), KeyboardInterrupt()],
+                         ids=["disk full", "torch", "ctrl-c"])
+def test_a_save_that_fails_half_way_leaves_the_old_file_whole_and_no_other(error, tmp_path, monkeypatch):
+    path = tmp_path / "sft.pt"
+    save_checkpoint(path, contents(iter=1))
+
+    def half_a_save(checkpoint, file):
+        file.write(b"half a check")
+        raise error
+    monkeypatch.setattr(torch, "save", half_a_save)
+    with pytest.raises(type(error)) as raised:
+        save_checkpoint(path, contents(iter=2))
+    if isinstance(error, OSError):
+        assert str(path) in str(raised.value) and "No space left" in str(raised.value)
+    assert load_checkpoint(path, "sft")["iter"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["sft.pt"]
+
+
+def test_the_new_file_is_on_the_disk_before_it_takes_the_old_ones_name(tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, name=name, real=real: (calls.append(name), real(*args)))
+    save_checkpoint(tmp_path / "sft.pt", contents())
+    assert calls == ["fsync", "replace"]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# the same run, or a refusal
+
+@dataclass
+class Shape:
+    n_layer: int = 1
+    vocab_size: int = 9
+
+
+class Model(torch.nn.Linear):
+    def __init__(self, **shape):
+        super().__init__(2, 1)
+        self.config = Shape(**shape)
+
+
+TOKENIZER = {"name": "t", "source": "t", "n_vocab": 9, "eos": 8, "sha256": "ab"}
+
+
+@contextmanager
+def opened(folder, tokenizer=TOKENIZER, sources=(), shape=(), **flags):
+    """(run, model, where it starts, the checkpoint's fields) of a stage sft in `folder`."""
+    config = Config(**{"max_iters": 9, "batch_size": 1, "out_dir": str(folder)} | flags)
+    with checkpoint.open_run(config, "sft") as run:
+        model = Model(**dict(shape))
+        optimizer = common.Optimizer(model.parameters(), config)
+        yield run, model, *run.begin(optimizer, {"model": model}, tokenizer, sources)
+
+
+def save_run(folder, *iterations, **flags):
+    """Saves at these iterations, with weights equal to the iteration."""
+    with opened(folder, **flags) as (run, model, _, _):
+        for iteration in iterations:
+            torch.nn.init.constant_(model.weight, iteration)
+            run.save(iteration, kl_coef=0.5)
+
+
+def stands_at(path):
+    saved = load_checkpoint(path, "sft")
+    assert (saved["model"]["weight"] == saved["iter"]).all()
+    return saved["iter"]
+
+
+@pytest.mark.parametrize("changes", [
+    {"lr": 0.2}, {"seed": 1}, {"batch_size": 2}, {"dtype": "bfloat16"}, {"kl_coef": 0.1, "lr": 0.2},
+    {"lr_decay_iters": 3}, {"grad_clip": 2.0}, {"skip_bad": True}], ids=str)
+def test_resume_refuses_a_changed_flag_by_name(changes, tmp_path):
+    save_run(tmp_path, 3)
+    with pytest.raises(UserError) as error, opened(tmp_path, resume=True, **changes):
+        pass
+    for name, value in changes.items():
+        assert f"--{name} was {getattr(Config(batch_size=1), name)} and is {value}" in str(error.value)
+
+
+def test_resume_takes_flags_that_no_number_depends_on(tmp_path):
+    save_run(tmp_path, 3)
+    shutil.copytree(tmp_path, tmp_path / "moved")
+    harmless = {"max_iters": 19, "log_interval": 1, "save_interval": 1, "max_bad_steps": 9}
+    with opened(tmp_path / "moved", resume=True, **harmless) as (_, model, start, saved):
+        assert start == 3 and (model.weight == 3).all() and saved["kl_coef"] == 0.5
+
+
+@pytest.mark.parametrize("change, says", [({"micro_batch_size": 1}, "--micro_batch_size was None and is 1"),
+                                          ({"compile": True}, "--compile was False and is True"), ({}, "threads was")])
+def test_resume_says_what_moves_the_last_bits_and_goes_on(change, says, tmp_path, monkeypatch, capsys):
+    """Who ran out of memory must be able to go on with a smaller micro-batch."""
+    save_run(tmp_path, 3)
+    with opened(tmp_path, resume=True):
+        assert "note:" not in capsys.readouterr().out
+    if not change:
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    with opened(tmp_path, resume=True, **change) as (_, _, start, _):
+        assert start == 3
+    out = capsys.readouterr().out
+    assert says in out and "the same run, but not to the last bit" in out
+
+
+@pytest.mark.parametrize("change, says", [
+    ({"shape": {"n_layer": 2}}, "n_layer was 1 and is 2"),
+    ({"shape": {"n_layer": 2, "vocab_size": 7}}, "n_layer was 1 and is 2, vocab_size was 9 and is 7"),
+    ({"tokenizer": TOKENIZER | {"n_vocab": 7, "eos": 6}}, "n_vocab was 9 and is 7, eos was 8 and is 6"),
+    ({"tokenizer": TOKENIZER | {"sha256": "cd"}}, "sha256 was ab and is cd")], ids=str)
+def test_a_checkpoint_of_another_model_or_tokenizer_is_refused_field_by_field_before_a_tensor_is_copied(
+        change, says, tmp_path, monkeypatch):
+    save_run(tmp_path, 3)
+    monkeypatch.setattr(Model, "load_state_dict", lambda *args, **kwargs: pytest.fail("copied"))
+    with pytest.raises(UserError, match=rf"another model or tokenizer: {says}$"), \
+            opened(tmp_path, resume=True, **change):
+        pass
+
+
+def test_resume_goes_by_the_content_of_the_data_and_of_the_checkpoints_that_it_began_with(tmp_path):
+    first, moved, other = (tmp_path / name for name in ("a.jsonl", "b.jsonl", "c.jsonl"))
+    first.write_text("rows"), moved.write_text("rows"), other.write_text("other rows")
+    out = tmp_path / "out"
+    save_run(out, 3, data=str(first), sources={"rm": "1", "sft": "2"})
+    with opened(out, resume=True, data=str(moved), sources={"rm": "1", "sft": "2"}) as (_, _, start, _):
+        assert start == 3
+    with pytest.raises(UserError, match="this run began with another sft and --data: put it back"), \
+            opened(out, resume=True, data=str(other), sources={"rm": "1", "sft": "3"}):
+        pass
+    with pytest.raises(UserError, match="this run began with another --data"), \
+            opened(out, resume=True, sources={"rm": "1", "sft": "2"}):
+        pass
+
+
+def test_resume_restores_torchs_generator(tmp_path):
+    torch.manual_seed(1)
+    with opened(tmp_path) as (run, *_):
+        run.save(3)
+    expected = torch.rand(3)
+    torch.manual_seed(99)
+    with opened(tmp_path, resume=True):
+        assert torch.equal(torch.rand(3), expected)
+
+
+def test_resume_of_a_run_that_has_nothing_left_to_do_names_max_iters(tmp_path):
+    save_run(tmp_path, 3)
+    with pytest.raises(UserError, match="stands at iteration 3 already: raise --max_iters=3"), \
+            opened(tmp_path, resume=True, max_iters=3):
+        pass
+
+
+# ----------------------------------------------------------------------------------------------------------
+# the previous checkpoint
+
+def test_the_checkpoint_before_is_kept_and_the_first_one_stands_throughout(tmp_path, monkeypatch):
+    replace, link, seen = os.replace, os.link, []
+    for name, real in (("replace", replace), ("link", link)):
+        monkeypatch.setattr(os, name, lambda *args, real=real: (seen.append((tmp_path / "sft.pt").exists()), real(*args)))
+    save_run(tmp_path, 1, 2, 3)
+    assert stands_at(tmp_path / "sft.pt") == 3 and stands_at(tmp_path / "sft.prev.pt") == 2
+    assert seen == [False, True, True, True, True]  # the first replace, then twice link and replace
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "sft.prev.pt", "sft.pt"]
+
+
+def test_a_file_system_without_links_keeps_it_as_a_copy(tmp_path, monkeypatch):
+    def no_links(*args):
+        raise PermissionError(1, "Operation not permitted")
+    monkeypatch.setattr(os, "link", no_links)
+    save_run(tmp_path, 1, 2, 3)
+    assert stands_at(tmp_path / "sft.pt") == 3 and stands_at(tmp_path / "sft.prev.pt") == 2
+
+
+@pytest.mark.parametrize("how", ["empty", "half", "all but one", "text", "missing"])
+def test_resume_falls_back_to_the_previous_checkpoint_with_a_note_and_never_puts_the_damaged_one_in_its_place(
+        how, tmp_path, capsys):
+    save_run(tmp_path, 1, 2, 3)
+    path = tmp_path / "sft.pt"
+    path.unlink() if how == "missing" else corrupt(path, how)
+    with opened(tmp_path, resume=True) as (run, _, start, _):
+        assert start == 2
+        out = capsys.readouterr().out
+        assert re.search(rf"note: {re.escape(str(path))} .*\. Going back to .*sft\.prev\.pt\n", out)
+        run.modules["model"].weight.data.fill_(3)
+        run.save(3)
+    assert stands_at(path) == 3 and stands_at(tmp_path / "sft.prev.pt") == 2
+
+
+def test_with_both_damaged_or_none_there_resume_is_refused(tmp_path):
+    with pytest.raises(Damaged, match="sft.pt is not there"), opened(tmp_path, resume=True):
+        pass
+    save_run(tmp_path, 1, 2)
+    corrupt(tmp_path / "sft.pt", "half"), corrupt(tmp_path / "sft.prev.pt", "empty")
+    with pytest.raises(Damaged, match="sft.prev.pt cannot be read as a checkpoint"), opened(tmp_path, resume=True):
+        pass
+
+
+def test_a_checkpoint_of_another_stage_is_a_mistake_and_not_damage(tmp_path):
+    save_run(tmp_path, 1, 2)
+    saved = load_checkpoint(tmp_path / "sft.pt", "sft")
+    del saved["sha256"]
+    save_checkpoint(tmp_path / "sft.pt", saved | {"stage": "rm"})
+    with pytest.raises(UserError, match="was written by train_rm.py"), opened(tmp_path, resume=True):
+        pass
+
+
+def test_overwrite_leaves_nothing_to_fall_back_to_of_the_run_that_it_replaces(tmp_path):
+    save_run(tmp_path, 1, 2)
+    save_run(tmp_path, overwrite=True)
+    assert stands_at(tmp_path / "sft.pt") == 2 and stands_at(tmp_path / "sft.prev.pt") == 1  # until there is a new one
+    save_run(tmp_path, 4, overwrite=True)
+    assert stands_at(tmp_path / "sft.pt") == 4 and not (tmp_path / "sft.prev.pt").exists()
+
+
+@pytest.mark.parametrize("where, name", [("weight", "model.weight"), ("moment", r"optimizer.adamw.state.0.exp_avg"),
+                                         ("number", "kl_coef")])
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
+def test_a_run_that_is_not_finite_is_never_saved_over_a_healthy_checkpoint(where, name, bad, tmp_path):
+    save_run(tmp_path, 1, 2)
+    with opened(tmp_path, resume=True) as (run, model, _, _):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        run.optimizer.step(3, 0.0)
+        if where != "number":
+            (model.weight.data if where == "weight" else run.optimizer.adamw.state[model.weight]["exp_avg"])[0, 1] = bad
+        with pytest.raises(FloatingPointError, match=f"iteration 3: {name} is not finite, so nothing was saved"):
+            run.save(3, kl_coef=bad if where == "number" else 0.5)
+    assert stands_at(tmp_path / "sft.pt") == 2 and stands_at(tmp_path / "sft.prev.pt") == 1
+
+
+def test_a_checkpoint_is_due_at_the_last_iteration_each_save_interval_and_when_a_signal_came(tmp_path, monkeypatch):
+    with opened(tmp_path, save_interval=4, max_iters=9) as (run, *_):
+        assert [i for i in range(1, 10) if run.due(i)] == [4, 8, 9]
+        monkeypatch.setattr(checkpoint.Signals, "received", signal.SIGTERM)
+        assert all(run.due(i) for i in range(1, 10))
+        monkeypatch.undo()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# out_dir
+
+def test_an_occupied_out_dir_needs_resume_or_overwrite(tmp_path):
+    path = tmp_path / "new" / "sft.pt"
+    checkpoint.occupy(Config(), path)
+    assert path.parent.is_dir()
+    path.touch()
+    checkpoint.occupy(Config(), path.with_name("rm.pt"))  # another stage's file is in nobody's way
+    checkpoint.occupy(Config(resume=True), path), checkpoint.occupy(Config(overwrite=True), path)
+    with pytest.raises(UserError, match=r"sft\.pt is there already: --resume .* --overwrite"):
+        checkpoint.occupy(Config(), path)
+    with pytest.raises(UserError, match=r"--out_dir=.*sft\.pt cannot be made"):
+        checkpoint.occupy(Config(), path / "rm.pt")
+
+
+def test_an_out_dir_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    # root may write anywhere, so chmod would not do
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    with pytest.raises(UserError, match="is not writable"):
+        checkpoint.occupy(Config(), tmp_path / "sft.pt")
+
+

@@ -3,14 +3,19 @@ Tests of checkpoint.py: files that survive damage, full disks and kill -9, runs 
 refused with the reason, one run per out_dir, signals. Where a process has to die, it is a child of its own.
 """
 
-import dataclasses
-import json
+import io
+import itertools
 import math
 import os
 import pickle
+import random
 import re
 import shutil
 import signal
+import sys
+import threading
+import time
+import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +25,13 @@ import torch
 
 import checkpoint
 import common
+import train_ppo
+import train_rm
+import train_sft
 from checkpoint import Damaged, digest, load_checkpoint, save_checkpoint
 from common import UserError
 from test_common import Config, make_optimizer, take_step
+from test_train import SIZES, metrics, pairs, run, shrink, weights, write_jsonl
 
 torch.set_num_threads(1)
 
@@ -404,3 +413,370 @@ def test_an_out_dir_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
         checkpoint.occupy(Config(), tmp_path / "sft.pt")
 
 
+
+
+# ----------------------------------------------------------------------------------------------------------
+# runs of all three stages, in children that are killed, stopped and starved
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A folder with forty pairs and the sft.pt and rm.pt of four iterations each."""
+    folder = tmp_path_factory.mktemp("base")
+    write_jsonl(folder / "pairs.jsonl", pairs())
+    train_stage("sft", folder), train_stage("rm", folder)
+    return folder
+
+
+@pytest.fixture
+def fresh(base, tmp_path):
+    """Makes folders with what the stage needs, and of the stage itself nothing."""
+    count = iter(range(10**6))
+
+    def make(stage):
+        folder = tmp_path / f"run{next(count)}"
+        gone = {"sft": "sft.*", "rm": "rm.*", "ppo": "-"}[stage]
+        shutil.copytree(base, folder, ignore=shutil.ignore_patterns(gone, "metrics.jsonl"))
+        return folder
+    return make
+
+
+SMALL = {"sft": dict(dropout=0.1), "rm": {},
+         "ppo": dict(critic="separate", kl_target=0.01, minibatches=3, batch_size=6)}
+INTERVAL = {"max_iters": 4, "save_interval": 1, "log_interval": 1}
+
+
+def train_stage(stage, folder, **flags):
+    return run(stage, folder, **SMALL[stage] | INTERVAL | flags)
+
+
+def outcome(folder, stage):
+    """All that the promise is about: weights, optimizer, generators, KL coefficient and every metric but the clocks."""
+    return digest(weights(folder, stage, "optimizer", "rng", "kl_coef")), metrics(folder, stage)
+
+
+def go_on(folder, stage, **flags):
+    """What a person does after a crash: --resume if there is a checkpoint, else the same command again."""
+    return train_stage(stage, folder, resume=(folder / f"{stage}.pt").exists(), **flags)
+
+
+class Child:
+    """A process that runs `body`, forked from this one, so that it starts at once however busy the machine is."""
+
+    def __init__(self, body):
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 99
+            try:
+                body()
+                code = 0
+            except SystemExit as exit:
+                code = exit.code
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+
+    def wait(self):
+        """The exit code, or minus the signal that ended it."""
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def after_metrics(act):
+    """In a child: calls act(iteration) whenever a line of metrics is written, which is before the checkpoint."""
+    real = common.Metrics.write
+
+    def write(self, iteration, *args, **kwargs):
+        row = real(self, iteration, *args, **kwargs)
+        act(iteration)
+        return row
+    common.Metrics.write = write
+
+
+def send(number, iteration, times=1):
+    """In a child: sends itself the signal in that iteration."""
+    after_metrics(lambda i: [os.kill(os.getpid(), number) for _ in range(times) if i == iteration])
+
+
+def kill_at_line(n):
+    """In a child: kill -9 before the nth line that runs in the functions which write files."""
+    functions, count = {"replacing", "save_checkpoint", "save", "write"}, itertools.count()
+
+    def on_line(frame, event, arg):
+        if event == "line" and next(count) == n:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return on_line
+
+    def on_call(frame, event, arg):
+        ours = Path(frame.f_code.co_filename).name in ("common.py", "checkpoint.py")
+        return on_line if ours and frame.f_code.co_name in functions else None
+    sys.settrace(on_call)
+
+
+def kill_in_save(n, share):
+    """In a child: kill -9 when that share of the nth checkpoint's bytes is in the temporary file."""
+    real, count = torch.save, itertools.count(1)
+
+    def save(contents, file):
+        if next(count) < n:
+            return real(contents, file)
+        buffer = io.BytesIO()
+        real(contents, buffer)
+        file.write(buffer.getvalue()[:int(share * buffer.tell())])
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    torch.save = save
+
+
+def check_kill(stage, folder, moment, expected):
+    """Kills a run at the moment, then looks at what is there, goes on, and compares with the run that was let be."""
+    def body():
+        moment()
+        train_stage(stage, folder)
+    code = Child(body).wait()
+    assert code in (-signal.SIGKILL, 0)
+    if (folder / f"{stage}.pt").exists():
+        saved = load_checkpoint(folder / f"{stage}.pt", stage)  # whole, the old or the new one
+        assert len(metrics(folder, stage)) >= saved["iter"]
+    if (folder / f"{stage}.prev.pt").exists():
+        assert load_checkpoint(folder / f"{stage}.prev.pt", stage)["iter"] == saved["iter"] - 1 or code == -9
+    if code:
+        go_on(folder, stage)
+    assert outcome(folder, stage) == expected
+    assert not list(folder.glob("*.tmp"))
+    return code
+
+
+def test_kill_9_in_the_middle_of_a_write_leaves_the_old_file_and_resume_ends_where_an_untouched_run_ends(fresh):
+    whole = fresh("sft")
+    train_stage("sft", whole)
+    for n, share in ((1, 0.5), (3, 0.0), (3, 0.5), (3, 1.0)):
+        assert check_kill("sft", fresh("sft"), lambda: kill_in_save(n, share), outcome(whole, "sft")) == -9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
+def test_kill_9_at_every_line_that_writes_a_file_leaves_the_old_or_the_new_one(stage, fresh):
+    """The lines of the first two checkpoints, and of every metric in between, each in a run of its own."""
+    whole, killed = fresh(stage), 0
+    train_stage(stage, whole)
+    for n in range(0, 70 if stage == "sft" else 60, 1 if stage == "sft" else 3):
+        killed += check_kill(stage, fresh(stage), lambda: kill_at_line(n), outcome(whole, stage)) == -9
+    assert killed >= 20
+
+
+@pytest.mark.slow
+def test_kill_9_at_twenty_random_moments_of_one_run_changes_nothing(fresh):
+    """Each life is ended at most 0.15 seconds after its first iteration."""
+    whole, folder, rng = fresh("ppo"), fresh("ppo"), random.Random(0)
+    train_stage("ppo", whole, max_iters=80)
+    for n in range(20):
+        reader, writer = os.pipe()
+
+        def body():
+            after_metrics(lambda i: os.write(writer, b"x"))
+            go_on(folder, "ppo", max_iters=80)
+        child = Child(body)
+        os.close(writer)
+        os.read(reader, 1)
+        time.sleep(0.15 * rng.random())
+        os.kill(child.pid, signal.SIGKILL)
+        assert child.wait() == -signal.SIGKILL  # or the run was over before it could be killed twenty times
+        os.close(reader)
+        if (folder / "ppo.pt").exists():
+            load_checkpoint(folder / "ppo.pt", "ppo")
+    go_on(folder, "ppo", max_iters=80)
+    assert outcome(folder, "ppo") == outcome(whole, "ppo")
+
+
+@pytest.mark.parametrize("stage, number, code", [("sft", signal.SIGTERM, 143), ("rm", signal.SIGINT, 130),
+                                                 ("ppo", signal.SIGINT, 130), ("ppo", signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run_after_the_iteration_with_one_checkpoint_and_resume_is_exact(stage, number, code, fresh):
+    whole, folder = fresh(stage), fresh(stage)
+    train_stage(stage, whole, save_interval=9)
+
+    def body():
+        send(number, 2)
+        after_save(lambda path: os.write(writer, b"x"))
+        train_stage(stage, folder, save_interval=9)
+    reader, writer = os.pipe()
+    assert Child(body).wait() == code
+    os.close(writer)
+    with os.fdopen(reader, "rb") as file:
+        assert file.read() == b"x"  # one save
+    saved = load_checkpoint(folder / f"{stage}.pt", stage)
+    assert saved["iter"] == 2 == len(metrics(folder, stage)) and not saved["finished"]
+    train_stage(stage, folder, save_interval=9, resume=True)
+    assert outcome(folder, stage) == outcome(whole, stage)
+
+
+def after_save(act):
+    """In a child: calls act(path) whenever a checkpoint has been saved."""
+    real = checkpoint.save_checkpoint
+    checkpoint.save_checkpoint = lambda path, *args: (real(path, *args), act(path))
+
+
+def test_a_signal_while_a_checkpoint_is_written_lets_it_be_whole_and_saves_no_second_one(fresh):
+    folder = fresh("sft")
+
+    def body():
+        real = torch.save
+        torch.save = lambda contents, file: (real(contents, file), os.kill(os.getpid(), signal.SIGTERM))
+        train_stage("sft", folder)
+    assert Child(body).wait() == 143
+    assert load_checkpoint(folder / "sft.pt", "sft")["iter"] == 1
+
+
+def test_a_second_signal_ends_the_run_at_once_and_leaves_the_old_checkpoint(fresh):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        folder = fresh("sft")
+
+        def body():
+            send(number, 3, times=2)
+            train_stage("sft", folder)
+        assert Child(body).wait() == -number
+        assert load_checkpoint(folder / "sft.pt", "sft")["iter"] == 2
+
+
+def test_a_signal_during_an_earlier_stage_stops_that_one_and_the_same_command_goes_on_from_there(fresh, monkeypatch):
+    shrink(monkeypatch)
+    whole, folder = fresh("sft"), fresh("sft")
+    for each in (whole, folder):
+        (each / "rm.pt").unlink()
+    train_stage("ppo", whole, **SIZES)
+
+    def body():
+        send(signal.SIGTERM, 2)
+        train_stage("ppo", folder, **SIZES)
+    assert Child(body).wait() == 143
+    assert load_checkpoint(folder / "sft.pt", "sft")["iter"] == 2 and not (folder / "rm.pt").exists()
+    train_stage("ppo", folder, **SIZES)
+    assert [outcome(folder, stage) for stage in SMALL] == [outcome(whole, stage) for stage in SMALL]
+
+
+def test_signals_are_the_callers_again_after_the_run_and_an_ignored_one_stays_ignored(fresh):
+    def body():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        send(signal.SIGINT, 2)
+        before = signal.getsignal(signal.SIGTERM)
+        train_stage("sft", folder)
+        assert signal.getsignal(signal.SIGTERM) == before and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    folder = fresh("sft")
+    assert Child(body).wait() == 0
+    assert load_checkpoint(folder / "sft.pt", "sft")["finished"]
+
+
+def test_train_works_outside_the_main_thread_where_python_hears_no_signals(fresh):
+    folder = fresh("sft")
+    thread = threading.Thread(target=train_stage, args=("sft", folder))
+    thread.start(), thread.join()
+    assert load_checkpoint(folder / "sft.pt", "sft")["finished"]
+
+
+@pytest.mark.parametrize("first, second", [("sft", "sft"), ("ppo", "ppo"), ("rm", "ppo")])
+def test_a_second_run_in_an_out_dir_is_refused_until_the_first_is_dead(first, second, fresh):
+    folder, (reader, writer) = fresh(first), os.pipe()
+
+    def body():
+        after_metrics(lambda i: (os.write(writer, b"x"), signal.pause()))
+        train_stage(first, folder)
+    child = Child(body)
+    os.read(reader, 1)
+    before = sorted((path.name, path.read_bytes()) for path in folder.iterdir())
+    with pytest.raises(UserError, match="another run is at work in .*: wait for it, or give another --out_dir"):
+        train_stage(second, folder)
+    assert sorted((path.name, path.read_bytes()) for path in folder.iterdir()) == before
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    train_stage(first, folder)
+
+
+def test_a_failed_run_gives_its_out_dir_back(fresh):
+    folder = fresh("sft")
+    with pytest.raises(UserError):
+        train_stage("sft", folder, n_head=3)
+    Child(lambda: train_stage("sft", folder)).wait()
+    assert load_checkpoint(folder / "sft.pt", "sft")["finished"]
+
+
+def test_a_drive_without_locks_is_used_with_a_note(tmp_path, monkeypatch, capsys):
+    def no_locks(*args):
+        raise OSError(37, "No locks available")
+    monkeypatch.setattr(checkpoint.fcntl, "flock", no_locks)
+    save_run(tmp_path, 1)
+    assert "cannot be locked (No locks available)" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------------
+# a full disk, no memory, bad numbers
+
+def fill_disk(path):
+    """The next file that is written for `path` finds the disk full, as the kernel says it."""
+    os.symlink("/dev/full", path)
+
+
+@pytest.mark.parametrize("full, name", [("sft.pt.tmp", "sft.pt"), ("metrics.jsonl", "metrics.jsonl")])
+def test_a_full_disk_leaves_the_old_checkpoint_and_the_message_names_the_file(full, name, fresh, monkeypatch):
+    folder, step = fresh("sft"), common.Optimizer.step
+
+    def step_and_fill(self, iteration, loss):
+        if iteration == 3:
+            (folder / full).unlink(missing_ok=True)
+            fill_disk(folder / full)
+        return step(self, iteration, loss)
+    monkeypatch.setattr(common.Optimizer, "step", step_and_fill)
+    with pytest.raises(OSError, match=rf"could not write {re.escape(str(folder / name))} \(No space left on device"):
+        train_stage("sft", folder)
+    assert load_checkpoint(folder / "sft.pt", "sft")["iter"] == 2
+    monkeypatch.undo()
+    if full == "metrics.jsonl":
+        (folder / full).unlink()
+    train_stage("sft", folder, resume=True)
+    assert load_checkpoint(folder / "sft.pt", "sft")["finished"]
+
+
+def allocate_too_much():
+    torch.empty(2**60)  # the CPU's own message
+
+
+def gpu_is_full():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation")
+
+
+@pytest.mark.parametrize("stage, flags", [("sft", "--batch_size=12"), ("rm", "--max_new_tokens=8, --batch_size=6"),
+                                          ("ppo", "--max_new_tokens=8, --batch_size=6")])
+@pytest.mark.parametrize("fail", [allocate_too_much, gpu_is_full])
+def test_out_of_memory_in_the_update_says_which_flags_to_lower_and_the_checkpoint_is_intact(
+        stage, flags, fail, fresh, monkeypatch):
+    folder, step = fresh(stage), common.Optimizer.step
+    monkeypatch.setattr(common.Optimizer, "step", lambda self, i, loss: fail() if i == 3 else step(self, i, loss))
+    with pytest.raises(UserError, match=f"train_{stage}: out of memory .*memory.* Lower --micro_batch_size first.* "
+                                        f"in a new run, {flags}") as error:
+        train_stage(stage, folder)
+    assert "\n" not in str(error.value) and load_checkpoint(folder / f"{stage}.pt", stage)["iter"] == 2
+    monkeypatch.undo()
+    train_stage(stage, folder, resume=True, micro_batch_size=1)
+    assert load_checkpoint(folder / f"{stage}.pt", stage)["finished"]
+
+
+def test_another_error_of_torch_is_no_lack_of_memory():
+    with pytest.raises(RuntimeError, match="shapes"), checkpoint.memory_advice(Config(), "sft"):
+        torch.ones(2, 3) @ torch.ones(2, 3)
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
+def test_a_loss_that_is_not_finite_skips_the_step_even_if_its_gradient_is_and_is_logged(stage, fresh, monkeypatch):
+    """An infinite constant in the loss has no gradient at all."""
+    module, name = {"sft": (train_sft, "masked_mean"), "rm": (train_rm, "bradley_terry_loss"),
+                    "ppo": (train_ppo, "value_loss")}[stage]
+    real, folder = getattr(module, name), fresh(stage)
+
+    def infinite(*args):
+        result = real(*args)
+        return result + math.inf if stage == "sft" else (result[0] + math.inf, result[1])
+    monkeypatch.setattr(module, name, infinite)
+    steps = {"sft": 1, "rm": 1, "ppo": 6}[stage]
+    with pytest.raises(FloatingPointError, match="in a row had a loss or a gradient that is not finite: lower --lr"):
+        train_stage(stage, folder, max_bad_steps=2 * steps + 1)
+    saved = load_checkpoint(folder / f"{stage}.pt", stage)
+    assert saved["iter"] == 2 and [row["skipped_steps"] for row in metrics(folder, stage)] == [steps, 2 * steps]
+    assert all(not state for state in saved["optimizer"]["adamw"]["state"].values())  # AdamW has never stepped

@@ -254,7 +254,8 @@ class Run:
 
     def __init__(self, config, stage, path):
         self.config, self.stage, self.path, self.previous = config, stage, path, path.with_suffix(".prev.pt")
-        self.saved, self.rotates = load_latest(path, self.previous, stage) if config.resume else (None, False)
+        # ours: whether at path there is a whole checkpoint of this run, which the next one must not lose
+        self.saved, self.ours = load_latest(path, self.previous, stage) if config.resume else (None, False)
 
     def begin(self, optimizer, modules, tokenizer, sources=()):
         """Takes what the checkpoints shall hold: the optimizer, modules {name: module} with "model" among them, the
@@ -288,12 +289,12 @@ class Run:
             "rng": rng_state()}
         bad = non_finite(contents)
         if bad:
-            raise FloatingPointError(f"iteration {iteration}: {bad} is not finite, so nothing was saved: lower --lr, and "
-                                     f"go on from the last checkpoint with --resume, or start anew")
-        if not self.rotates and not self.config.resume:
-            self.previous.unlink(missing_ok=True)  # of the run that --overwrite replaces
-        save_checkpoint(self.path, contents, self.previous if self.rotates else None)
-        self.rotates = True
+            raise FloatingPointError(f"iteration {iteration}: {bad} is not finite, so nothing was saved, and the last "
+                                     "checkpoint is untouched: begin a new run with a lower --lr")
+        if not self.ours and not self.config.resume:
+            self.previous.unlink(missing_ok=True)  # it is of the run that --overwrite replaces
+        save_checkpoint(self.path, contents, self.previous if self.ours else None)
+        self.ours = True
         Signals.exit_if(Signals.received)
 
 

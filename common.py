@@ -336,8 +336,8 @@ class Optimizer:
         self.zero_grad()
         if self.skipped_in_a_row >= self.config.max_bad_steps:
             raise FloatingPointError(f"{self.skipped_in_a_row} optimizer steps in a row had a loss or a gradient that is "
-                                     "not finite: lower --lr or --grad_clip, or use --dtype=float32; the last "
-                                     "checkpoint is untouched")
+                                     "not finite: lower --lr or --grad_clip in a new run, or use --dtype=float32; the "
+                                     "last checkpoint is untouched")
         return lr, norm
 
     def zero_grad(self):

@@ -12,6 +12,7 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -31,7 +32,7 @@ import train_sft
 from checkpoint import Damaged, digest, load_checkpoint, save_checkpoint
 from common import UserError
 from test_common import Config, make_optimizer, take_step
-from test_train import SIZES, metrics, pairs, run, shrink, weights, write_jsonl
+from test_train import ROOT, SIZES, metrics, pairs, run, shrink, tiny_flags, weights, write_jsonl
 
 torch.set_num_threads(1)
 
@@ -780,3 +781,61 @@ def test_a_loss_that_is_not_finite_skips_the_step_even_if_its_gradient_is_and_is
     saved = load_checkpoint(folder / f"{stage}.pt", stage)
     assert saved["iter"] == 2 and [row["skipped_steps"] for row in metrics(folder, stage)] == [steps, 2 * steps]
     assert all(not state for state in saved["optimizer"]["adamw"]["state"].values())  # AdamW has never stepped
+
+
+def test_no_file_of_the_repository_loads_a_pickle_that_could_execute_something():
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("experiments/*.py")]:
+        text = path.read_text()
+        assert not re.search(r"weights_only\s*=\s*False|pickle\.load|torch\.load\((?!.*weights_only=True)", text), path
+
+
+def test_every_test_that_the_page_on_reliability_names_exists():
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", (ROOT / "docs" / "reliability.md").read_text())
+    assert len(named) > 40
+    for file, name in named:
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(), name
+
+
+# ----------------------------------------------------------------------------------------------------------
+# slow: processes of their own
+
+def start(stage, folder, *more, **env):
+    argv = tiny_flags(stage, folder, **SMALL[stage] | INTERVAL)
+    return subprocess.Popen([sys.executable, str(ROOT / f"train_{stage}.py"), *argv, *more], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"} | env)
+
+
+@pytest.mark.slow
+def test_processes_with_other_hash_seeds_and_ctrl_c_from_outside_give_the_same_run(fresh, tmp_path):
+    """The reward function holds the second iteration until the signal has been sent."""
+    (tmp_path / "reward.py").write_text(
+        "import os, time\n"
+        "def f(prompts, responses):\n"
+        "    f.calls = getattr(f, 'calls', 0) + 1\n"
+        "    while 'HOLD' in os.environ and f.calls == 2 and not os.path.exists(os.environ['HOLD']):\n"
+        "        time.sleep(0.01)\n"
+        "    return [float(response.count('e')) for response in responses]\n")
+    reward, whole, folder = f"--reward={tmp_path / 'reward.py'}:f", fresh("ppo"), fresh("ppo")
+    process = start("ppo", whole, reward, PYTHONHASHSEED="1")
+    assert process.wait() == 0, process.stderr.read()
+    process = start("ppo", folder, reward, PYTHONHASHSEED="2", HOLD=str(tmp_path / "go"))
+    assert any(line.startswith("ppo 1/4 ") for line in process.stdout)
+    process.send_signal(signal.SIGINT)
+    assert "this iteration is the last" in process.stderr.readline() + process.stderr.readline()
+    (tmp_path / "go").touch()
+    assert process.wait() == 130
+    assert load_checkpoint(folder / "ppo.pt", "ppo")["iter"] == 2
+    process = start("ppo", folder, reward, "--resume", PYTHONHASHSEED="3")
+    assert process.wait() == 0, process.stderr.read()
+    assert outcome(folder, "ppo") == outcome(whole, "ppo")
+
+
+@pytest.mark.slow
+def test_compile_on_a_machine_without_a_compiler_trains_all_the_same(fresh, tmp_path):
+    folder = fresh("sft")
+    process = start("sft", folder, "--compile", CXX="/no/compiler", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert out.count("torch.compile failed (") == 1 and "No working C++ compiler" in out
+    assert load_checkpoint(folder / "sft.pt", "sft")["finished"]

@@ -135,6 +135,16 @@ def test_main_turns_the_named_errors_into_a_sentence_and_code_2(error, monkeypat
     assert exit.value.code == 2 and capsys.readouterr().err == "train_x.py: bad value\n"
 
 
+@pytest.mark.parametrize("error", [OSError("could not write a.pt (No space left on device)"), FloatingPointError("bad")])
+def test_main_turns_a_full_disk_and_bad_numbers_into_a_sentence_and_code_1(error, monkeypatch, capsys):
+    def train(config):
+        raise error
+    monkeypatch.setattr("sys.argv", ["train_x.py"])
+    with pytest.raises(SystemExit) as exit:
+        common.main(train, Config, "doc", DataProblem)
+    assert exit.value.code == 1 and capsys.readouterr().err == f"train_x.py: {error}\n"
+
+
 def test_main_lets_a_bug_show_its_traceback(monkeypatch):
     monkeypatch.setattr("sys.argv", ["train_x.py"])
     with pytest.raises(ZeroDivisionError):
@@ -168,6 +178,19 @@ def test_dtype_on_a_cpu_decides_what_a_matrix_product_computes_in(dtype, expecte
     with autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == expected
     assert ("bfloat16" in common.describe(device, autocast)) == (expected == torch.bfloat16)
+
+
+def test_bfloat16_that_the_gpu_does_not_have_is_refused_and_auto_falls_back(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
+    with pytest.raises(UserError, match="--dtype=bfloat16 was asked for, but this GPU has none"):
+        common.setup(Config(dtype="bfloat16"))
+    asked = []
+    monkeypatch.setattr(torch, "autocast", lambda device, dtype, enabled: asked.append((device, enabled)))
+    device, autocast = common.setup(Config(dtype="auto"))
+    autocast()
+    assert device.type == "cuda" and asked == [("cuda", False)]
 
 
 @pytest.mark.parametrize("error", [
@@ -233,6 +256,16 @@ def test_a_non_finite_gradient_changes_no_weight_and_no_moment(poison, capsys):
     assert all(p.grad is None or not p.grad.any() for p in params)
     take_step(optimizer, params, 3)
     assert state_bytes(optimizer, params) != before  # a bad step poisons nothing that comes after
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, torch.tensor(math.nan)])
+def test_a_non_finite_loss_is_no_step_either(loss, capsys):
+    optimizer, params = make_optimizer()
+    take_step(optimizer, params)
+    before = state_bytes(optimizer, params)
+    _, norm = take_step(optimizer, params, 2, loss=loss)
+    assert math.isfinite(norm) and state_bytes(optimizer, params) == before and optimizer.skipped == 1
+    assert f"iteration 2: loss {float(loss)}, gradient norm 0.67" in capsys.readouterr().out
 
 
 def test_the_run_stops_after_max_bad_steps_in_a_row_and_a_good_step_resets_the_count():
@@ -355,10 +388,12 @@ def test_opening_the_metrics_file(start, then, expected, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_line_that_a_crash_cut_short_does_not_prevent_resuming(tmp_path):
+@pytest.mark.parametrize("left", [b'{"stage": "sft", "iter": 3, "lo', b'{"stage": "sft", "flags": {"lr": 1}', b"\0" * 40,
+                                  b"\xff\xfe", b"3", b"{}", b"null"])
+def test_what_a_crash_left_of_a_line_does_not_prevent_resuming(left, tmp_path):
     write_metrics(tmp_path, "sft", [1, 2])
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"stage": "sft", "iter": 3, "lo')
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(left)
     write_metrics(tmp_path, "sft", [3], start=2)
     assert outline(tmp_path) == [("sft", H), ("sft", 1), ("sft", 2), ("sft", 3)]
 

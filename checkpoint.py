@@ -279,7 +279,8 @@ class Run:
 
     def due(self, iteration):
         """Whether an iteration ends with a checkpoint: the last, each save_interval-th, one in which a signal came."""
-        return iteration == self.config.max_iters or iteration % self.config.save_interval == 0 or bool(Signals.received)
+        regular = iteration == self.config.max_iters or iteration % self.config.save_interval == 0
+        return regular or Signals.received is not None
 
     def save(self, iteration, **more):
         """Writes the checkpoint, with `more` fields, and keeps the one before as *.prev.pt. Then leaves with 130 or 143

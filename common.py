@@ -198,12 +198,13 @@ def load_reward_function(spec):
 
 
 def call_reward_function(function, prompts, responses):
-    """The function's scores (B,), after a look that there is a finite number for each response. What the function raises
-    is raised again with the prompt that it stumbled on, below the traceback into the user's file."""
+    """The function's scores (B,), after a look that there is a finite number for each response. What the function
+    raises is raised again with the prompt that it stumbled on, below the traceback into the user's file."""
     try:
         scores = function(prompts, responses)
     except Exception as error:
-        raise RuntimeError(f"the reward function raised {error!r} for {culprit(function, prompts, responses)}") from error
+        where = culprit(function, prompts, responses)
+        raise RuntimeError(f"the reward function raised {error!r} for {where}") from error
     require(hasattr(scores, "__len__") and len(scores) == len(responses), f"the reward function returned "
                    f"{len(scores) if hasattr(scores, '__len__') else scores!r} for {len(responses)} responses: it must "
                    "return a list of as many numbers")
@@ -227,8 +228,8 @@ def require_finite(scores, texts):
     """scores (B,) of a reward model for texts [(prompt, response)], as they came. Raises FloatingPointError that names
     the first prompt whose score is NaN or infinite: one such score would spoil the advantages of the whole rollout."""
     for i in (~scores.isfinite()).nonzero().flatten()[:1].tolist():
-        raise FloatingPointError(f"the reward model's score is {scores[i].item()} for the prompt {texts[i][0]!r} and the "
-                                 f"response {texts[i][1]!r}: train it anew with a lower --lr")
+        raise FloatingPointError(f"the reward model's score is {scores[i].item()} for the prompt {texts[i][0]!r} and "
+                                 f"the response {texts[i][1]!r}: train it anew with a lower --lr")
     return scores
 
 
@@ -335,9 +336,9 @@ class Optimizer:
             print(f"iteration {iteration}: loss {loss}, gradient norm {norm}, so this optimizer step is skipped")
         self.zero_grad()
         if self.skipped_in_a_row >= self.config.max_bad_steps:
-            raise FloatingPointError(f"{self.skipped_in_a_row} optimizer steps in a row had a loss or a gradient that is "
-                                     "not finite: lower --lr or --grad_clip in a new run, or use --dtype=float32; the "
-                                     "last checkpoint is untouched")
+            raise FloatingPointError(f"{self.skipped_in_a_row} optimizer steps in a row had a loss or a gradient that "
+                                     "is not finite: lower --lr or --grad_clip in a new run, or use --dtype=float32; "
+                                     "the last checkpoint is untouched")
         return lr, norm
 
     def zero_grad(self):

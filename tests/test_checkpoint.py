@@ -311,7 +311,8 @@ def test_resume_of_a_run_that_has_nothing_left_to_do_names_max_iters(tmp_path):
 def test_the_checkpoint_before_is_kept_and_the_first_one_stands_throughout(tmp_path, monkeypatch):
     replace, link, seen = os.replace, os.link, []
     for name, real in (("replace", replace), ("link", link)):
-        monkeypatch.setattr(os, name, lambda *args, real=real: (seen.append((tmp_path / "sft.pt").exists()), real(*args)))
+        monkeypatch.setattr(os, name, lambda *args, real=real: (seen.append((tmp_path / "sft.pt").exists()),
+                                                                real(*args)))
     save_run(tmp_path, 1, 2, 3)
     assert stands_at(tmp_path / "sft.pt") == 3 and stands_at(tmp_path / "sft.prev.pt") == 2
     assert seen == [False, True, True, True, True]  # the first replace, then twice link and replace

@@ -135,7 +135,7 @@ def test_main_turns_the_named_errors_into_a_sentence_and_code_2(error, monkeypat
     assert exit.value.code == 2 and capsys.readouterr().err == "train_x.py: bad value\n"
 
 
-@pytest.mark.parametrize("error", [OSError("could not write a.pt (No space left on device)"), FloatingPointError("bad")])
+@pytest.mark.parametrize("error", [OSError("could not write a.pt (disk full)"), FloatingPointError("bad")])
 def test_main_turns_a_full_disk_and_bad_numbers_into_a_sentence_and_code_1(error, monkeypatch, capsys):
     def train(config):
         raise error

@@ -12,7 +12,7 @@ import math
 import os
 import signal
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -180,8 +180,9 @@ class Signals:
         for either in (signal.SIGINT, signal.SIGTERM):
             signal.signal(either, signal.SIG_DFL)
         # Not print, which may be what was interrupted and does not let itself be entered twice.
-        os.write(2, f"\n{signal.Signals(number).name}: this iteration is the last and will be saved; the same signal "
-                    "again ends the run at once\n".encode())
+        with suppress(OSError):
+            os.write(2, f"\n{signal.Signals(number).name}: this iteration is the last and will be saved; a second "
+                        "signal ends the run at once\n".encode())
 
     @classmethod
     @contextmanager

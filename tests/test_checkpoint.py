@@ -3,6 +3,7 @@ Tests of checkpoint.py: files that survive damage, full disks and kill -9, runs 
 refused with the reason, one run per out_dir, signals. Where a process has to die, it is a child of its own.
 """
 
+import fcntl
 import io
 import itertools
 import math
@@ -657,11 +658,13 @@ def test_a_signal_during_an_earlier_stage_stops_that_one_and_the_same_command_go
 
 def test_signals_are_the_callers_again_after_the_run_and_an_ignored_one_stays_ignored(fresh):
     def body():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, callers)
         send(signal.SIGINT, 2)
-        before = signal.getsignal(signal.SIGTERM)
         train_stage("sft", folder)
-        assert signal.getsignal(signal.SIGTERM) == before and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) is callers and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+    def callers(number, frame):
+        pass
     folder = fresh("sft")
     assert Child(body).wait() == 0
     assert load_checkpoint(folder / "sft.pt", "sft")["finished"]
@@ -690,6 +693,12 @@ def test_a_second_run_in_an_out_dir_is_refused_until_the_first_is_dead(first, se
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
     train_stage(first, folder)
+
+
+def test_every_run_of_a_process_takes_the_lock(tmp_path):
+    for _ in range(2):
+        with opened(tmp_path), open(tmp_path / ".lock") as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_a_failed_run_gives_its_out_dir_back(fresh):
@@ -814,14 +823,16 @@ def test_processes_with_other_hash_seeds_and_ctrl_c_from_outside_give_the_same_r
         "import os, time\n"
         "def f(prompts, responses):\n"
         "    f.calls = getattr(f, 'calls', 0) + 1\n"
-        "    while 'HOLD' in os.environ and f.calls == 2 and not os.path.exists(os.environ['HOLD']):\n"
-        "        time.sleep(0.01)\n"
+        "    if 'HOLD' in os.environ and f.calls == 2:\n"
+        "        print('held', flush=True)\n"
+        "        while not os.path.exists(os.environ['HOLD']):\n"
+        "            time.sleep(0.01)\n"
         "    return [float(response.count('e')) for response in responses]\n")
     reward, whole, folder = f"--reward={tmp_path / 'reward.py'}:f", fresh("ppo"), fresh("ppo")
     process = start("ppo", whole, reward, PYTHONHASHSEED="1")
     assert process.wait() == 0, process.stderr.read()
     process = start("ppo", folder, reward, PYTHONHASHSEED="2", HOLD=str(tmp_path / "go"))
-    assert any(line.startswith("ppo 1/4 ") for line in process.stdout)
+    assert any(line == "held\n" for line in process.stdout)
     process.send_signal(signal.SIGINT)
     assert "this iteration is the last" in process.stderr.readline() + process.stderr.readline()
     (tmp_path / "go").touch()

@@ -1,6 +1,6 @@
 """
-What the train scripts share and a reader of PPO may skip: flags, device and precision, the optimizer step,
-checkpoints, metrics. Nothing here knows what is being trained.
+What the train scripts share and a reader of PPO may skip: flags, device and precision, the optimizer step, metrics.
+Nothing here knows what is being trained. Checkpoints are in checkpoint.py.
 """
 
 import argparse
@@ -14,9 +14,11 @@ import math
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -103,6 +105,19 @@ def check_domains(config):
             require(inside, f"--{name}={value} must lie in {domain}")
 
 
+def resolve_sizes(config, model=None):
+    """{n_layer, n_head, n_embd, block_size}: the flags or their defaults; with the `model` fields of a checkpoint,
+    those, after a look that no flag asks for something else."""
+    defaults = model or {"n_layer": 2, "n_head": 4, "n_embd": 128, "block_size": 256}
+    sizes = {}
+    for name in ("n_layer", "n_head", "n_embd", "block_size"):
+        given = getattr(config, name)
+        require(model is None or given in (None, model[name]), f"--{name}={given} does not match the checkpoint's "
+                f"{name}={model and model[name]}: leave the flag out, or use another --out_dir")
+        sizes[name] = defaults[name] if given is None else given
+    return sizes
+
+
 def flag_help(config_class):
     """{flag: trailing comment} read off the source, so that no flag is described twice."""
     comments = {}
@@ -183,8 +198,13 @@ def load_reward_function(spec):
 
 
 def call_reward_function(function, prompts, responses):
-    """The function's scores (B,), after a look that there is a finite number for each response."""
-    scores = function(prompts, responses)
+    """The function's scores (B,), after a look that there is a finite number for each response. What the function
+    raises is raised again with the prompt that it stumbled on, below the traceback into the user's file."""
+    try:
+        scores = function(prompts, responses)
+    except Exception as error:
+        where = culprit(function, prompts, responses)
+        raise RuntimeError(f"the reward function raised {error!r} for {where}") from error
     require(hasattr(scores, "__len__") and len(scores) == len(responses), f"the reward function returned "
                    f"{len(scores) if hasattr(scores, '__len__') else scores!r} for {len(responses)} responses: it must "
                    "return a list of as many numbers")
@@ -192,6 +212,25 @@ def call_reward_function(function, prompts, responses):
         require(isinstance(score, Real) and math.isfinite(score), f"the reward function returned {score!r} for "
                        f"the prompt {prompt!r} and the response {response!r}: it must be a finite number")
     return torch.tensor([float(score) for score in scores])
+
+
+def culprit(function, prompts, responses):
+    """Which response makes the function raise when it is called for that one alone, in words."""
+    for prompt, response in zip(prompts, responses):
+        try:
+            function([prompt], [response])
+        except Exception:
+            return f"the prompt {prompt!r} and the response {response!r}"
+    return f"{len(prompts)} responses at once and for none of them alone; the first prompt is {prompts[0]!r}"
+
+
+def require_finite(scores, texts):
+    """scores (B,) of a reward model for texts [(prompt, response)], as they came. Raises FloatingPointError that names
+    the first prompt whose score is NaN or infinite: one such score would spoil the advantages of the whole rollout."""
+    for i in (~scores.isfinite()).nonzero().flatten()[:1].tolist():
+        raise FloatingPointError(f"the reward model's score is {scores[i].item()} for the prompt {texts[i][0]!r} and "
+                                 f"the response {texts[i][1]!r}: train it anew with a lower --lr")
+    return scores
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -251,17 +290,6 @@ def generator(device, *seeds):
     return torch.Generator(device).manual_seed(seed)
 
 
-def rng_state():
-    """State of torch's global generators, as a checkpoint keeps it (dropout draws from them)."""
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-
-
-def set_rng_state(state):
-    torch.set_rng_state(state["cpu"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
 class Clock:
     """Seconds per phase. A GPU works behind the program's back, so each lap waits for it first."""
 
@@ -280,7 +308,7 @@ class Clock:
 # the optimizer step
 
 class Optimizer:
-    """AdamW behind gradient clipping and a guard: a step whose gradient is not finite is not taken.
+    """AdamW behind gradient clipping and a guard: a step whose loss or gradient is not finite is not taken.
 
     One NaN gradient makes clip_grad_norm_ spread NaN to all of them, and step() would then destroy every weight and
     moment, so the norm is looked at first. No weight decay: it would pull the policy away from its reference."""
@@ -291,12 +319,13 @@ class Optimizer:
                                        fused=self.params[0].device.type in ("cuda", "cpu"))
         self.skipped, self.skipped_in_a_row = 0, 0
 
-    def step(self, iteration):
-        """Clip, step and clear the gradients. Returns (lr, gradient norm before clipping). iteration counts from 1.
-        Raises FloatingPointError after max_bad_steps non-finite gradients in a row."""
-        lr = learning_rate(self.config, iteration)
+    def step(self, iteration, loss):
+        """Clip, step and clear the gradients. Returns (lr, gradient norm before clipping). iteration counts from 1, and
+        loss is the number whose gradients these are. Raises FloatingPointError after max_bad_steps steps in a row whose
+        loss or gradient was not finite."""
+        lr, loss = learning_rate(self.config, iteration), float(loss)
         norm = torch.nn.utils.clip_grad_norm_(self.params, self.config.grad_clip).item()
-        if math.isfinite(norm):
+        if math.isfinite(loss) and math.isfinite(norm):
             for group in self.adamw.param_groups:
                 group["lr"] = lr
             self.adamw.step()
@@ -304,12 +333,12 @@ class Optimizer:
         else:
             self.skipped += 1
             self.skipped_in_a_row += 1
-            print(f"iteration {iteration}: the gradient norm is {norm}, so this optimizer step is skipped")
+            print(f"iteration {iteration}: loss {loss}, gradient norm {norm}, so this optimizer step is skipped")
         self.zero_grad()
         if self.skipped_in_a_row >= self.config.max_bad_steps:
-            raise FloatingPointError(f"{self.skipped_in_a_row} optimizer steps in a row had a non-finite gradient: "
-                                     "lower --lr or --grad_clip, or use --dtype=float32; the last checkpoint is "
-                                     "untouched")
+            raise FloatingPointError(f"{self.skipped_in_a_row} optimizer steps in a row had a loss or a gradient that "
+                                     "is not finite: lower --lr or --grad_clip in a new run, or use --dtype=float32; "
+                                     "the last checkpoint is untouched")
         return lr, norm
 
     def zero_grad(self):
@@ -343,100 +372,31 @@ def micro_batch_size(rows, given, floats_per_row, budget=256e6):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# checkpoints: one dict of plain values and tensors, never a pickled object
+# files
 
-def digest(value, h=None):
-    """sha256 over keys in sorted order, plain values and raw tensor bytes: torch loads a flipped byte silently."""
-    outermost, h = h is None, h or hashlib.sha256()
-    if isinstance(value, dict):
-        for key in sorted(value, key=str):
-            h.update(f"{key!r}:".encode())
-            digest(value[key], h)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            digest(item, h)
-    elif isinstance(value, torch.Tensor):
-        h.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        h.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    else:
-        h.update(f"{value!r},".encode())  # the comma, or [1, 23] would be [12, 3]
-    return h.hexdigest() if outermost else None
-
-
-def save_checkpoint(path, checkpoint):
-    """Writes to a temporary file, waits for the disk, renames: a crash leaves the old file or the new one, whole."""
+@contextmanager
+def replacing(path, previous=None):
+    """A binary file to write into; once it is whole and on the disk it takes the place of `path`, whose old contents
+    live on as `previous` if that is given. A crash leaves the old file or the new one, whole, under the name.
+    Raises OSError that names the file if it could not be written."""
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(checkpoint | {"sha256": digest(checkpoint)}, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
+        if previous and Path(path).exists():
+            Path(previous).unlink(missing_ok=True)
+            try:
+                os.link(path, previous)  # a second name, so that at no moment there is nothing under the first
+            except OSError:  # some file systems have no links
+                shutil.copyfile(path, previous)
         os.replace(temporary, path)
     except OSError as error:
         raise OSError(f"could not write {path} ({error.strerror or error}); the file that was there is "
                       "untouched") from error
     finally:
         temporary.unlink(missing_ok=True)  # still there after a failure only, Ctrl-C among them
-
-
-def load_checkpoint(path, *stages):
-    """The dict that save_checkpoint wrote. Raises UserError if it is missing, damaged or of none of the stages."""
-    scripts = " or ".join(f"train_{stage}.py" for stage in stages)
-    require(Path(path).is_file(), f"{path} is not there: train it first with {scripts}, or name another file")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        recorded = checkpoint["sha256"]
-    except Exception as error:  # a damaged file raises anything from EOFError to UnpicklingError
-        raise UserError(f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is corrupt, or no "
-                        "checkpoint of this project") from None
-    contents = {name: value for name, value in checkpoint.items() if name != "sha256"}
-    require(recorded == digest(contents), f"{path} is corrupt: its contents do not match its sha256")
-    require(checkpoint["stage"] in stages, f"{path} was written by train_{checkpoint['stage']}.py, not by {scripts}")
-    return checkpoint
-
-
-def restore(saved, config, optimizer, **modules):
-    """Puts a checkpoint of this stage back into the optimizer, torch's generators and the modules, each under the name
-    that its weights have in the checkpoint. Returns its iteration.
-    Raises UserError if a flag that the numbers depend on has changed, because the run would not be the same run."""
-    harmless = {"max_iters", "log_interval", "sample_interval", "save_interval", "resume", "overwrite", "out_dir",
-                "device", "tokenizer", "n_layer", "n_head", "n_embd", "block_size", "max_bad_steps", "rm"}
-    now = dataclasses.asdict(config)
-    changed = [f"--{name} was {old} and is {now[name]}" for name, old in saved["flags"].items()
-               if name in now and name not in harmless and now[name] != old]
-    require(not changed, "--resume continues the same run, but " + ", ".join(changed) + ": give the old values, or "
-                         "start anew with --overwrite")
-    require(saved["iter"] < config.max_iters, f"the checkpoint stands at iteration {saved['iter']} already: raise "
-                                              f"--max_iters={config.max_iters} to go on")
-    for name, module in modules.items():
-        module.load_state_dict(saved[name], strict=True)
-    optimizer.load(saved["optimizer"])
-    set_rng_state(saved["rng"])
-    return saved["iter"]
-
-
-def resolve_sizes(config, model=None):
-    """{n_layer, n_head, n_embd, block_size}: the flags or their defaults; with the `model` fields of a checkpoint,
-    those, after a look that no flag asks for something else."""
-    defaults = model or {"n_layer": 2, "n_head": 4, "n_embd": 128, "block_size": 256}
-    sizes = {}
-    for name in ("n_layer", "n_head", "n_embd", "block_size"):
-        given = getattr(config, name)
-        require(model is None or given in (None, model[name]), f"--{name}={given} does not match the checkpoint's "
-                f"{name}={model and model[name]}: leave the flag out, or use another --out_dir")
-        sizes[name] = defaults[name] if given is None else given
-    return sizes
-
-
-def occupy(config, path):
-    """Makes out_dir and refuses to run over a finished or half-finished stage without being told to."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out_dir={path.parent} cannot be made ({error.strerror})") from None
-    require(os.access(path.parent, os.W_OK), f"--out_dir={path.parent} is not writable")
-    require(config.resume or config.overwrite or not path.exists(),
-            f"{path} is there already: --resume goes on from it, --overwrite replaces it, --out_dir goes elsewhere")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -451,16 +411,14 @@ class Metrics:
     def __init__(self, config, stage, start=0):
         self.config, self.stage, self.start, self.began = config, stage, start, time.time()
         self.path, self.last = config.folder / "metrics.jsonl", self.began
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        lines = [line for line in lines if line.endswith("}")]  # a crash may have cut the last one
-        rows = [json.loads(line) for line in lines]
-        kept = [line for line, row in zip(lines, rows)
-                if row["stage"] != stage or (start > 0 and row.get("iter", 0) <= start)]
+        lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
+        rows = [(line, parse(line)) for line in lines]
+        kept = [line for line, row in rows
+                if row and (row["stage"] != stage or (start > 0 and row.get("iter", 0) <= start))]
         if start == 0:
             kept.append(json.dumps(header(config, stage)))
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        os.replace(temporary, self.path)
+        with replacing(self.path) as file:
+            file.write("".join(line + "\n" for line in kept).encode())
 
     def write(self, iteration, metrics, show):
         """Appends {stage, iter, seconds, **metrics}. `show` names those for the screen with their formats."""
@@ -468,14 +426,26 @@ class Metrics:
         row = {"stage": self.stage, "iter": iteration, "seconds": round(now - self.last, 4)}
         row |= {name: clean(value) for name, value in metrics.items()}
         self.last = now
-        with open(self.path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise OSError(f"could not write {self.path} ({error.strerror or error})") from error
         if iteration % self.config.log_interval == 0 or iteration in (self.start + 1, self.config.max_iters):
             left = (now - self.began) / (iteration - self.start) * (self.config.max_iters - iteration)
             columns = [f"{name} {format(row[name], spec)}" for name, spec in show.items() if row.get(name) is not None]
             print(f"{self.stage} {iteration:>{len(str(self.config.max_iters))}}/{self.config.max_iters}  "
                   + "  ".join(columns) + f"  eta {left // 60:.0f}:{left % 60:02.0f}", flush=True)
         return row
+
+
+def parse(line):
+    """The row of a line of metrics.jsonl; None for what a crash left of one."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and "stage" in row else None
 
 
 def clean(value):

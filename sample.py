@@ -16,6 +16,7 @@ import torch
 
 import common
 import data
+from checkpoint import load_checkpoint
 from model import GPT, GPTConfig
 from rollout import sample_tokens
 
@@ -37,10 +38,10 @@ class Config:
 
 def load(path, device):
     """(GPT in eval mode, its encoding) from a checkpoint of train_sft.py or train_ppo.py."""
-    checkpoint = common.load_checkpoint(path, "sft", "ppo")
-    encoding, _ = data.run_tokenizer(None, None, checkpoint["tokenizer"])
-    model = GPT(GPTConfig(**checkpoint["model_config"])).to(device).eval()
-    model.load_state_dict(checkpoint["model"], strict=True)
+    saved = load_checkpoint(path, "sft", "ppo")
+    encoding, _ = data.run_tokenizer(None, None, saved["tokenizer"])
+    model = GPT(GPTConfig(**saved["model_config"])).to(device).eval()
+    model.load_state_dict(saved["model"], strict=True)
     return model, encoding
 
 

@@ -24,6 +24,7 @@ import common
 import data
 import train_rm
 import train_sft
+from checkpoint import load_checkpoint, open_run
 from model import GPT, GPTConfig
 from ppo import (OBJECTIVES, KLController, PenaltyController, explained_variance, kl_estimate, log_ratio, masked_mean,
                  shape_rewards, surrogate_loss, token_advantages, value_loss, whiten)
@@ -129,7 +130,7 @@ def make_missing_stages(config):
     for name, stage, needed in (("sft", train_sft, config.init_from is None),
                                 ("rm", train_rm, config.rm is None and config.reward == "rm")):
         path = config.folder / f"{name}.pt"
-        saved = common.load_checkpoint(path, name) if needed and path.exists() else None
+        saved = load_checkpoint(path, name) if needed and path.exists() else None
         if needed and not (saved and saved["finished"]):
             print(f"{path} is {'unfinished' if saved else 'not there'}: running train_{name}.py first\n")
             flags = saved["flags"] | {"resume": True, "overwrite": False} if saved else {}
@@ -148,7 +149,7 @@ def load_policy(checkpoint, device):
 
 def load_reward_model(config, tokenizer, device):
     """(RewardModel in eval mode without gradients, its checkpoint). Raises UserError if it reads another tokenizer."""
-    checkpoint = common.load_checkpoint(config.rm or config.folder / "rm.pt", "rm")
+    checkpoint = load_checkpoint(config.rm or config.folder / "rm.pt", "rm")
     theirs = checkpoint["tokenizer"]
     common.require(theirs["sha256"] == tokenizer["sha256"], f"the reward model's tokenizer is {theirs['name']} "
                    f"({theirs['n_vocab']:,} ids) and the policy's {tokenizer['name']} ({tokenizer['n_vocab']:,} ids): "
@@ -164,14 +165,18 @@ def load_reward_model(config, tokenizer, device):
 def train(config):
     """Runs PPO, and first the stages that are missing; writes out_dir/ppo.pt and returns the final metrics."""
     config.check()
-    config = config.resolved()
-    path, sft_path = config.folder / "ppo.pt", config.init_from or config.folder / "sft.pt"
-    common.occupy(config, path)
+    with open_run(config.resolved(), "ppo") as run:
+        return loop(run.config, run)
+
+
+def loop(config, run):
+    """What train does once out_dir is its own; `run` restores and saves its checkpoint."""
+    sft_path = config.init_from or config.folder / "sft.pt"
     minibatch_size = config.batch_size // config.minibatches
     function = None if config.reward == "rm" else common.load_reward_function(config.reward)
 
     # Everything that can be wrong with flags and files is looked at before the first stage trains.
-    sft = common.load_checkpoint(sft_path, "sft") if config.init_from or sft_path.exists() else None
+    sft = load_checkpoint(sft_path, "sft") if config.init_from or sft_path.exists() else None
     encoding, tokenizer = data.run_tokenizer(config.tokenizer, config.data, sft and sft["tokenizer"])
     block_size = common.resolve_sizes(config, sft and sft["model_config"])["block_size"]
     split = data.load_prompts(config.data, encoding, block_size, config.max_new_tokens, config.skip_bad)
@@ -182,7 +187,7 @@ def train(config):
     make_missing_stages(config)
 
     device, autocast = common.setup(config)
-    sft = common.load_checkpoint(sft_path, "sft")
+    sft = load_checkpoint(sft_path, "sft")
     policy, reference = load_policy(sft, device), load_policy(sft, device).requires_grad_(False)
     reward_model, rm = (None, {}) if function else load_reward_model(config, tokenizer, device)
     if rm and rm["sources"]["sft"] != sft["sha256"]:
@@ -192,17 +197,9 @@ def train(config):
         critic = reward_model.as_critic() if reward_model else load_policy(sft, device)
     modules = {"model": policy} | ({"critic": critic} if critic else {})
     optimizer = common.Optimizer([p for module in modules.values() for p in module.parameters()], config)
-    controller, start = KLController(config.kl_coef, config.kl_target), 0
-    penalty = PenaltyController(config.penalty_target) if config.penalty_target else None
-    sources = {"sft": sft["sha256"], "rm": rm.get("sha256")}
-    if config.resume:
-        saved = common.load_checkpoint(path, "ppo")
-        common.require(saved["sources"] == sources, "sft.pt or rm.pt is not the one that this run began with: put it "
-                                                    "back, or start anew with --overwrite")
-        start = common.restore(saved, config, optimizer, **modules)
-        controller.value = saved["kl_coef"]
-        if penalty:
-            penalty.value = saved["penalty"]
+    start, saved = run.begin(optimizer, modules, tokenizer, {"sft": sft["sha256"], "rm": rm.get("sha256")})
+    controller = KLController(saved.get("kl_coef", config.kl_coef), config.kl_target)
+    penalty = PenaltyController(config.penalty_target, saved.get("penalty", 1.0)) if config.penalty_target else None
     score_tokens = common.maybe_compile(score_response, config.compile)
     order = data.BatchOrder([1] * len(split.train), config.batch_size // config.samples_per_prompt, config.seed)
 
@@ -228,7 +225,7 @@ def train(config):
             return rollout, texts, common.call_reward_function(function, *map(list, zip(*texts))).to(device)
         with torch.no_grad(), autocast():
             scores = [reward_model(*rows) for rows in zip(rollout.tokens.split(micro), lens.split(micro))]
-        return rollout, texts, torch.cat(scores)
+        return rollout, texts, common.require_finite(torch.cat(scores), texts)
 
     @torch.no_grad()
     def rescore(model, rollout):
@@ -294,7 +291,7 @@ def train(config):
         epochs = [torch.arange(B)] + [torch.randperm(B, generator=rng) for _ in range(config.epochs - 1)]
         stats, steps = defaultdict(float), 0
         for n, minibatch in enumerate(torch.cat(epochs).to(device).split(minibatch_size), start=1):
-            n_minibatch, approx_kl = mask[minibatch].sum(), 0.0
+            n_minibatch, approx_kl, minibatch_loss = mask[minibatch].sum(), 0.0, 0.0
             for i in minibatch.split(micro):
                 with autocast():
                     logprobs, values, ent = score_tokens(policy, tokens[i], prompt_lens[i], R, config.temperature)
@@ -311,6 +308,7 @@ def train(config):
                 share = mask[i].sum() / n_minibatch
                 (loss * share).backward()
 
+                minibatch_loss += loss.detach() * share
                 approx_kl += pg_stats["approx_kl"] * share
                 if n == 1:
                     off_one = (log_ratio(logprobs, old_logprobs[i], mask[i]).detach().exp() - 1).abs().max()
@@ -321,7 +319,7 @@ def train(config):
             if config.target_kl is not None and n > 1 and approx_kl > config.target_kl:
                 optimizer.zero_grad()  # the policy is far enough from the one that sampled: end the epochs here
                 break
-            lr, grad_norm = optimizer.step(iteration)
+            lr, grad_norm = optimizer.step(iteration, minibatch_loss)
             stats["grad_norm"] += grad_norm
             steps += 1
         for name in stats.keys() - {"ratio_first", "ratio_max", "penalty"}:
@@ -347,19 +345,15 @@ def train(config):
         if iteration % config.sample_interval == 0 and not last:
             for prompt, response, score, k in show(policy, questions[:3], "samples"):
                 print(f"    score {score:+.2f}  kl {k:5.2f}  {prompt!r} -> {response!r}")
-        if last or iteration % config.save_interval == 0:
-            common.save_checkpoint(path, {name: module.state_dict() for name, module in modules.items()} | {
-                "stage": "ppo", "finished": last, "iter": iteration, "model_config": asdict(policy.config),
-                "sources": sources, "optimizer": optimizer.state(), "kl_coef": controller.value,
-                "penalty": penalty and penalty.value, "rng": common.rng_state(), "tokenizer": tokenizer,
-                "flags": asdict(config)})
+        if run.due(iteration):
+            run.save(iteration, kl_coef=controller.value, penalty=penalty and penalty.value)
 
     print("\nthe same questions before (SFT) and after (PPO): score, KL to the SFT policy, one sampled answer")
     for before, after in zip(show(reference, questions, "table"), show(policy, questions, "table")):
         print(before[0])
         for name, (_, response, score, k) in (("before", before), ("after", after)):
             print(f"    {name:<7}{score:+6.2f}  {k:6.2f}  {response!r}")
-    print(f"train_ppo: wrote {path}")
+    print(f"train_ppo: wrote {run.path}")
     return row
 
 

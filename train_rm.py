@@ -14,7 +14,7 @@ there is no PPO, no margin loss and no score centring here.
 import copy
 import itertools
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import ClassVar, Optional
 
 import numpy as np
@@ -23,6 +23,7 @@ import torch
 import atlas
 import common
 import data
+from checkpoint import load_checkpoint, open_run
 from model import GPT, GPTConfig
 from reward_model import RewardModel, bradley_terry_loss, calibration_table
 from rollout import generate
@@ -120,23 +121,23 @@ def train(config):
     config.check()
     common.require(config.data == "atlas" or config.candidates is None, "--candidates is for --data=atlas; a file "
                    "holds the answers that were compared already")
-    path = config.folder / "rm.pt"
-    common.occupy(config, path)
+    with open_run(config, "rm") as run:
+        return loop(config, run)
+
+
+def loop(config, run):
+    """What train does once out_dir is its own; `run` restores and saves its checkpoint."""
     device, autocast = common.setup(config)
-    sft = common.load_checkpoint(config.init_from or config.folder / "sft.pt", "sft")
+    sft = load_checkpoint(config.init_from or config.folder / "sft.pt", "sft")
     encoding, tokenizer = data.run_tokenizer(config.tokenizer, config.data, sft["tokenizer"])
     common.resolve_sizes(config, sft["model_config"])
     policy = GPT(GPTConfig(**sft["model_config"] | {"dropout": 0.0})).to(device).eval()
     policy.load_state_dict(sft["model"], strict=True)
     model = RewardModel.from_policy(policy)
     average = copy.deepcopy(model).requires_grad_(False)  # what is evaluated, calibrated and saved as the reward model
-    optimizer, start = common.Optimizer(model.parameters(), config), 0
-    if config.resume:
-        saved = common.load_checkpoint(path, "rm")
-        common.require(saved["sources"]["sft"] == sft["sha256"], "the SFT checkpoint is not the one that this run "
-                       "began with: put it back, or start anew with --overwrite")
-        start = common.restore(saved, config, optimizer, model=average, weights=model)
-        average.reset_calibration()
+    optimizer = common.Optimizer(model.parameters(), config)
+    start, _ = run.begin(optimizer, {"model": average, "weights": model}, tokenizer, {"sft": sft["sha256"]})
+    average.reset_calibration()
     score = common.maybe_compile(model.__call__, config.compile)
     eos, block_size = encoding.eot_token, policy.config.block_size
 
@@ -176,7 +177,7 @@ def train(config):
             share = len(chosen) / n_batch
             (part * share).backward()
             loss, accuracy = loss + part.item() * share, accuracy + stats["accuracy"].item() * share
-        lr, grad_norm = optimizer.step(iteration)
+        lr, grad_norm = optimizer.step(iteration, loss)
         follow(average, model, iteration)
 
         last = iteration == config.max_iters
@@ -197,13 +198,8 @@ def train(config):
         row = metrics.write(iteration, {"loss": loss, "accuracy": accuracy, **heldout_stats, "lr": lr,
                                         "grad_norm": grad_norm, "skipped_steps": optimizer.skipped},
                             show={"loss": ".4f", "accuracy": ".3f", "heldout_loss": ".4f", "heldout_accuracy": ".3f"})
-        if last or iteration % config.save_interval == 0:
-            common.save_checkpoint(path, {"stage": "rm", "finished": last, "iter": iteration,
-                                          "model_config": asdict(model.config), "model": average.state_dict(),
-                                          "weights": model.state_dict(), "optimizer": optimizer.state(),
-                                          "rng": common.rng_state(),
-                                          "tokenizer": tokenizer, "sources": {"sft": sft["sha256"]},
-                                          "flags": asdict(config)})
+        if run.due(iteration):
+            run.save(iteration)
 
     if heldout:
         print(f"held-out accuracy {row['heldout_accuracy']:.3f}, loss {row['heldout_loss']:.4f} (no opinion: "
@@ -221,7 +217,7 @@ def train(config):
               f"country scores above a wrong one on {row['knows_country']:.1%} of the held-out questions")
     print(f"calibrated on {CALIBRATION_ROWS} answers of the SFT policy: raw mean {raw.mean():.3f} and std "
           f"{raw.std(unbiased=False):.3f} become 0 and 1")
-    print(f"train_rm: wrote {path}")
+    print(f"train_rm: wrote {run.path}")
     return row
 
 

@@ -18,6 +18,7 @@ import torch
 import atlas
 import common
 import data
+from checkpoint import open_run
 from model import GPT, GPTConfig
 from ppo import masked_mean
 from rollout import score_response
@@ -77,21 +78,23 @@ def knows_country(model, encoding, device):
 def train(config):
     """Runs the stage, writes out_dir/sft.pt and returns its final metrics."""
     config.check()
-    path = config.folder / "sft.pt"
-    common.occupy(config, path)
-    device, autocast = common.setup(config)
-    saved = common.load_checkpoint(path, "sft") if config.resume else None
-    encoding, tokenizer = data.run_tokenizer(config.tokenizer, config.data, saved and saved["tokenizer"])
+    with open_run(config, "sft") as run:
+        return loop(config, run)
 
-    if saved:
-        common.resolve_sizes(config, saved["model_config"])
-        model = GPT(GPTConfig(**saved["model_config"]))
+
+def loop(config, run):
+    """What train does once out_dir is its own; `run` restores and saves its checkpoint."""
+    device, autocast = common.setup(config)
+    encoding, tokenizer = data.run_tokenizer(config.tokenizer, config.data, run.saved and run.saved["tokenizer"])
+
+    if run.saved:
+        common.resolve_sizes(config, run.saved["model_config"])
+        model = GPT(GPTConfig(**run.saved["model_config"]))
     else:
         model = starting_model(config, encoding.n_vocab)
     split = data.load_demonstrations(config.data, encoding, model.config.block_size, config.skip_bad, config.seed)
-    optimizer, start = common.Optimizer(model.to(device).parameters(), config), 0
-    if saved:
-        start = common.restore(saved, config, optimizer, model=model)
+    optimizer = common.Optimizer(model.to(device).parameters(), config)
+    start, _ = run.begin(optimizer, {"model": model}, tokenizer)
     score = common.maybe_compile(score_response, config.compile)
 
     print(f"train_sft: {model.n_params:,} parameters on {common.describe(device, autocast)}, tokenizer "
@@ -129,23 +132,20 @@ def train(config):
             part, n = loss_of(batch[i:i + micro])
             (part * n / n_tokens).backward()
             loss += (part.detach() * n / n_tokens).item()
-        lr, grad_norm = optimizer.step(iteration)
+        lr, grad_norm = optimizer.step(iteration, loss)
 
         last = iteration == config.max_iters
         look = last or iteration % config.log_interval == 0
         row = metrics.write(iteration, {"loss": loss, "heldout_loss": heldout_loss() if look else None, "lr": lr,
                                         "grad_norm": grad_norm, "skipped_steps": optimizer.skipped},
                             show={"loss": ".4f", "heldout_loss": ".4f", "grad_norm": ".2f"})
-        if last or iteration % config.save_interval == 0:
-            common.save_checkpoint(path, {"stage": "sft", "finished": last, "iter": iteration,
-                                          "model_config": asdict(model.config), "model": model.state_dict(),
-                                          "optimizer": optimizer.state(), "rng": common.rng_state(),
-                                          "tokenizer": tokenizer, "flags": asdict(config)})
+        if run.due(iteration):
+            run.save(iteration)
     model.eval()
     if config.data == "atlas":
         row["knows_country"] = knows_country(model, encoding, device)
         print(f"the right country is likelier than a wrong one on {row['knows_country']:.1%} of the held-out questions")
-    print(f"train_sft: wrote {path}")
+    print(f"train_sft: wrote {run.path}")
     return row
 
 

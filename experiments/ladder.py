@@ -29,6 +29,7 @@ import torch
 import common
 import data
 import train_ppo
+from checkpoint import load_checkpoint
 from experiments import trpo
 from ppo import OBJECTIVES, shape_rewards, surrogate_loss, token_advantages
 from rollout import generate, score_response, score_values
@@ -71,9 +72,9 @@ def train(folder, seed, name, **flags):
         "init_from": str(folder / "sft.pt"), "rm": str(folder / "rm.pt")} | flags)
     path, stage = checkpoint_of(folder, name)
     if path.exists():
-        saved, resolved = common.load_checkpoint(path, stage), config if name == "trpo" else config.resolved()
-        sources = {"sft": common.load_checkpoint(config.init_from, "sft")["sha256"],
-                   "rm": common.load_checkpoint(config.rm, "rm")["sha256"]}
+        saved, resolved = load_checkpoint(path, stage), config if name == "trpo" else config.resolved()
+        sources = {"sft": load_checkpoint(config.init_from, "sft")["sha256"],
+                   "rm": load_checkpoint(config.rm, "rm")["sha256"]}
         if saved["finished"] and saved["flags"] == asdict(resolved) and saved["sources"] == sources:
             return
     module.train(config)
@@ -109,8 +110,8 @@ def gradient_variances(folder, seed):
     """{objective: variance of the policy's gradient from RESPONSES responses, summed over parameters}, at the probe's
     policy and critic, all on the same DRAWS draws. What reuses a rollout begins it with gae's gradient."""
     torch.set_num_threads(1)
-    probe = common.load_checkpoint(folder / "probe" / "ppo.pt", "ppo")
-    sft = common.load_checkpoint(folder / "sft.pt", "sft")
+    probe = load_checkpoint(folder / "probe" / "ppo.pt", "ppo")
+    sft = load_checkpoint(folder / "sft.pt", "sft")
     policy, critic, reference = (train_ppo.load_policy(probe | {"model": weights}, "cpu")
                                  for weights in (probe["model"], probe["critic"], sft["model"]))
     config = train_ppo.Config(**probe["flags"])

@@ -29,6 +29,7 @@ import common
 import data
 import train_ppo
 import train_rm
+from checkpoint import load_checkpoint
 from experiments.ladder import checkpoint_of, prepare, run_jobs, train
 from tools.plot import import_pyplot, read_run
 
@@ -57,7 +58,7 @@ def train_proxy(folder, seed, rm_iters, candidates):
     config = train_rm.Config(out_dir=str(folder / "proxy"), init_from=str(folder / "sft.pt"), seed=seed, device="cpu",
                              max_iters=rm_iters, candidates=candidates, overwrite=True)
     path = config.folder / "rm.pt"
-    if not path.exists() or common.load_checkpoint(path, "rm")["flags"] != asdict(config):
+    if not path.exists() or load_checkpoint(path, "rm")["flags"] != asdict(config):
         train_rm.train(config)
 
 
@@ -76,7 +77,7 @@ def best_of_n_weights(n, total):
 def best_of_n(folder, seed):
     """Writes folder/best_of_n.json: {"score", "utility"}, each the expected value for the best of n answers by the
     proxy's score, for n in BEST_OF; and "mean", "std" of the utility of the SFT policy's answers."""
-    checkpoint = common.load_checkpoint(folder / "sft.pt", "sft")
+    checkpoint = load_checkpoint(folder / "sft.pt", "sft")
     policy, encoding = train_ppo.load_policy(checkpoint, "cpu"), data.get_tokenizer("atlas")
     config = train_ppo.Config(rm=str(folder / "proxy" / "rm.pt"), seed=seed)
     reward_model, _ = train_ppo.load_reward_model(config, checkpoint["tokenizer"], "cpu")

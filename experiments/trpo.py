@@ -11,7 +11,7 @@ The rollout is read in one pass, its distributions (B, R, V) are kept: this is f
 Sources: [TRPO] Schulman et al. 2015, 1502.05477, section 6 and appendix C; the natural gradient: Kakade 2001.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import ClassVar, Optional
 
 import torch
@@ -21,6 +21,7 @@ import atlas
 import common
 import data
 import train_ppo
+from checkpoint import load_checkpoint, open_run
 from ppo import cpi_loss, explained_variance, gae, kl_estimate, masked_mean, shape_rewards, value_loss, whiten
 from rollout import generate, response_states, score_response, score_values, wide
 
@@ -168,28 +169,28 @@ def roll_out(policy, reward_model, encoding, config, prompts, rng):
     return rollout, texts, reward_model(rollout.tokens, lens)
 
 
-@sdpa_kernel(SDPBackend.MATH)  # fused attention has no second derivative, and one kernel for all passes keeps KL(old) 0
 def train(config):
     """Runs TRPO from finished sft.pt and rm.pt; writes out_dir/trpo.pt and returns the final metrics."""
     config.check()
-    path = config.folder / "trpo.pt"
-    sft = common.load_checkpoint(config.init_from or config.folder / "sft.pt", "sft")
+    with open_run(config, "trpo") as run:
+        return loop(config, run)
+
+
+@sdpa_kernel(SDPBackend.MATH)  # fused attention has no second derivative, and one kernel for all passes keeps KL(old) 0
+def loop(config, run):
+    """What train does once out_dir is its own; `run` restores and saves its checkpoint."""
+    sft = load_checkpoint(config.init_from or config.folder / "sft.pt", "sft")
     encoding, tokenizer = data.run_tokenizer(config.tokenizer, config.data, sft["tokenizer"])
     block_size = common.resolve_sizes(config, sft["model_config"])["block_size"]
     split = data.load_prompts(config.data, encoding, block_size, config.max_new_tokens, config.skip_bad)
     device, _ = common.setup(config)
     reward_model, rm = train_ppo.load_reward_model(config, tokenizer, device)
-    common.occupy(config, path)
 
     policy, reference = (train_ppo.load_policy(sft, device) for _ in range(2))
     critic, params = reward_model.as_critic(), list(policy.trunk.parameters())
-    optimizer, start = common.Optimizer(critic.parameters(), config), 0
-    sources = {"sft": sft["sha256"], "rm": rm["sha256"]}
-    if config.resume:
-        saved = common.load_checkpoint(path, "trpo")
-        common.require(saved["sources"] == sources, "sft.pt or rm.pt is not the one that this run began with: put it "
-                                                    "back, or start anew with --overwrite")
-        start = common.restore(saved, config, optimizer, model=policy, critic=critic)
+    optimizer = common.Optimizer(critic.parameters(), config)
+    start, _ = run.begin(optimizer, {"model": policy, "critic": critic}, tokenizer,
+                         {"sft": sft["sha256"], "rm": rm["sha256"]})
     order, eos = data.BatchOrder([1] * len(split.train), config.batch_size, config.seed), encoding.eot_token
     print(f"trpo: {policy.n_params:,} parameters; {config.data}: {'; '.join(split.report)}")
     metrics, row = common.Metrics(config, "trpo", start), {}
@@ -242,7 +243,7 @@ def train(config):
             vf_loss, _ = value_loss(values, old_values[i], returns[i], mask[i], clip=None)
             vf_loss.backward()
             critic_loss += vf_loss.detach() / (config.epochs * config.minibatches)
-            lr, _ = optimizer.step(iteration)
+            lr, _ = optimizer.step(iteration, vf_loss.detach())
         sec_update = clock.lap()
 
         row = metrics.write(iteration, {
@@ -254,12 +255,9 @@ def train(config):
             "sec_rollout": sec_rollout, "sec_score": sec_score, "sec_update": sec_update}, {
             "score": "+.3f", "kl": ".2f", "reward": "+.3f", "gold": ".3f", "gold_heldout": ".3f", "entropy": ".2f",
             "approx_kl": ".4f", "surrogate_gain": ".3f", "step_fraction": ".2f", "explained_variance": "+.2f"})
-        if last or iteration % config.save_interval == 0:
-            common.save_checkpoint(path, {
-                "stage": "trpo", "finished": last, "iter": iteration, "model": policy.state_dict(), "sources": sources,
-                "critic": critic.state_dict(), "model_config": asdict(policy.config), "optimizer": optimizer.state(),
-                "rng": common.rng_state(), "tokenizer": tokenizer, "flags": asdict(config)})
-    print(f"trpo: wrote {path}")
+        if run.due(iteration):
+            run.save(iteration)
+    print(f"trpo: wrote {run.path}")
     return row
 
 

@@ -1,14 +1,11 @@
 """
-Tests of common.py: flags from the command line, the guarded optimizer step, checkpoints that survive damage,
-and the metrics file. What a train script makes of them is in test_train.py.
+Tests of common.py: flags from the command line, the guarded optimizer step, the metrics file. What a train
+script makes of them is in test_train.py, checkpoints are in test_checkpoint.py.
 """
 
 import dataclasses
 import json
 import math
-import os
-import pickle
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Optional, get_args, get_type_hints
@@ -21,6 +18,7 @@ import sample
 import train_ppo
 import train_rm
 import train_sft
+from checkpoint import digest
 from common import UserError
 
 torch.set_num_threads(1)
@@ -137,10 +135,30 @@ def test_main_turns_the_named_errors_into_a_sentence_and_code_2(error, monkeypat
     assert exit.value.code == 2 and capsys.readouterr().err == "train_x.py: bad value\n"
 
 
+@pytest.mark.parametrize("error", [OSError("could not write a.pt (disk full)"), FloatingPointError("bad")])
+def test_main_turns_a_full_disk_and_bad_numbers_into_a_sentence_and_code_1(error, monkeypatch, capsys):
+    def train(config):
+        raise error
+    monkeypatch.setattr("sys.argv", ["train_x.py"])
+    with pytest.raises(SystemExit) as exit:
+        common.main(train, Config, "doc", DataProblem)
+    assert exit.value.code == 1 and capsys.readouterr().err == f"train_x.py: {error}\n"
+
+
 def test_main_lets_a_bug_show_its_traceback(monkeypatch):
     monkeypatch.setattr("sys.argv", ["train_x.py"])
     with pytest.raises(ZeroDivisionError):
         common.main(lambda config: 1 / 0, Config, "doc", DataProblem)
+
+
+@pytest.mark.parametrize("name", ["n_layer", "n_head", "n_embd", "block_size"])
+def test_sizes_come_from_the_flag_the_default_or_the_checkpoint_which_no_flag_may_contradict(name):
+    model = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 64, "vocab_size": 9}
+    defaults = common.resolve_sizes(Config())
+    assert common.resolve_sizes(Config(**{name: 8})) == defaults | {name: 8}
+    assert common.resolve_sizes(Config(**{name: model[name]}), model) == {k: model[k] for k in defaults}
+    with pytest.raises(UserError, match=f"--{name}=8 does not match the checkpoint's {name}={model[name]}"):
+        common.resolve_sizes(Config(**{name: 8}), model)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -160,6 +178,19 @@ def test_dtype_on_a_cpu_decides_what_a_matrix_product_computes_in(dtype, expecte
     with autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == expected
     assert ("bfloat16" in common.describe(device, autocast)) == (expected == torch.bfloat16)
+
+
+def test_bfloat16_that_the_gpu_does_not_have_is_refused_and_auto_falls_back(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
+    with pytest.raises(UserError, match="--dtype=bfloat16 was asked for, but this GPU has none"):
+        common.setup(Config(dtype="bfloat16"))
+    asked = []
+    monkeypatch.setattr(torch, "autocast", lambda device, dtype, enabled: asked.append((device, enabled)))
+    device, autocast = common.setup(Config(dtype="auto"))
+    autocast()
+    assert device.type == "cuda" and asked == [("cuda", False)]
 
 
 @pytest.mark.parametrize("error", [
@@ -202,16 +233,16 @@ def make_optimizer(**flags):
     return common.Optimizer(params, Config(lr=0.1, **flags)), params
 
 
-def take_step(optimizer, params, iteration=1, poison=None):
+def take_step(optimizer, params, iteration=1, poison=None, loss=0.5):
     for p in params:
         p.grad = torch.full_like(p, 0.3)
     if poison is not None:
         params[-1].grad[-1] = poison  # one number in the last tensor; clipping would spread it to all of them
-    return optimizer.step(iteration)
+    return optimizer.step(iteration, loss)
 
 
 def state_bytes(optimizer, params):
-    return common.digest({"params": [p.detach() for p in params], "adamw": optimizer.adamw.state_dict()})
+    return digest({"params": [p.detach() for p in params], "adamw": optimizer.adamw.state_dict()})
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
@@ -225,6 +256,16 @@ def test_a_non_finite_gradient_changes_no_weight_and_no_moment(poison, capsys):
     assert all(p.grad is None or not p.grad.any() for p in params)
     take_step(optimizer, params, 3)
     assert state_bytes(optimizer, params) != before  # a bad step poisons nothing that comes after
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, torch.tensor(math.nan)])
+def test_a_non_finite_loss_is_no_step_either(loss, capsys):
+    optimizer, params = make_optimizer()
+    take_step(optimizer, params)
+    before = state_bytes(optimizer, params)
+    _, norm = take_step(optimizer, params, 2, loss=loss)
+    assert math.isfinite(norm) and state_bytes(optimizer, params) == before and optimizer.skipped == 1
+    assert f"iteration 2: loss {float(loss)}, gradient norm 0.67" in capsys.readouterr().out
 
 
 def test_the_run_stops_after_max_bad_steps_in_a_row_and_a_good_step_resets_the_count():
@@ -249,7 +290,7 @@ def test_weights_without_a_gradient_do_not_decay():
     optimizer, params = make_optimizer()
     for p in params:
         p.grad = torch.zeros_like(p)
-    optimizer.step(1)
+    optimizer.step(1, 0.5)
     assert params[0].tolist() == [0, 1, 2]
 
 
@@ -296,230 +337,6 @@ def test_a_micro_batch_that_does_not_divide_is_refused_with_the_arithmetic():
     with pytest.raises(UserError,
                        match=r"--micro_batch_size=5 must divide the 12 rows of a step: 12 = 2 x 5 \+ 2"):
         common.micro_batch_size(12, 5, 1)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# checkpoints
-
-def tensors():
-    return {"f32": torch.tensor([[1.0, -0.0], [math.nan, 3.0]]), "bf16": torch.ones(3, dtype=torch.bfloat16),
-            "long": torch.arange(4), "bool": torch.tensor([True, False]), "scalar": torch.tensor(2.0),
-            "empty": torch.empty(0)}
-
-
-def checkpoint(**changes):
-    optimizer, params = make_optimizer()
-    take_step(optimizer, params)
-    return {"stage": "sft", "iter": 3, "finished": True, "none": None, "list": [1, 23, "a"],
-            "model": tensors(),
-            "optimizer": optimizer.state(), "rng": common.rng_state(), "flags": {"lr": 0.1}} | changes
-
-
-def test_digest_notices_any_flipped_byte_of_any_tensor():
-    original, seen = common.digest(tensors()), set()
-    for name, tensor in tensors().items():
-        for i in range(tensor.numel() * tensor.element_size()):
-            if tensor.dtype == torch.bool and i:
-                continue
-            changed = tensors()
-            changed[name].reshape(-1).view(torch.uint8)[i] ^= 1
-            seen.add(common.digest(changed))
-    assert original not in seen and len(seen) == 16 + 6 + 32 + 1 + 4
-
-
-@pytest.mark.parametrize("a, b", [
-    ({"x": 1}, {"x": 2}), ({"x": 1}, {"y": 1}), ({"x": 1}, {"x": 1.0}), ({"x": "1"}, {"x": 1}),
-    ({"x": True}, {"x": False}),
-    ({"x": [1, 23]}, {"x": [12, 3]}), ({"x": [1, 2]}, {"x": [2, 1]}), ({"x": None}, {"x": 0}),
-    ({"x": 0.1}, {"x": 0.1 + 2e-17}),
-    ({"x": {"y": 1}}, {"x": {"y": 2}}), ({"x": torch.zeros(2, 3)}, {"x": torch.zeros(3, 2)}),
-    ({"x": torch.zeros(2)}, {"x": torch.zeros(2, dtype=torch.int32)}),
-    ({"x": torch.zeros(1)}, {"x": -torch.zeros(1)})])
-def test_digest_notices_any_other_value(a, b):
-    assert common.digest(a) != common.digest(b)
-
-
-def test_digest_does_not_depend_on_the_order_of_keys_or_on_strides():
-    a = {"x": {"p": 1, "q": torch.arange(6).view(2, 3)}, "y": 2}
-    b = {"y": 2, "x": {"q": torch.arange(6).view(2, 3).t().contiguous().t(), "p": 1}}
-    assert common.digest(a) == common.digest(b)
-
-
-def test_a_checkpoint_comes_back_bit_for_bit_with_its_types(tmp_path):
-    saved = checkpoint()
-    common.save_checkpoint(tmp_path / "sft.pt", saved)
-    loaded = common.load_checkpoint(tmp_path / "sft.pt", "rm", "sft")
-    assert loaded.pop("sha256") == common.digest(saved) == common.digest(loaded)
-    assert loaded.keys() == saved.keys() and loaded["list"] == [1, 23, "a"] and loaded["finished"] is True
-    assert [p.name for p in tmp_path.iterdir()] == ["sft.pt"]
-
-
-def corrupt(path, how):
-    whole = path.read_bytes()
-    if how == "flipped byte":
-        # torch.save stores tensors uncompressed, so their bytes can be found, and torch loads one silently
-        marker = torch.full((64,), 1.25).numpy().tobytes()
-        at = whole.index(marker) + 17
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
-    elif how == "text":
-        path.write_text("not a checkpoint\n")
-    else:
-        sizes = {"empty": 0, "10 bytes": 10, "half": len(whole) // 2, "all but one": len(whole) - 1}
-        path.write_bytes(whole[:sizes[how]])
-
-
-@pytest.mark.parametrize("how", ["empty", "10 bytes", "half", "all but one", "text", "flipped byte"])
-def test_a_damaged_checkpoint_is_refused_by_name(how, tmp_path):
-    path = tmp_path / "sft.pt"
-    common.save_checkpoint(path, checkpoint(marker=torch.full((64,), 1.25)))
-    common.load_checkpoint(path, "sft")
-    corrupt(path, how)
-    with pytest.raises(UserError, match=rf"{re.escape(str(path))} .*corrupt"):
-        common.load_checkpoint(path, "sft")
-
-
-class Touch:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (Path.touch, (self.path,))
-
-
-@pytest.mark.parametrize("how", ["pickle", "torch"])
-def test_a_malicious_checkpoint_executes_nothing(how, tmp_path):
-    path, victim = tmp_path / "sft.pt", tmp_path / "executed"
-    evil = {"stage": "sft", "sha256": "", "model": Touch(victim)}
-    path.write_bytes(pickle.dumps(evil, protocol=2)) if how == "pickle" else torch.save(evil, path)
-    with pytest.raises(UserError, match="cannot be read as a checkpoint"):
-        common.load_checkpoint(path, "sft")
-    assert not victim.exists()
-    pickle.loads(path.read_bytes()) if how == "pickle" else torch.load(path, weights_only=False)
-    assert victim.exists()  # the file was a threat indeed
-
-
-@pytest.mark.filterwarnings("ignore:Using a non-tuple")  # from indexing the tensor by a name
-@pytest.mark.parametrize("content", [{"model": torch.ones(1)}, torch.ones(1), [1, 2]],
-                         ids=["no sha256", "tensor", "list"])
-def test_a_torch_file_that_is_no_checkpoint_is_refused(content, tmp_path):
-    torch.save(content, tmp_path / "x.pt")
-    with pytest.raises(UserError, match=r"x\.pt cannot be read as a checkpoint"):
-        common.load_checkpoint(tmp_path / "x.pt", "sft")
-
-
-def test_a_checkpoint_of_another_stage_or_a_missing_one_is_refused(tmp_path):
-    common.save_checkpoint(tmp_path / "rm.pt", checkpoint(stage="rm"))
-    with pytest.raises(UserError,
-                       match=r"rm\.pt was written by train_rm\.py, not by train_sft\.py or train_ppo\.py"):
-        common.load_checkpoint(tmp_path / "rm.pt", "sft", "ppo")
-    with pytest.raises(UserError, match=r"gone\.pt is not there: train it first with train_sft\.py"):
-        common.load_checkpoint(tmp_path / "gone.pt", "sft")
-
-
-@pytest.mark.parametrize("error", [
-    OSError(28, "No space left on device"), RuntimeError("write failed"), KeyboardInterrupt()],
-                         ids=["disk full", "torch", "ctrl-c"])
-def test_a_save_that_fails_half_way_leaves_the_old_file_whole_and_no_other(error, tmp_path, monkeypatch):
-    path = tmp_path / "sft.pt"
-    common.save_checkpoint(path, checkpoint(iter=1))
-
-    def half_a_save(checkpoint, file):
-        file.write(b"half a check")
-        raise error
-    monkeypatch.setattr(torch, "save", half_a_save)
-    with pytest.raises(type(error)) as raised:
-        common.save_checkpoint(path, checkpoint(iter=2))
-    if isinstance(error, OSError):
-        assert str(path) in str(raised.value) and "No space left" in str(raised.value)
-    assert common.load_checkpoint(path, "sft")["iter"] == 1
-    assert [p.name for p in tmp_path.iterdir()] == ["sft.pt"]
-
-
-def test_the_new_file_is_on_the_disk_before_it_takes_the_old_ones_name(tmp_path, monkeypatch):
-    calls = []
-    for name in ("fsync", "replace"):
-        real = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *args, name=name, real=real: (calls.append(name), real(*args)))
-    common.save_checkpoint(tmp_path / "sft.pt", checkpoint())
-    assert calls == ["fsync", "replace"]
-
-
-# ----------------------------------------------------------------------------------------------------------
-# resuming, sizes, out_dir
-
-def saved_run(**flags):
-    model = torch.nn.Linear(2, 1)
-    config = Config(max_iters=3, batch_size=1, **flags)
-    optimizer = common.Optimizer(model.parameters(), config)
-    return {"iter": 3, "flags": dataclasses.asdict(config), "model": model.state_dict(),
-            "optimizer": optimizer.state(), "rng": common.rng_state()}
-
-
-def restore(saved, **flags):
-    model = torch.nn.Linear(2, 1)
-    config = Config(**{"max_iters": 6, "batch_size": 1} | flags)
-    return common.restore(saved, config, common.Optimizer(model.parameters(), config), model=model), model
-
-
-@pytest.mark.parametrize("changes", [
-    {"lr": 0.2}, {"seed": 1}, {"batch_size": 2}, {"data": "x.jsonl"}, {"dtype": "bfloat16"},
-    {"kl_coef": 0.1, "lr": 0.2}, {"lr_decay_iters": 3}, {"grad_clip": 2.0}], ids=str)
-def test_resume_refuses_a_changed_flag_by_name(changes):
-    with pytest.raises(UserError) as error:
-        restore(saved_run(), **changes)
-    for name, value in changes.items():
-        assert f"--{name} was {getattr(Config(batch_size=1), name)} and is {value}" in str(error.value)
-
-
-def test_resume_takes_flags_that_no_number_depends_on():
-    saved = saved_run()
-    harmless = {"max_iters": 9, "log_interval": 1, "save_interval": 1, "resume": True, "out_dir": "moved",
-                "max_bad_steps": 9}
-    start, model = restore(saved, **harmless)
-    assert start == 3 and torch.equal(model.weight, saved["model"]["weight"])
-
-
-def test_resume_restores_torchs_generator():
-    saved = saved_run()
-    expected = torch.rand(3)
-    torch.manual_seed(99)
-    restore(saved)
-    assert torch.equal(torch.rand(3), expected)
-
-
-def test_resume_of_a_run_that_has_nothing_left_to_do_names_max_iters():
-    with pytest.raises(UserError, match="stands at iteration 3 already: raise --max_iters=3"):
-        restore(saved_run(), max_iters=3)
-
-
-@pytest.mark.parametrize("name", ["n_layer", "n_head", "n_embd", "block_size"])
-def test_sizes_come_from_the_flag_the_default_or_the_checkpoint_which_no_flag_may_contradict(name):
-    model = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 64, "vocab_size": 9}
-    defaults = common.resolve_sizes(Config())
-    assert common.resolve_sizes(Config(**{name: 8})) == defaults | {name: 8}
-    assert common.resolve_sizes(Config(**{name: model[name]}), model) == {k: model[k] for k in defaults}
-    with pytest.raises(UserError, match=f"--{name}=8 does not match the checkpoint's {name}={model[name]}"):
-        common.resolve_sizes(Config(**{name: 8}), model)
-
-
-def test_an_occupied_out_dir_needs_resume_or_overwrite(tmp_path):
-    path = tmp_path / "new" / "sft.pt"
-    common.occupy(Config(), path)
-    assert path.parent.is_dir()
-    path.touch()
-    common.occupy(Config(), path.with_name("rm.pt"))  # another stage's file is in nobody's way
-    common.occupy(Config(resume=True), path), common.occupy(Config(overwrite=True), path)
-    with pytest.raises(UserError, match=r"sft\.pt is there already: --resume .* --overwrite"):
-        common.occupy(Config(), path)
-    with pytest.raises(UserError, match=r"--out_dir=.*sft\.pt cannot be made"):
-        common.occupy(Config(), path / "rm.pt")
-
-
-def test_an_out_dir_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
-    # root may write anywhere, so chmod would not do
-    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
-    with pytest.raises(UserError, match="is not writable"):
-        common.occupy(Config(), tmp_path / "sft.pt")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -571,10 +388,12 @@ def test_opening_the_metrics_file(start, then, expected, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_line_that_a_crash_cut_short_does_not_prevent_resuming(tmp_path):
+@pytest.mark.parametrize("left", [b'{"stage": "sft", "iter": 3, "lo', b'{"stage": "sft", "flags": {"lr": 1}', b"\0" * 40,
+                                  b"\xff\xfe", b"3", b"{}", b"null"])
+def test_what_a_crash_left_of_a_line_does_not_prevent_resuming(left, tmp_path):
     write_metrics(tmp_path, "sft", [1, 2])
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"stage": "sft", "iter": 3, "lo')
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(left)
     write_metrics(tmp_path, "sft", [3], start=2)
     assert outline(tmp_path) == [("sft", H), ("sft", 1), ("sft", 2), ("sft", 3)]
 

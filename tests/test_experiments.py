@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-import common
 import train_rm
 import train_sft
+from checkpoint import load_checkpoint
 from experiments import ladder, overoptimization
 
 torch.set_num_threads(1)
@@ -79,6 +79,6 @@ def test_overoptimization_compares_ppo_and_best_of_n_on_one_proxy(stages, monkey
     # The best of one is the SFT policy's average answer, in units in which it has mean 0.
     assert best["utility"][0][0] == pytest.approx(0, abs=1e-9)
     assert results["ppo"].keys() == {"0.0", "0.1"} and all(len(run["d"][0]) == 6 for run in results["ppo"].values())
-    assert common.load_checkpoint(stages / "seed0" / "proxy" / "rm.pt", "rm")["iter"] == 5
+    assert load_checkpoint(stages / "seed0" / "proxy" / "rm.pt", "rm")["iter"] == 5
     screen = capsys.readouterr().out
     assert "| kl_coef 0.1 |" in screen and "R^2 =" in screen

@@ -22,11 +22,13 @@ import pytest
 import torch
 
 import atlas
+import checkpoint
 import common
 import data
 import train_ppo
 import train_rm
 import train_sft
+from checkpoint import digest, load_checkpoint
 from common import UserError
 from model import GPT, GPTConfig
 
@@ -197,7 +199,7 @@ def test_a_finished_reward_model_gives_the_sft_policys_answers_mean_0_and_std_1(
     """PPO's first scores are of such answers, but not those of the calibration: within 4 standard errors."""
     folder = world("ppo", "atlas")
     run("ppo", folder, max_iters=1, batch_size=1000, lr=0.0)
-    saved = common.load_checkpoint(folder / "rm.pt", "rm")["model"]
+    saved = load_checkpoint(folder / "rm.pt", "rm")["model"]
     assert saved["gain"] != 1 and saved["bias"] != 0
     assert abs(metrics(folder, "ppo")[0]["score"]) < 4 * math.sqrt(1 / 1000 + 1 / 512)
 
@@ -237,7 +239,7 @@ def test_the_policy_of_an_sft_model_with_dropout_samples_and_trains_without_it(w
 def test_lr_0_changes_nothing_at_all(critic, world):
     folder = world("ppo")
     run("ppo", folder, lr=0.0, critic=critic)
-    assert common.digest(weights(folder, "ppo")["model"]) == common.digest(weights(folder, "sft")["model"])
+    assert digest(weights(folder, "ppo")["model"]) == digest(weights(folder, "sft")["model"])
     for row in metrics(folder, "ppo"):
         assert (row["kl"], row["clip_frac"], row["ratio_first"]) == (0, 0, 0)
         # In the second epoch a row stands elsewhere in its pass, where a matrix product may round differently
@@ -252,9 +254,9 @@ def test_gradients_and_weights_do_not_depend_on_the_micro_batch(stage, splits, w
     to 1e-5 except where the gradient is 0 in theory (the keys' biases) and its sign that of a rounding."""
     gradients, finals, step = [], [], common.Optimizer.step
 
-    def keep_gradient(self, iteration):
+    def keep_gradient(self, iteration, loss):
         gradients.append(torch.cat([p.grad.reshape(-1) for p in self.params if p.grad is not None]))
-        return step(self, iteration)
+        return step(self, iteration, loss)
     monkeypatch.setattr(common.Optimizer, "step", keep_gradient)
     flags = {"ppo": dict(batch_size=6, minibatches=1, ent_coef=0.1, kl_in="loss", kl_coef=1.0)}.get(stage, {})
     for micro in splits:
@@ -338,8 +340,8 @@ def test_reference_and_reward_model_are_frozen_and_share_nothing_with_the_policy
                           (reward_model, weights(folder, "rm")["model"])):
         assert not any(p.requires_grad for p in frozen.parameters())
         assert not trained & {p.data_ptr() for p in frozen.parameters()}
-        assert common.digest(frozen.state_dict()) == common.digest(saved)
-    assert common.digest(policy.state_dict()) != common.digest(reference.state_dict())
+        assert digest(frozen.state_dict()) == digest(saved)
+    assert digest(policy.state_dict()) != digest(reference.state_dict())
 
 
 def test_a_separate_critic_starts_from_the_reward_model_trains_and_leaves_the_policys_value_head_alone(world):
@@ -518,9 +520,9 @@ def test_three_iterations_and_three_resumed_equal_six_and_a_second_six_to_the_la
     run(stage, parts, max_iters=3, **flags)
     torch.rand(5)  # a new process would not have this generator's state
     run(stage, parts, max_iters=6, resume=True, **flags)
-    state = common.digest(weights(whole, stage, "optimizer", "kl_coef", "rng"))
-    assert state == common.digest(weights(again, stage, "optimizer", "kl_coef", "rng"))
-    assert state == common.digest(weights(parts, stage, "optimizer", "kl_coef", "rng"))
+    state = digest(weights(whole, stage, "optimizer", "kl_coef", "rng"))
+    assert state == digest(weights(again, stage, "optimizer", "kl_coef", "rng"))
+    assert state == digest(weights(parts, stage, "optimizer", "kl_coef", "rng"))
     assert metrics(whole, stage) == metrics(again, stage) == metrics(parts, stage)
 
 
@@ -530,7 +532,7 @@ def test_resume_refuses_another_flag_and_another_sft_model(world):
     with pytest.raises(UserError, match="--clip was 0.2 and is 0.1"):
         run("ppo", folder, max_iters=6, resume=True, clip=0.1)
     run("sft", folder, overwrite=True, seed=5)
-    with pytest.raises(UserError, match="sft.pt or rm.pt is not the one"):
+    with pytest.raises(UserError, match="this run began with another sft: put it back"):
         run("ppo", folder, max_iters=6, resume=True)
 
 
@@ -546,7 +548,7 @@ def test_another_seed_is_another_run(stage, world):
 
 def observe(stage, folder, monkeypatch, capsys, flags, context):
     """What a person can see of a run: why it was refused, metrics, screen, when it saved and where."""
-    saves, base, save = [], folder / "out", common.save_checkpoint
+    saves, base, save = [], folder / "out", checkpoint.save_checkpoint
     files = list(folder.iterdir())
     for copy in ("out", "elsewhere"):
         (folder / copy).mkdir()
@@ -559,8 +561,9 @@ def observe(stage, folder, monkeypatch, capsys, flags, context):
     if occupied:
         run(stage, base)
     with monkeypatch.context() as patch:
-        patch.setattr(common, "save_checkpoint",
-                      lambda path, c: (saves.append((path.parent.name, c["iter"])), save(path, c)))
+        patch.setattr(checkpoint, "save_checkpoint",
+                      lambda path, c, *previous: (saves.append((path.parent.name, c["iter"])),
+                                                     save(path, c, *previous)))
         patch.setattr(torch, "compile", lambda function, dynamic: (print("compiled"), function)[1])
         patch.setattr(torch.cuda, "is_available", lambda: False)
         if nan:
@@ -634,7 +637,7 @@ def test_every_flag_has_an_effect_or_is_refused(stage, flag, world, worlds, monk
                 saved = torch.load(worlds["pairs"] / f"{other}.pt", weights_only=True)
                 saved.pop("sha256")
                 saved["model"] = {key: tensor * 1.5 for key, tensor in saved["model"].items()}
-                common.save_checkpoint(folder / name, saved)
+                checkpoint.save_checkpoint(folder / name, saved)
         return folder
 
     key = stage, str(context)
@@ -712,10 +715,38 @@ def test_what_the_reward_function_may_not_return(body, says, world, tmp_path):
         run("ppo", world("ppo"), max_iters=1, reward=reward_file(tmp_path, body))
 
 
-def test_an_exception_of_the_reward_function_is_shown_as_it_is(world, tmp_path):
-    """Its traceback points into the user's file, which no sentence of ours could."""
-    with pytest.raises(KeyError, match="mine"):
-        run("ppo", world("ppo"), max_iters=1, reward=reward_file(tmp_path, "{}['mine']"))
+def test_an_exception_of_the_reward_function_comes_with_the_prompt_and_with_its_own_traceback(world, tmp_path):
+    """The traceback points into the user's file, which no sentence of ours could, and the prompt is the one at fault."""
+    body = "[float('?' in prompt or {}['mine']) for prompt in prompts]"
+    folder = world("ppo")
+    rows = pairs()
+    rows[7]["prompt"] = "no question mark"
+    write_jsonl(folder / "pairs.jsonl", rows)
+    with pytest.raises(RuntimeError, match=r"raised KeyError\('mine'\) for the prompt 'no question mark' and the "
+                                           "response '") as raised:
+        run("ppo", folder, batch_size=48, minibatches=2, reward=reward_file(tmp_path, body))
+    assert isinstance(raised.value.__cause__, KeyError)
+    assert raised.value.__cause__.__traceback__.tb_next.tb_frame.f_code.co_filename.endswith("reward.py")
+
+
+def test_a_reward_function_that_fails_on_a_batch_alone_is_reported_with_its_first_prompt(world, tmp_path):
+    with pytest.raises(RuntimeError, match="for 12 responses at once and for none of them alone; the first prompt is '"):
+        run("ppo", world("ppo"), reward=reward_file(tmp_path, "[1.0] if len(prompts) == 1 else 1 / 0"))
+
+
+def test_a_score_of_the_reward_model_that_is_not_finite_is_an_error_with_its_prompt(world, monkeypatch):
+    """Averaged into the advantages it would reach every token of the rollout."""
+    forward = train_ppo.RewardModel.forward
+
+    def poisoned(self, tokens, lens):
+        scores = forward(self, tokens, lens)
+        scores[-1] = math.nan
+        return scores
+    monkeypatch.setattr(train_ppo.RewardModel, "forward", poisoned)
+    folder = world("ppo")
+    with pytest.raises(FloatingPointError, match=r"the reward model's score is nan for the prompt '\w+ or \w+\?' and"):
+        run("ppo", folder)
+    assert not (folder / "ppo.pt").exists()
 
 
 def test_with_a_reward_function_no_reward_model_is_trained_or_read(world, reward_e):
@@ -857,7 +888,7 @@ def test_ppo_trains_the_missing_stages_and_says_so(world, monkeypatch, capsys):
     assert re.search(r"sft\.pt is not there: running train_sft\.py first", out)
     assert re.search(r"rm\.pt is not there: running train_rm\.py first", out)
     for stage in STAGES:
-        saved = common.load_checkpoint(folder / f"{stage}.pt", stage)
+        saved = load_checkpoint(folder / f"{stage}.pt", stage)
         assert saved["finished"] and saved["flags"]["seed"] == 3 and saved["tokenizer"]["name"] == "bytes"
     assert all(metrics(folder, stage) for stage in STAGES)
 
@@ -868,21 +899,21 @@ def test_ppo_first_resumes_an_earlier_stage_that_was_interrupted(stage, world, m
     shrink(monkeypatch)
     whole, folder = world(stage), world(stage)
     run(stage, whole, save_interval=2)
-    save = common.save_checkpoint
+    save = checkpoint.save_checkpoint
 
-    def interrupted(path, checkpoint):
-        save(path, checkpoint)
+    def interrupted(*args):
+        save(*args)
         raise KeyboardInterrupt
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(common, "save_checkpoint", interrupted)
+        patch.setattr(checkpoint, "save_checkpoint", interrupted)
         run(stage, folder, save_interval=2)
     capsys.readouterr()
-    assert not common.load_checkpoint(folder / f"{stage}.pt", stage)["finished"]
+    assert not load_checkpoint(folder / f"{stage}.pt", stage)["finished"]
     run("ppo", folder, **SIZES)
     out = capsys.readouterr().out
     assert f"{stage}.pt is unfinished: running train_{stage}.py first" in out
     assert f"{stage} 3/4" in out and f"{stage} 1/4" not in out
-    assert common.digest(weights(folder, stage)) == common.digest(weights(whole, stage))
+    assert digest(weights(folder, stage)) == digest(weights(whole, stage))
     assert metrics(folder, stage) == metrics(whole, stage)
 
 
@@ -904,7 +935,7 @@ def test_the_last_table_shows_ten_questions_before_and_after_and_looking_changes
     table = capsys.readouterr().out.split("the same questions before")[1]
     assert table.count("    before ") == table.count("    after ") == 10
     run("ppo", plain)
-    assert common.digest(weights(looked, "ppo")) == common.digest(weights(plain, "ppo"))
+    assert digest(weights(looked, "ppo")) == digest(weights(plain, "ppo"))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -946,7 +977,7 @@ def test_real_comparisons_run_through_all_three_stages_from_the_command_line(fil
                script("train_ppo.py", *where, "--max_iters=2", "--batch_size=8", "--minibatches=2",
                       "--max_new_tokens=8", **env)]
     for stage, text in zip(STAGES, printed):
-        assert common.load_checkpoint(tmp_path / f"{stage}.pt", stage)["finished"]
+        assert load_checkpoint(tmp_path / f"{stage}.pt", stage)["finished"]
         assert re.search(r"train: [\d,]+ rows, held out: [\d,]+", text)
         if file.startswith("hh_"):
             assert re.search(r"dropped \d: the two prompts differ", text)

@@ -1,0 +1,311 @@
+"""
+What keeps a run whole when its machine does not: checkpoints, exact resumption, one run per out_dir, an end in good
+order when a signal asks for one. docs/reliability.md lists fault by fault what happens and which test shows it.
+
+A checkpoint is one dict of plain values and tensors, never a pickled object. It holds all that the next iteration
+depends on. The order of the data and the generators of the scripts are functions of the seed and the iteration, so
+`iter` and `flags` hold those; torch's global generators are stored as they are.
+"""
+
+import hashlib
+import math
+import os
+import signal
+import threading
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from common import UserError, replacing, require
+
+try:
+    import fcntl
+except ImportError:  # Windows, where two runs in one out_dir are not noticed
+    fcntl = None
+
+
+class Damaged(UserError):
+    """A checkpoint that is not there or cannot be trusted."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one file
+
+def digest(value, h=None):
+    """sha256 over keys in sorted order, plain values and raw tensor bytes: torch loads a flipped byte silently."""
+    outermost, h = h is None, h or hashlib.sha256()
+    if isinstance(value, dict):
+        for key in sorted(value, key=str):
+            h.update(f"{key!r}:".encode())
+            digest(value[key], h)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            digest(item, h)
+    elif isinstance(value, torch.Tensor):
+        h.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        h.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    else:
+        h.update(f"{value!r},".encode())  # the comma, or [1, 23] would be [12, 3]
+    return h.hexdigest() if outermost else None
+
+
+def non_finite(value, name=""):
+    """The name of the first number or tensor in `value` that holds NaN or infinity, or None."""
+    if isinstance(value, dict):
+        return next(filter(None, (non_finite(item, f"{name}.{key}" if name else str(key))
+                                  for key, item in value.items())), None)
+    finite = value.isfinite().all() if isinstance(value, torch.Tensor) else \
+        not isinstance(value, float) or math.isfinite(value)
+    return None if finite else name
+
+
+def save_checkpoint(path, checkpoint, previous=None):
+    """Writes the checkpoint and its sha256 so that a crash leaves the old file or the new one, whole. The old one
+    lives on as `previous` if that is given. Raises OSError naming the file, e.g. if the disk is full."""
+    with replacing(path, previous) as file:
+        torch.save(checkpoint | {"sha256": digest(checkpoint)}, file)
+
+
+def load_checkpoint(path, *stages):
+    """The dict that save_checkpoint wrote. Raises UserError if it is missing, damaged or of none of the stages."""
+    scripts = " or ".join(f"train_{stage}.py" for stage in stages)
+    if not Path(path).is_file():
+        raise Damaged(f"{path} is not there: train it first with {scripts}, or name another file")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        recorded = checkpoint["sha256"]
+    except Exception as error:  # a damaged file raises anything from EOFError to UnpicklingError
+        raise Damaged(f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is corrupt, or no "
+                      "checkpoint of this project") from None
+    contents = {name: value for name, value in checkpoint.items() if name != "sha256"}
+    if recorded != digest(contents):
+        raise Damaged(f"{path} is corrupt: its contents do not match its sha256")
+    require(checkpoint["stage"] in stages, f"{path} was written by train_{checkpoint['stage']}.py, not by {scripts}")
+    return checkpoint
+
+
+def load_latest(path, previous, stage):
+    """(checkpoint, whether it is the one at path). If that is damaged, it is the previous one, with a printed note."""
+    try:
+        return load_checkpoint(path, stage), True
+    except Damaged as error:
+        if not previous.is_file():
+            raise
+        print(f"note: {error}. Going back to {previous}")
+        return load_checkpoint(previous, stage), False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the same run
+
+# Flags that may differ when a run is resumed: no number depends on them, or what they name is compared by content.
+HARMLESS = {"max_iters", "log_interval", "sample_interval", "save_interval", "resume", "overwrite", "out_dir", "device",
+            "tokenizer", "n_layer", "n_head", "n_embd", "block_size", "max_bad_steps", "rm", "data"}
+ROUNDING = {"micro_batch_size", "compile"}  # the same mathematics in another order, so all but the last bits
+
+
+def machine(device):
+    """What else decides the last bits of a number."""
+    return {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "device": torch.device(device).type}
+
+
+def data_sha256(data):
+    """sha256 of a data file; data that are built in stand for themselves."""
+    return hashlib.sha256(Path(data).read_bytes()).hexdigest() if Path(data).is_file() else data
+
+
+def require_same_run(saved, now):
+    """Both are checkpoints, `now` of the run that wants to go on from `saved`. Raises UserError that names what differs
+    if this would not be the same run, before a tensor is copied; prints what may change the last bits."""
+    def differences(field, names):
+        return [f"{name} was {saved[field][name]} and is {now[field][name]}" for name in names
+                if name in saved[field] and saved[field][name] != now[field][name]]
+
+    changed = differences("model_config", now["model_config"]) + differences("tokenizer", ("n_vocab", "eos", "sha256"))
+    require(not changed, "--resume found a checkpoint of another model or tokenizer: " + ", ".join(changed))
+    flags = [name for name in now["flags"] if name not in HARMLESS | ROUNDING]
+    changed = [f"--{line}" for line in differences("flags", flags)]
+    require(not changed, "--resume continues the same run, but " + ", ".join(changed) + ": give the old values, or "
+                         "start anew with --overwrite")
+    changed = [name for name, sha256 in now["sources"].items() if saved["sources"][name] != sha256]
+    changed += ["--data"] if saved["data"] != now["data"] else []
+    require(not changed, f"this run began with another {' and '.join(changed)}: put it back, or start anew with "
+                         "--overwrite")
+    limit = now["flags"]["max_iters"]
+    require(saved["iter"] < limit, f"the checkpoint stands at iteration {saved['iter']} already: raise --max_iters="
+                                   f"{limit} to go on")
+    changed = [f"--{line}" for line in differences("flags", sorted(ROUNDING))] + differences("machine", now["machine"])
+    if changed:
+        print(f"note: {', '.join(changed)}: the same run, but not to the last bit")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one process at a time, and signals
+
+HELD = set()  # folders that this process has locked: train_ppo.py runs the earlier stages inside its own run
+
+
+@contextmanager
+def locked(folder):
+    """Keeps other processes out of an out_dir by a lock of the operating system, which dies with this process.
+    Raises UserError if another one is at work there."""
+    folder = folder.resolve()
+    if folder in HELD or fcntl is None:
+        yield
+        return
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run is at work in {folder}: wait for it, or give another --out_dir") from None
+        except OSError as error:  # some network drives have no locks
+            print(f"note: {folder} cannot be locked ({error.strerror}): start no second run there")
+        HELD.add(folder)
+        try:
+            yield
+        finally:
+            HELD.discard(folder)
+
+
+class Signals:
+    """SIGINT and SIGTERM while a run is on: the first is remembered until the iteration has been saved, and the second
+    does what signals do by default: it ends the process at once."""
+    listening, received = False, None
+
+    @classmethod
+    def receive(cls, number, frame):
+        cls.received = number
+        for either in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(either, signal.SIG_DFL)
+        # Not print, which may be what was interrupted and does not let itself be entered twice.
+        with suppress(OSError):
+            os.write(2, f"\n{signal.Signals(number).name}: this iteration is the last and will be saved; a second "
+                        "signal ends the run at once\n".encode())
+
+    @classmethod
+    @contextmanager
+    def deferred(cls):
+        """Remembers signals inside the block; at its end, puts back the handlers and exits if a signal came."""
+        if cls.listening or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        # Where a shell has it ignored, as behind nohup or an ampersand, it stays ignored.
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)
+                  if signal.getsignal(number) is not signal.SIG_IGN}
+        cls.listening = True
+        for number in before:
+            signal.signal(number, cls.receive)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            number, cls.received, cls.listening = cls.received, None, False
+        cls.exit_if(number)
+
+    @staticmethod
+    def exit_if(number):
+        if number:
+            raise SystemExit(128 + number)
+
+
+@contextmanager
+def memory_advice(config, stage):
+    """Turns running out of memory, on a GPU or a CPU, into a sentence that says which flags to lower, in order."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        new_run = ", ".join(f"--{name}={getattr(config, name)}" for name in ("max_new_tokens", "batch_size",
+                            "block_size", "n_layer", "n_embd") if getattr(config, name, None) is not None)
+        raise UserError(f"train_{stage}: out of memory ({(str(error) or 'MemoryError').splitlines()[0][:120]}). Lower "
+                        f"--micro_batch_size first, below what is printed above: a resumed run may change it. Then, in "
+                        f"a new run, {new_run}, or take a smaller model. The last checkpoint is untouched") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a stage at work
+
+def occupy(config, path):
+    """Makes out_dir and refuses to run over a finished or half-finished stage without being told to."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out_dir={path.parent} cannot be made ({error.strerror})") from None
+    require(os.access(path.parent, os.W_OK), f"--out_dir={path.parent} is not writable")
+    require(config.resume or config.overwrite or not path.exists(),
+            f"{path} is there already: --resume goes on from it, --overwrite replaces it, --out_dir goes elsewhere")
+
+
+@contextmanager
+def open_run(config, stage):
+    """The Run of a stage, alone in its out_dir, with signals deferred to its saves. What a script wraps its loop in."""
+    path = config.folder / f"{stage}.pt"
+    occupy(config, path)
+    with locked(config.folder), Signals.deferred(), memory_advice(config, stage):
+        Path(f"{path}.tmp").unlink(missing_ok=True)  # of a process that was killed
+        yield Run(config, stage, path)
+
+
+class Run:
+    """What a script's loop sees of its checkpoint: `saved` (a dict with --resume, else None), begin, due and save."""
+
+    def __init__(self, config, stage, path):
+        self.config, self.stage, self.path, self.previous = config, stage, path, path.with_suffix(".prev.pt")
+        # ours: whether at path there is a whole checkpoint of this run, which the next one must not lose
+        self.saved, self.ours = load_latest(path, self.previous, stage) if config.resume else (None, False)
+
+    def begin(self, optimizer, modules, tokenizer, sources=()):
+        """Takes what the checkpoints shall hold: the optimizer, modules {name: module} with "model" among them, the
+        tokenizer_id and sources {name: sha256} that the run depends on. With --resume, puts the state back into them
+        and into torch's generators. Returns (iteration, the checkpoint's other fields), or (0, {}) for a fresh start.
+        Raises UserError if the checkpoint is not of this very run."""
+        self.optimizer, self.modules = optimizer, modules
+        self.fields = {"stage": self.stage, "model_config": asdict(modules["model"].config), "tokenizer": tokenizer,
+                       "sources": dict(sources), "data": data_sha256(self.config.data), "flags": asdict(self.config),
+                       "machine": machine(optimizer.params[0].device)}
+        if not self.saved:
+            return 0, {}
+        saved, self.saved = self.saved, None
+        require_same_run(saved, self.fields)
+        for name, module in modules.items():
+            module.load_state_dict(saved[name], strict=True)
+        optimizer.load(saved["optimizer"])
+        set_rng_state(saved["rng"])
+        print(f"going on after iteration {saved['iter']}")
+        return saved["iter"], {name: value for name, value in saved.items() if name not in (*modules, "optimizer")}
+
+    def due(self, iteration):
+        """Whether an iteration ends with a checkpoint: the last, each save_interval-th, one in which a signal came."""
+        regular = iteration == self.config.max_iters or iteration % self.config.save_interval == 0
+        return regular or Signals.received is not None
+
+    def save(self, iteration, **more):
+        """Writes the checkpoint, with `more` fields, and keeps the one before as *.prev.pt. Then leaves with 130 or 143
+        if a signal asked for it. Raises FloatingPointError, and writes nothing, if a number in it is not finite."""
+        contents = {name: module.state_dict() for name, module in self.modules.items()} | self.fields | more | {
+            "iter": iteration, "finished": iteration == self.config.max_iters, "optimizer": self.optimizer.state(),
+            "rng": rng_state()}
+        bad = non_finite(contents)
+        if bad:
+            raise FloatingPointError(f"iteration {iteration}: {bad} is not finite, so nothing was saved, and the last "
+                                     "checkpoint is untouched: begin a new run with a lower --lr")
+        if not self.ours and not self.config.resume:
+            self.previous.unlink(missing_ok=True)  # it is of the run that --overwrite replaces
+        save_checkpoint(self.path, contents, self.previous if self.ours else None)
+        self.ours = True
+        Signals.exit_if(Signals.received)
+
+
+def rng_state():
+    """State of torch's global generators (dropout draws from them)."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def set_rng_state(state):
+    torch.set_rng_state(state["cpu"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -24,8 +24,8 @@ import tiktoken
 # -----------------------------------------------------------------------------
 # the facts
 
-# A country is written as it stands after "in". No city here shares its name with another well-known city,
-# contains the name of its country, or has a disputed place. Append new lines at the end: the split below
+# A country is written as it stands after "in". Each city is the best-known one of its name; none contains the name
+# of its country or has a disputed place. Append new lines at the end: the split below
 # counts cities in this order.
 WORLD = """
 China: Shanghai, Beijing, Chengdu, Xi'an

@@ -243,11 +243,17 @@ def occupy(config, path):
 @contextmanager
 def open_run(config, stage):
     """The Run of a stage, alone in its out_dir, with signals deferred to its saves. What a script wraps its loop in."""
-    path = config.folder / f"{stage}.pt"
+    path, was_there = config.folder / f"{stage}.pt", config.folder.exists()
     occupy(config, path)
-    with locked(config.folder), Signals.deferred(), memory_advice(config, stage):
-        Path(f"{path}.tmp").unlink(missing_ok=True)  # of a process that was killed
-        yield Run(config, stage, path)
+    try:
+        with locked(config.folder), Signals.deferred(), memory_advice(config, stage):
+            Path(f"{path}.tmp").unlink(missing_ok=True)  # of a process that was killed
+            yield Run(config, stage, path)
+    except ValueError:  # something was wrong with the input: a folder that was made for nothing goes again
+        if not was_there and {item.name for item in config.folder.iterdir()} <= {".lock"}:
+            (config.folder / ".lock").unlink(missing_ok=True)
+            config.folder.rmdir()
+        raise
 
 
 class Run:

@@ -74,8 +74,10 @@ class Flags:
     }
 
     def check(self):
-        """Raises UserError for a value outside its domain, or --resume with --overwrite."""
+        """Raises UserError for a value outside its domain, a missing data file, or --resume with --overwrite."""
         check_domains(self)
+        require(self.data == "atlas" or Path(self.data).exists(), f"--data={self.data}: No such file or directory: give "
+                "a file that can be read")
         require(not (self.resume and self.overwrite), "--resume continues a checkpoint and --overwrite replaces it: "
                                                       "give one of them")
 
@@ -457,7 +459,7 @@ def clean(value):
 def header(config, stage):
     """The line that says what made the lines after it: flags, versions, device, commit."""
     here = Path(__file__).parent
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True) \
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True) \
         if (here / ".git").exists() else None
     cuda = torch.cuda.is_available() and config.device != "cpu"
     return {"stage": stage, "flags": dataclasses.asdict(config), "torch": torch.__version__,

@@ -110,9 +110,9 @@ class KLController:
 
 
 class PenaltyController:
-    """The coefficient of kl_penalty_loss: doubled when the update ended more than 1.5 times `target` nats per token away
-    from the policy that sampled, halved when it ended nearer than target / 1.5 [PPO, sec. 4]. It may swing around the
-    target rather than rest: a factor of 2 in the coefficient is about one of 4 in the KL."""
+    """The coefficient of kl_penalty_loss: doubled when an update led farther than 1.5 * target nats per token from the
+    policy that sampled, halved when it stayed nearer than target / 1.5 [PPO, sec. 4]. It may swing around the target
+    rather than rest: a factor of 2 in the coefficient is about one of 4 in the KL."""
 
     def __init__(self, target, coef=1.0):
         if not (target > 0 and coef > 0):
@@ -121,7 +121,7 @@ class PenaltyController:
         self.value, self.target = coef, target
 
     def update(self, kl):
-        """kl: KL(pi_old || pi) in nats per token, measured after the update."""
+        """kl: KL(pi_old || pi) in nats per token, as the update's last minibatch measured it."""
         if kl > 1.5 * self.target:
             self.value *= 2
         elif kl < self.target / 1.5:
@@ -166,7 +166,8 @@ def group_advantages(scores, group_size, mask):
     if group_size < 2 or scores.numel() % group_size:
         raise ValueError(f"group_size={group_size} must be 2 or more and divide the {scores.numel()} responses")
     groups = scores.view(-1, group_size)
-    others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)  # with its own score in it the gradient would shrink to (k - 1) / k
+    # With its own score in its baseline, a response would push only (group_size - 1) / group_size as hard.
+    others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
     return keep((groups - others).view(-1, 1).expand(mask.shape), mask)
 
 
@@ -258,8 +259,8 @@ def token_advantages(objective, rewards, values, mask, gamma, lam, group_size=No
     what follows it beyond the V that the critic expected. From gae on: GAE with lam. With a group_size, the returns of
     the other responses to the same prompt take the critic's place.
 
-    All have the same expected gradient if gamma = 1. Below 1, only reinforce keeps the exact factor gamma^t in front of
-    the later tokens; the others drop it, as is usual."""
+    All have the same expected gradient if gamma = 1 (from gae on: and lam = 1, or an exact critic). Below 1, only
+    reinforce keeps the exact factor gamma^t in front of the later tokens; the others drop it, as is usual."""
     check_objective(objective)
     returns = reward_to_go(rewards, mask, gamma).detach()
     if objective == "reinforce":

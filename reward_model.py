@@ -58,8 +58,8 @@ class RewardModel(nn.Module):
         of answers does not change; the unit of kl_coef does: nats per standard deviation of SFT answers."""
         std = scores.std(unbiased=False)
         if not std > 1e-6 * scores.abs().max():  # rounding alone gives equal scores a std above 0
-            raise ValueError("the calibration samples' scores have no spread or are not finite: the reward model has "
-                             "learned nothing")
+            raise FloatingPointError("the calibration samples' scores have no spread or are not finite: the reward "
+                                     "model has learned nothing, so it was not saved; lower --lr, or look at the data")
         self.gain /= std
         self.bias.copy_((self.bias - scores.mean()) / std)
 

@@ -68,8 +68,9 @@ def main(config):
         for path, model, encoding in policies:
             room = model.config.block_size - config.max_new_tokens
             length = len(data.encode_prompt(encoding, prompt))
-            common.require(length <= room, f"the prompt has {length} tokens and --max_new_tokens={config.max_new_tokens} "
-                           f"leaves room for {room} in block_size={model.config.block_size}: shorten one of them")
+            common.require(length <= room, f"the prompt has {length} tokens and --max_new_tokens="
+                           f"{config.max_new_tokens} leaves room for {room} in block_size={model.config.block_size}: "
+                           "shorten one of them")
             rng = common.generator(device, config.seed, prompt)  # the same numbers for both checkpoints
             for _ in range(config.n):
                 print(f"{path}:" if config.versus else " ", end="", flush=True)

@@ -4,7 +4,7 @@ while the KL to the SFT policy holds it near the text that the reward model was 
 
     python train_ppo.py                                  everything on the built-in task; makes sft.pt and rm.pt first
     python train_ppo.py --reward=my_reward.py:f          any function f(prompts, responses) -> list of floats
-    python train_ppo.py --data=pairs.jsonl --max_new_tokens=128 --batch_size=512 --compile       on a GPU
+    python train_ppo.py --init_from=sft.pt --rm=rm.pt --data=pairs.jsonl --lr=1e-5 --compile       on a GPU
     python train_ppo.py --resume --max_iters=200         go on from out_dir/ppo.pt
 
 Shapes: B = batch_size responses of at most R tokens, T = prompt + response. Maximised, per token:
@@ -40,10 +40,10 @@ class Config(common.Flags):
     max_iters: int = 120             # rollouts; enough once score - kl_coef * kl is flat
     batch_size: int = 256            # responses per rollout; more is steadier
     samples_per_prompt: int = 1      # responses to each prompt of a rollout; --advantage=group needs 2 or more
-    objective: str = "clip"          # reinforce, reward_to_go, baseline, gae, cpi, kl_penalty or clip: docs/derivation.md
+    objective: str = "clip"          # or reinforce, reward_to_go, baseline, gae, cpi, kl_penalty: docs/derivation.md
     advantage: str = "gae"           # gae, or group: the score above that of a prompt's other responses, and no critic
     minibatches: Optional[int] = None  # optimizer steps per epoch; default 2; up to --objective=gae there is one
-    epochs: Optional[int] = None     # passes over a rollout; default 2; more reuses it further from where it was sampled
+    epochs: Optional[int] = None     # passes over a rollout; default 2; more reuses it farther from its policy
     max_new_tokens: int = 16         # longest response; one that is cut there gets eos_penalty
     temperature: float = 1.0         # of the sampled distribution, and so of every log-prob
     lr: float = 4e-4                 # at width 128; 1e-5 at 124M parameters, 3e-6 at 1B
@@ -54,13 +54,13 @@ class Config(common.Flags):
     clip: Optional[float] = None     # the ratio moves this far from 1 before its gradient stops; default 0.2
     penalty_target: Optional[float] = None  # kl_penalty: nats per token from the sampling policy; default 0.003
     value_clip: Optional[float] = None  # values stay this close to the old ones, in units of score
-    vf_coef: Optional[float] = None  # weight of the value loss; default 0.1
+    vf_coef: Optional[float] = None  # weight of the value loss, which matters in a shared trunk; default 0.1
     ent_coef: float = 0.0            # weight of the entropy bonus; 0.01 when entropy collapses early
     gamma: float = 1.0               # discount per token; below 1 short answers pay
     lam: Optional[float] = None      # GAE: 1 trusts the rewards, 0 the critic; default 0.95
     target_kl: Optional[float] = None  # end the epochs at this distance from the sampling policy
     eos_penalty: float = 1.0         # taken off the score of a response without EOS, in standard deviations
-    critic: Optional[str] = None     # separate (default; starts from the reward model), or shared: saves time and memory
+    critic: Optional[str] = None     # separate (default; starts from the reward model if any), or shared: cheaper
     sample_interval: int = 20        # iterations between samples on the screen and looks at the held-out questions
     log_interval: int = 5            # iterations between lines on the screen; metrics.jsonl gets every one
 
@@ -94,13 +94,13 @@ class Config(common.Flags):
         for name in (self.USES["kl_penalty"] | self.USES["clip"]).keys() - self.used().keys():
             value, run = getattr(self, name), f"--objective={self.objective} with --advantage={self.advantage}"
             if name in ("epochs", "minibatches"):
-                common.require(value in (None, 1), f"--{name}={value}, but {run} takes one step per rollout: its formula "
-                               "holds for the policy that sampled; cpi, kl_penalty and clip may reuse a rollout")
+                common.require(value in (None, 1), f"--{name}={value}, but {run} takes one step per rollout: its "
+                               "formula holds for the policy that sampled; cpi, kl_penalty and clip may reuse one")
             else:
                 common.require(value is None, f"--{name}={value} would do nothing in {run}: leave it out")
         group, k = self.advantage == "group", self.samples_per_prompt
         common.require(not group or self.objective in ("baseline", "cpi", "kl_penalty", "clip"), "--advantage=group is "
-                       f"a baseline, which has no place in --objective={self.objective}: use baseline, cpi or clip")
+                       f"a baseline, which has no place in --objective={self.objective}: use baseline or cpi to clip")
         common.require(not group or k > 1, "--advantage=group compares the responses to a prompt with each other: set "
                                            "--samples_per_prompt to 2 or more")
         common.require(self.batch_size % k == 0, f"--batch_size={self.batch_size} must be a multiple of "
@@ -147,13 +147,21 @@ def load_policy(checkpoint, device):
     return policy
 
 
-def load_reward_model(config, tokenizer, device):
-    """(RewardModel in eval mode without gradients, its checkpoint). Raises UserError if it reads another tokenizer."""
+def load_reward_model(config, tokenizer, block_size, device):
+    """(RewardModel in eval mode without gradients, its checkpoint). Raises UserError if it reads another tokenizer, or
+    less than the block_size tokens that the policy may write. Says so if it was calibrated on other answers."""
     checkpoint = load_checkpoint(config.rm or config.folder / "rm.pt", "rm")
     theirs = checkpoint["tokenizer"]
     common.require(theirs["sha256"] == tokenizer["sha256"], f"the reward model's tokenizer is {theirs['name']} "
                    f"({theirs['n_vocab']:,} ids) and the policy's {tokenizer['name']} ({tokenizer['n_vocab']:,} ids): "
                    "train both with the same --tokenizer")
+    reads = checkpoint["model_config"]["block_size"]
+    common.require(reads >= block_size, f"the reward model reads {reads} tokens and the policy may write {block_size}: "
+                   "train both from the same SFT checkpoint")
+    for name in ("max_new_tokens", "temperature"):
+        if checkpoint["flags"][name] != getattr(config, name):
+            print(f"note: the reward model was calibrated at --{name}={checkpoint['flags'][name]}, and this run has "
+                  f"{getattr(config, name)}, so scores may not start at mean 0 and std 1: train_rm.py has the flag too")
     reward_model = RewardModel(GPTConfig(**checkpoint["model_config"])).to(device).eval().requires_grad_(False)
     reward_model.load_state_dict(checkpoint["model"], strict=True)
     return reward_model, checkpoint
@@ -183,13 +191,13 @@ def loop(config, run):
     eos, V = encoding.eot_token, encoding.n_vocab
     micro = common.micro_batch_size(minibatch_size, config.micro_batch_size, config.max_new_tokens * V)
     if config.rm:
-        load_reward_model(config, tokenizer, "cpu")
+        load_reward_model(config, tokenizer, block_size, "cpu")
     make_missing_stages(config)
 
     device, autocast = common.setup(config)
     sft = load_checkpoint(sft_path, "sft")
     policy, reference = load_policy(sft, device), load_policy(sft, device).requires_grad_(False)
-    reward_model, rm = (None, {}) if function else load_reward_model(config, tokenizer, device)
+    reward_model, rm = (None, {}) if function else load_reward_model(config, tokenizer, block_size, device)
     if rm and rm["sources"]["sft"] != sft["sha256"]:
         print("note: the reward model was calibrated on another SFT policy, so its scores are not in units of this one")
     critic = None
@@ -200,7 +208,7 @@ def loop(config, run):
     start, saved = run.begin(optimizer, modules, tokenizer, {"sft": sft["sha256"], "rm": rm.get("sha256")})
     controller = KLController(saved.get("kl_coef", config.kl_coef), config.kl_target)
     penalty = PenaltyController(config.penalty_target, saved.get("penalty", 1.0)) if config.penalty_target else None
-    score_tokens = common.maybe_compile(score_response, config.compile)
+    score_tokens, value_tokens = (common.maybe_compile(f, config.compile) for f in (score_response, score_values))
     order = data.BatchOrder([1] * len(split.train), config.batch_size // config.samples_per_prompt, config.seed)
 
     n_steps, logits_mb = config.epochs * config.minibatches, 4e-6 * micro * config.max_new_tokens * V
@@ -269,7 +277,9 @@ def loop(config, run):
         old_logprobs, old_values, entropy = rescore(policy, rollout)
         ref_logprobs = rescore(reference, rollout)[0]
         if critic:
-            old_values = rescore(critic, rollout)[1]
+            with torch.no_grad(), autocast():
+                old_values = torch.cat([value_tokens(critic, *rows, R) for rows in
+                                        zip(tokens.split(micro), prompt_lens.split(micro))])
         kl = masked_mean(kl_estimate(old_logprobs, ref_logprobs), mask) * n_tokens / B  # nats per response
         sec_score = clock.lap()
 
@@ -296,7 +306,7 @@ def loop(config, run):
                 with autocast():
                     logprobs, values, ent = score_tokens(policy, tokens[i], prompt_lens[i], R, config.temperature)
                     if critic:
-                        values = score_values(critic, tokens[i], prompt_lens[i], R)
+                        values = value_tokens(critic, tokens[i], prompt_lens[i], R)
                 pg_loss, pg_stats = surrogate_loss(config.objective, logprobs, old_logprobs[i], advantages[i], mask[i],
                                                    config.clip, penalty and penalty.value)
                 vf_loss, vf_stats = value_loss(values, old_values[i], returns[i], mask[i], config.value_clip)
@@ -340,8 +350,8 @@ def loop(config, run):
             "logprob_gap": gap.mean(), "logprob_gap_max": gap.max(), "sec_rollout": sec_rollout,
             "sec_score": sec_score, "sec_update": sec_update,
             "tokens_per_s": n_tokens / (sec_rollout + sec_score + sec_update)}, {
-            "score": "+.3f", "kl": ".2f", "reward": "+.3f", "gold": ".3f", "gold_heldout": ".3f", "entropy": ".2f",
-            "clip_frac": ".3f", "explained_variance": "+.2f", "response_len": ".1f", "eos_rate": ".2f"})
+            "score": "+7.3f", "kl": "6.2f", "reward": "+7.3f", "gold": ".3f", "entropy": ".2f", "clip_frac": ".3f",
+            "explained_variance": "+5.2f", "response_len": "5.1f", "eos_rate": ".2f", "gold_heldout": ".3f"})
         if iteration % config.sample_interval == 0 and not last:
             for prompt, response, score, k in show(policy, questions[:3], "samples"):
                 print(f"    score {score:+.2f}  kl {k:5.2f}  {prompt!r} -> {response!r}")

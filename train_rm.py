@@ -96,8 +96,8 @@ def labeller_entropy(comparisons, encoding):
 
 @torch.no_grad()
 def follow(average, model, iteration):
-    """Moves the average's weights towards the model's: polynomial-decay averaging [Shamir & Zhang 2013, 1212.1824], whose
-    memory is about the last tenth of the iterations, however many there are. The first one copies.
+    """Moves the average's weights towards the model's: polynomial-decay averaging [Shamir & Zhang 2013, 1212.1824],
+    whose memory is about the last tenth of the iterations, however many there are. The first one copies.
 
     The noise of the last steps hardly shows in the loss, but a policy finds exactly the answers that it overrates."""
     for mean, weight in zip(average.parameters(), model.parameters()):

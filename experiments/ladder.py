@@ -9,7 +9,8 @@ the same prompts in the same order. What differs is --objective and what follows
 one optimizer step, from `cpi` on it is used for four, in two epochs. The runs named "8 epochs" use it for sixteen, so
 that the ratio has time to run away; they are shorter. TRPO's critic takes eight steps of half the size per rollout.
 
-Runs that out_dir holds already are not repeated: delete it after changing the task or a default. Drawing needs matplotlib.
+Runs that out_dir holds already are not repeated: delete it after changing the task or a default of the first two
+stages. Drawing needs matplotlib.
 """
 
 import contextlib
@@ -115,7 +116,7 @@ def gradient_variances(folder, seed):
     policy, critic, reference = (train_ppo.load_policy(probe | {"model": weights}, "cpu")
                                  for weights in (probe["model"], probe["critic"], sft["model"]))
     config = train_ppo.Config(**probe["flags"])
-    reward_model, _ = train_ppo.load_reward_model(config, probe["tokenizer"], "cpu")
+    reward_model, _ = train_ppo.load_reward_model(config, probe["tokenizer"], policy.config.block_size, "cpu")
     encoding, params = data.get_tokenizer("atlas"), list(policy.trunk.parameters())
     prompts = data.load_prompts("atlas", encoding, policy.config.block_size, config.max_new_tokens).train
     order = data.BatchOrder([1] * len(prompts), RESPONSES, seed)

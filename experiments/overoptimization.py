@@ -33,7 +33,7 @@ from checkpoint import load_checkpoint
 from experiments.ladder import checkpoint_of, prepare, run_jobs, train
 from tools.plot import import_pyplot, read_run
 
-KL_COEFS = (0.0, 0.02, 0.05, 0.1, 0.2)
+KL_COEFS = (0.0, 0.05, 0.2)
 N_SAMPLES = 128                      # answers per question that best-of-n is computed from
 BEST_OF = (1, 2, 4, 8, 16, 32, 64)
 LAST = 10                            # rollouts at the end of a run that its row of the table is a mean of
@@ -43,13 +43,13 @@ LAST = 10                            # rollouts at the end of a run that its row
 class Config:
     out_dir: str = "out/ladder"    # a folder per seed; the ladder's, so that both share the SFT policies
     seeds: int = 4                 # seeds 0, 1, ...
-    max_iters: int = 100           # rollouts of each run
+    max_iters: int = 60            # rollouts of each run
     rm_iters: int = 60             # optimizer steps of the proxy; more makes it harder to hack
     candidates: int = 6            # answers per question that the proxy's comparisons are made of
     workers: Optional[int] = None  # runs at a time, each on one thread; default: one per core
     save: str = "docs/overoptimization"  # the figure and its numbers, less .png and .json
 
-    DOMAINS: ClassVar[dict] = {"seeds": "[1, inf)", "max_iters": "[2, inf)", "rm_iters": "[1, inf)",
+    DOMAINS: ClassVar[dict] = {"seeds": "[1, inf)", "max_iters": "[5, inf)", "rm_iters": "[1, inf)",
                                "candidates": "[2, inf)", "workers": "[1, inf)"}
 
 
@@ -58,7 +58,9 @@ def train_proxy(folder, seed, rm_iters, candidates):
     config = train_rm.Config(out_dir=str(folder / "proxy"), init_from=str(folder / "sft.pt"), seed=seed, device="cpu",
                              max_iters=rm_iters, candidates=candidates, overwrite=True)
     path = config.folder / "rm.pt"
-    if not path.exists() or load_checkpoint(path, "rm")["flags"] != asdict(config):
+    saved = load_checkpoint(path, "rm") if path.exists() else None
+    sft = load_checkpoint(folder / "sft.pt", "sft")["sha256"]
+    if not (saved and saved["finished"] and saved["flags"] == asdict(config) and saved["sources"]["sft"] == sft):
         train_rm.train(config)
 
 
@@ -68,8 +70,8 @@ def train_at(folder, seed, kl_coef, max_iters):
 
 
 def best_of_n_weights(n, total):
-    """Probability (total,) that the answer of each rank, worst first, is the best of n of `total` answers, drawn without
-    replacement: C(rank - 1, n - 1) / C(total, n). An expectation over all draws, where one draw would be noise."""
+    """Probability (total,) that the answer of each rank, worst first, is the best of n drawn from `total` answers and
+    not put back: C(rank - 1, n - 1) / C(total, n). An expectation over all draws, where one draw would be noise."""
     return np.array([math.comb(rank, n - 1) / math.comb(total, n) for rank in range(total)])
 
 
@@ -80,7 +82,8 @@ def best_of_n(folder, seed):
     checkpoint = load_checkpoint(folder / "sft.pt", "sft")
     policy, encoding = train_ppo.load_policy(checkpoint, "cpu"), data.get_tokenizer("atlas")
     config = train_ppo.Config(rm=str(folder / "proxy" / "rm.pt"), seed=seed)
-    reward_model, _ = train_ppo.load_reward_model(config, checkpoint["tokenizer"], "cpu")
+    block_size = policy.config.block_size
+    reward_model, _ = train_ppo.load_reward_model(config, checkpoint["tokenizer"], block_size, "cpu")
     questions = atlas.prompts("train")[::8]
     prompts = [data.encode_prompt(encoding, question) for question in questions for _ in range(N_SAMPLES)]
     answers = train_rm.sample(policy, prompts, config, encoding.eot_token, torch.device("cpu"),

@@ -184,7 +184,7 @@ def loop(config, run):
     block_size = common.resolve_sizes(config, sft["model_config"])["block_size"]
     split = data.load_prompts(config.data, encoding, block_size, config.max_new_tokens, config.skip_bad)
     device, _ = common.setup(config)
-    reward_model, rm = train_ppo.load_reward_model(config, tokenizer, device)
+    reward_model, rm = train_ppo.load_reward_model(config, tokenizer, block_size, device)
 
     policy, reference = (train_ppo.load_policy(sft, device) for _ in range(2))
     critic, params = reward_model.as_critic(), list(policy.trunk.parameters())

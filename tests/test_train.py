@@ -845,6 +845,32 @@ def test_reward_model_and_policy_with_different_tokenizers_are_refused(world, wo
     assert not (folder / "ppo.pt").exists()
 
 
+def test_a_reward_model_that_reads_less_than_the_policy_writes_is_refused_before_training(world):
+    folder, small = world("ppo"), world("sft")
+    run("sft", small, block_size=32)
+    run("rm", small)
+    with pytest.raises(UserError, match="reward model reads 32 tokens and the policy may write 64"):
+        run("ppo", folder, rm=str(small / "rm.pt"))
+
+
+def test_a_reward_model_calibrated_on_other_answers_is_said(world, capsys):
+    run("ppo", world("ppo"), max_iters=1)
+    assert "calibrated at" not in capsys.readouterr().out
+    run("ppo", world("ppo"), max_iters=1, max_new_tokens=4, temperature=0.7)
+    screen = capsys.readouterr().out
+    assert "calibrated at --max_new_tokens=8, and this run has 4" in screen and "--temperature=1.0" in screen
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_wrong_input_leaves_no_new_out_dir_behind(stage, world, tmp_path):
+    folder = world("ppo")
+    for flags in {"data": "nope.jsonl"}, {"data": str(folder / "pairs.jsonl"), "tokenizer": "nope"}:
+        with pytest.raises((UserError, data.DataError)):
+            STAGES[stage].train(STAGES[stage].Config(**{"out_dir": str(tmp_path / "new"), "device": "cpu"} | flags | (
+                {"init_from": str(folder / "sft.pt")} if stage != "sft" else {})))
+        assert not (tmp_path / "new").exists()
+
+
 def test_a_corrupt_sft_model_is_refused_by_every_script_that_reads_it(world, capsys):
     for stage in ("rm", "ppo"):
         folder = world(stage)
@@ -953,7 +979,9 @@ def script(*argv, cwd=ROOT, **env):
 def test_the_default_job_learns_the_answers_and_prints_the_table(tmp_path):
     out = script("train_ppo.py", f"--out_dir={tmp_path}", "--device=cpu", cwd=tmp_path)
     rows = metrics(tmp_path, "ppo")
-    assert rows[-1]["gold"] >= 0.8 and rows[-1]["gold_heldout"] >= 0.8 and rows[0]["gold"] < 0.5
+    # Four seeds on one thread: means of the last ten from 0.964 to 0.985, and 0.950 to 0.986 on the held-out questions.
+    assert sum(row["gold"] for row in rows[-10:]) / 10 >= 0.95 and rows[-1]["gold_heldout"] >= 0.9
+    assert rows[0]["gold"] < 0.5
     assert rows[-1]["eos_rate"] > 0.95 and all(row["ratio_first"] == 0 for row in rows)
     table = out.split("the same questions before")[1]
     assert table.count("    before ") == table.count("    after ") == 10

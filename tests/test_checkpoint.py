@@ -556,6 +556,12 @@ def test_kill_9_in_the_middle_of_a_write_leaves_the_old_file_and_resume_ends_whe
         assert check_kill("sft", fresh("sft"), lambda: kill_in_save(n, share), outcome(whole, "sft")) == -9
 
 
+def test_the_half_written_file_of_a_killed_process_is_removed_when_the_next_one_begins(tmp_path):
+    (tmp_path / "sft.pt.tmp").write_bytes(b"half a check")
+    with opened(tmp_path):
+        assert not (tmp_path / "sft.pt.tmp").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
 def test_kill_9_at_every_line_that_writes_a_file_leaves_the_old_or_the_new_one(stage, fresh):
@@ -654,6 +660,21 @@ def test_a_signal_during_an_earlier_stage_stops_that_one_and_the_same_command_go
     assert load_checkpoint(folder / "sft.pt", "sft")["iter"] == 2 and not (folder / "rm.pt").exists()
     train_stage("ppo", folder, **SIZES)
     assert [outcome(folder, stage) for stage in SMALL] == [outcome(whole, stage) for stage in SMALL]
+
+
+@pytest.mark.parametrize("second, code", [(False, 143), (True, -signal.SIGTERM)])
+def test_a_signal_before_the_first_stage_began_stops_that_one_after_an_iteration_and_a_second_one_at_once(
+        second, code, fresh, monkeypatch):
+    shrink(monkeypatch)
+    folder = fresh("sft")
+
+    def body():
+        real = train_ppo.make_missing_stages
+        train_ppo.make_missing_stages = lambda config: (os.kill(os.getpid(), signal.SIGTERM), real(config))
+        send(signal.SIGTERM, 1, times=int(second))
+        train_stage("ppo", folder, **SIZES)
+    assert Child(body).wait() == code
+    assert second != (folder / "sft.pt").exists() and not (folder / "ppo.pt").exists()
 
 
 def test_signals_are_the_callers_again_after_the_run_and_an_ignored_one_stays_ignored(fresh):

@@ -52,9 +52,9 @@ class Config(common.Flags):
     kl_in: str = "reward"            # reward: -kl_coef * k1 on each token; loss: a term of the loss
     kl_kind: Optional[str] = None    # with --kl_in=loss: k2 (default) or k3 (the forward KL)
     clip: Optional[float] = None     # the ratio moves this far from 1 before its gradient stops; default 0.2
-    penalty_target: Optional[float] = None  # kl_penalty: nats per token from the sampling policy; default 0.003
+    penalty_target: Optional[float] = None  # kl_penalty: nats per token from the sampling policy; default 0.01
     value_clip: Optional[float] = None  # values stay this close to the old ones, in units of score
-    vf_coef: Optional[float] = None  # weight of the value loss, which matters in a shared trunk; default 0.1
+    vf_coef: Optional[float] = None  # weight of the value loss, felt in a shared trunk; default 0.1
     ent_coef: float = 0.0            # weight of the entropy bonus; 0.01 when entropy collapses early
     gamma: float = 1.0               # discount per token; below 1 short answers pay
     lam: Optional[float] = None      # GAE: 1 trusts the rewards, 0 the critic; default 0.95
@@ -77,7 +77,7 @@ class Config(common.Flags):
     GAE: ClassVar[dict] = CRITIC | {"lam": 0.95}
     REUSE: ClassVar[dict] = GAE | {"epochs": 2, "minibatches": 2, "target_kl": None}
     USES: ClassVar[dict] = {"reinforce": {}, "reward_to_go": {}, "baseline": CRITIC, "gae": GAE, "cpi": REUSE,
-                            "kl_penalty": REUSE | {"penalty_target": 0.003}, "clip": REUSE | {"clip": 0.2}}
+                            "kl_penalty": REUSE | {"penalty_target": 0.01}, "clip": REUSE | {"clip": 0.2}}
 
     def used(self):
         """{flag: default} of the flags in USES that this run uses."""
@@ -332,7 +332,7 @@ def loop(config, run):
             lr, grad_norm = optimizer.step(iteration, minibatch_loss)
             stats["grad_norm"] += grad_norm
             steps += 1
-        for name in stats.keys() - {"ratio_first", "ratio_max", "penalty"}:
+        for name in stats.keys() - {"ratio_first", "ratio_max"}:
             stats[name] = stats[name] / (steps if name == "grad_norm" else n)
         controller.update(kl.item(), B)
         if penalty:

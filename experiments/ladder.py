@@ -131,9 +131,10 @@ def gradient_variances(folder, seed):
             values = score_values(critic, tokens, prompt_lens, mask.size(1))
             ref_logprobs, _, _ = score_response(reference, tokens, prompt_lens, mask.size(1))
             scores = reward_model(tokens, prompt_lens + rollout.response_lens)
-        rewards = shape_rewards(scores, logprobs, ref_logprobs, mask, config.kl_coef)
+        ended = tokens.gather(1, (prompt_lens + rollout.response_lens - 1).unsqueeze(1)).squeeze(1) == encoding.eot_token
+        rewards = shape_rewards(scores - config.eos_penalty * ~ended, logprobs, ref_logprobs, mask, config.kl_coef)
         for objective in ONE_STEP:
-            advantages, _ = token_advantages(objective, rewards, values, mask, config.gamma, 0.95)
+            advantages, _ = token_advantages(objective, rewards, values, mask, config.gamma, config.GAE["lam"])
             loss, _ = surrogate_loss(objective, logprobs, logprobs, advantages, mask)
             gradients[objective].append(trpo.flat_grad(loss, params, retain_graph=True))
     return {objective: torch.stack(draws).var(0).sum().item() for objective, draws in gradients.items()}

@@ -7,15 +7,14 @@ from the SFT policy, for PPO at several kl_coef and for best-of-n.
 The reward model is a weak one on purpose, a proxy trained for a few steps on a few comparisons: it can be hacked within
 a laptop's time. Only the built-in task can draw this, because only there the labeller's utility is known. Score and
 utility are in standard deviations of the SFT policy's answers, from a mean of 0, and d = sqrt(KL) as in Gao et al.
-2023, 2210.10760, whose forms are fitted to the utility: d (a - b log d) for PPO and d (a - b d) for best-of-n. The KL
-of best-of-n is at most log n - (n - 1) / n, and that where no two answers are alike (Beirami et al. 2024, 2401.01879).
-The SFT policies are the ladder's, where its out_dir holds them. Drawing needs matplotlib.
+2023, 2210.10760, whose forms are fitted to the utility: d (a - b log d) for PPO and d (a - b d) for best-of-n. The SFT policies are the ladder's, where its out_dir holds them. Drawing needs matplotlib.
 """
 
 import json
 import math
 import os
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -75,13 +74,21 @@ def best_of_n_weights(n, total):
     return np.array([math.comb(rank, n - 1) / math.comb(total, n) for rank in range(total)])
 
 
+def best_of_n_kl(p, n):
+    """KL(best of n || p) for the probabilities p (K,) of distinct answers, worst first. At most log n - (n - 1) / n, and
+    that where every p is small [Beirami et al. 2024, 2401.01879]."""
+    below = p.cumsum() - p
+    q = (below + p) ** n - below ** n
+    return float((q * np.log(q / p))[q > 0].sum())
+
+
 @torch.no_grad()
 def best_of_n(folder, seed):
-    """Writes folder/best_of_n.json: {"score", "utility"}, each the expected value for the best of n answers by the
+    """Writes folder/best_of_n.json: {"kl", "score", "utility"}, each the expected value for the best of n answers by the
     proxy's score, for n in BEST_OF; and "mean", "std" of the utility of the SFT policy's answers."""
     checkpoint = load_checkpoint(folder / "sft.pt", "sft")
     policy, encoding = train_ppo.load_policy(checkpoint, "cpu"), data.get_tokenizer("atlas")
-    config = train_ppo.Config(rm=str(folder / "proxy" / "rm.pt"), seed=seed)
+    config = train_ppo.Config(rm=str(folder / "proxy" / "rm.pt"), seed=seed, device="cpu")
     block_size = policy.config.block_size
     reward_model, _ = train_ppo.load_reward_model(config, checkpoint["tokenizer"], block_size, "cpu")
     questions = atlas.prompts("train")[::8]
@@ -94,8 +101,15 @@ def best_of_n(folder, seed):
     utility = np.array([atlas.utility(questions[i // N_SAMPLES], data.decode(encoding, answer))
                         for i, answer in enumerate(answers)]).reshape(scores.shape)
     ranked = np.argsort(scores, axis=1)
-    result = {"mean": utility.mean(), "std": utility.std(), "score": [], "utility": []}
+    # Per question, how often each distinct answer was sampled, worst first: answers that are alike have one score.
+    shares = []
+    for i in range(len(questions)):
+        same = answers[i * N_SAMPLES:(i + 1) * N_SAMPLES]
+        counts = Counter(tuple(same[j]) for j in ranked[i])
+        shares.append(np.array(list(counts.values())) / N_SAMPLES)
+    result = {"mean": utility.mean(), "std": utility.std(), "kl": [], "score": [], "utility": []}
     for n in BEST_OF:
+        result["kl"].append(float(np.mean([best_of_n_kl(p, n) for p in shares])))
         for name, values in (("score", scores), ("utility", utility)):
             ordered = np.take_along_axis(values, ranked, axis=1)
             result[name].append(float((ordered * best_of_n_weights(n, N_SAMPLES)).sum(1).mean()))
@@ -115,7 +129,7 @@ def collect(folders):
     """{"ppo": {kl_coef: {metric: a list per seed}}, "best_of_n": {metric: a list per seed}, "fits"}."""
     best = [json.loads((folder / "best_of_n.json").read_text()) for folder in folders]
     results = {"ppo": {}, "best_of_n": {
-        "d": [math.sqrt(math.log(n) - (n - 1) / n) for n in BEST_OF],
+        "d": [[math.sqrt(kl) for kl in run["kl"]] for run in best],
         "score": [run["score"] for run in best],
         "utility": [[(u - run["mean"]) / run["std"] for u in run["utility"]] for run in best]}}
     for kl_coef in KL_COEFS:
@@ -129,8 +143,7 @@ def collect(folders):
     pairs = [(d, u) for ds, us in zip(free["d"], free["utility"]) for d, u in zip(ds, us) if d > 0]
     results["fits"] = {
         "ppo, kl_coef 0": fit(*zip(*pairs), np.log),
-        "best of n": fit(results["best_of_n"]["d"] * len(folders), np.concatenate(results["best_of_n"]["utility"]),
-                         lambda d: d)}
+        "best of n": fit(*(np.concatenate(results["best_of_n"][name]) for name in ("d", "utility")), lambda d: d)}
     return results
 
 
@@ -145,7 +158,7 @@ def print_table(results):
     for i, n in enumerate(BEST_OF):
         cells = [f"{np.mean(x):.2f} ({min(x):.2f} to {max(x):.2f})" for x in
                  ([seed[i] for seed in best[name]] for name in ("score", "utility"))]
-        print(f"| best of {n} | {best['d'][i] ** 2:.2f} | {' | '.join(cells)} | | |")
+        print(f"| best of {n} | {np.mean([seed[i] ** 2 for seed in best['d']]):.2f} | {' | '.join(cells)} | | |")
     for name, numbers in results["fits"].items():
         print(f"{name}: a = {numbers['a']:.3f}, b = {numbers['b']:.3f}, R^2 = {numbers['r2']:.3f}")
 
@@ -163,9 +176,9 @@ def draw(results, save):
         axes[2].plot(x, utility.mean(0), color=f"C{n}", label=f"utility, kl_coef {kl_coef}")
         axes[2].plot(x, np.array(run["score"]).mean(0), ":", color=f"C{n}")
     best, fits = results["best_of_n"], results["fits"]
-    axes[0].plot(best["d"], np.mean(best["score"], axis=0), "k+-", label="best of n")
-    axes[1].plot(best["d"], np.mean(best["utility"], axis=0), "k+", label="best of n")
-    d = np.linspace(1e-3, max(best["d"]), 100)
+    axes[0].plot(np.mean(best["d"], axis=0), np.mean(best["score"], axis=0), "k+-", label="best of n")
+    axes[1].plot(np.mean(best["d"], axis=0), np.mean(best["utility"], axis=0), "k+", label="best of n")
+    d = np.linspace(1e-3, np.max(best["d"]), 100)
     axes[1].plot(d, d * (fits["best of n"]["a"] - fits["best of n"]["b"] * d), "k-", linewidth=0.8, label="d (a - b d)")
     d = np.linspace(1e-3, max(x for ds in results["ppo"]["0.0"]["d"] for x in ds), 200)
     axes[1].plot(d, d * (fits["ppo, kl_coef 0"]["a"] - fits["ppo, kl_coef 0"]["b"] * np.log(d)), "C0-", linewidth=0.8,

@@ -23,6 +23,18 @@ def test_best_of_n_weights_are_an_average_over_every_subset(n):
     assert np.isclose(overoptimization.best_of_n_weights(n, 5) @ sorted(values), expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize("n", [2, 3])
+def test_best_of_n_kl_is_that_of_the_distribution_which_draws_make(n):
+    p = np.array([0.5, 0.2, 0.3])
+    draws = itertools.product(range(3), repeat=n)
+    best = np.zeros(3)
+    for draw in draws:
+        best[max(draw)] += np.prod(p[list(draw)])
+    kl = overoptimization.best_of_n_kl(p, n)
+    assert np.isclose(kl, (best * np.log(best / p)).sum(), rtol=1e-12) and 0 < kl < math.log(n) - (n - 1) / n
+    assert overoptimization.best_of_n_kl(p, 1) == pytest.approx(0, abs=1e-12)
+
+
 @pytest.mark.parametrize("second", [np.log, lambda d: d], ids=["PPO", "best of n"])
 def test_the_fit_finds_the_coefficients_that_made_the_curve(second):
     d = np.linspace(0.1, 4, 30)
@@ -75,7 +87,8 @@ def test_overoptimization_compares_ppo_and_best_of_n_on_one_proxy(stages, monkey
                                                   save=str(stages / "overoptimization")))
     results = json.loads((stages / "overoptimization.json").read_text())
     best = results["best_of_n"]
-    assert best["d"][0] == 0 and best["score"][0] == sorted(best["score"][0])  # more to choose from never scores less
+    assert best["d"][0][0] == 0 and best["d"][0] == sorted(best["d"][0])
+    assert best["score"][0] == sorted(best["score"][0])  # more to choose from never scores less
     # The best of one is the SFT policy's average answer, in units in which it has mean 0.
     assert best["utility"][0][0] == pytest.approx(0, abs=1e-9)
     assert results["ppo"].keys() == {"0.0", "0.1"} and all(len(run["d"][0]) == 6 for run in results["ppo"].values())

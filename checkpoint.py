@@ -68,9 +68,13 @@ def save_checkpoint(path, checkpoint, previous=None):
         torch.save(checkpoint | {"sha256": digest(checkpoint)}, file)
 
 
+def script(stage):
+    return "experiments/trpo.py" if stage == "trpo" else f"train_{stage}.py"
+
+
 def load_checkpoint(path, *stages):
     """The dict that save_checkpoint wrote. Raises UserError if it is missing, damaged or of none of the stages."""
-    scripts = " or ".join(f"train_{stage}.py" for stage in stages)
+    scripts = " or ".join(map(script, stages))
     if not Path(path).is_file():
         raise Damaged(f"{path} is not there: train it first with {scripts}, or name another file")
     try:
@@ -82,7 +86,7 @@ def load_checkpoint(path, *stages):
     contents = {name: value for name, value in checkpoint.items() if name != "sha256"}
     if recorded != digest(contents):
         raise Damaged(f"{path} is corrupt: its contents do not match its sha256")
-    require(checkpoint["stage"] in stages, f"{path} was written by train_{checkpoint['stage']}.py, not by {scripts}")
+    require(checkpoint["stage"] in stages, f"{path} was written by {script(checkpoint['stage'])}, not by {scripts}")
     return checkpoint
 
 
@@ -221,9 +225,10 @@ def memory_advice(config, stage):
             raise
         new_run = ", ".join(f"--{name}={getattr(config, name)}" for name in ("max_new_tokens", "batch_size",
                             "block_size", "n_layer", "n_embd") if getattr(config, name, None) is not None)
-        raise UserError(f"train_{stage}: out of memory ({(str(error) or 'MemoryError').splitlines()[0][:120]}). Lower "
-                        f"--micro_batch_size first, below what is printed above: a resumed run may change it. Then, in "
-                        f"a new run, {new_run}, or take a smaller model. The last checkpoint is untouched") from error
+        said = (str(error) or "MemoryError").splitlines()[0][:120]
+        raise UserError(f"{script(stage)}: out of memory ({said}). Lower --micro_batch_size first, below what is printed "
+                        f"above: a resumed run may change it. Then, in a new run, {new_run}, or take a smaller model. "
+                        "The last checkpoint is untouched") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

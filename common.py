@@ -76,8 +76,8 @@ class Flags:
     def check(self):
         """Raises UserError for a value outside its domain, a missing data file, or --resume with --overwrite."""
         check_domains(self)
-        require(self.data == "atlas" or Path(self.data).exists(), f"--data={self.data}: No such file or directory: give "
-                "a file that can be read")
+        require(self.data == "atlas" or Path(self.data).exists(), f"--data={self.data}: No such file or directory: "
+                "give a file that can be read")
         require(not (self.resume and self.overwrite), "--resume continues a checkpoint and --overwrite replaces it: "
                                                       "give one of them")
 

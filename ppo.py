@@ -112,8 +112,8 @@ class KLController:
 class PenaltyController:
     """The coefficient of kl_penalty_loss: doubled when an update led farther than 1.5 * target nats per token from the
     policy that sampled, halved when it stayed nearer than target / 1.5 [PPO, sec. 4]. It may swing around the target
-    rather than rest: a factor of 2 in the coefficient is about one of 4 in the KL. And under an optimizer that fixes the
-    length of a step, as Adam does, it cannot reach a target that single steps overshoot: it then grows without end."""
+    rather than rest: a factor of 2 in the coefficient is about one of 4 in the KL. And where the optimizer fixes the
+    length of a step, as Adam does, a target that single steps overshoot is out of reach: it then grows without end."""
 
     def __init__(self, target, coef=1.0):
         if not (target > 0 and coef > 0):
@@ -243,7 +243,7 @@ def value_loss(values, old_values, returns, mask, clip):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the ladder: each rung differs from the one before by what the derivation changed, and by nothing else
+# the ladder: a rung differs from the one before by what the derivation changed; from baseline on the loop also whitens
 
 OBJECTIVES = ("reinforce", "reward_to_go", "baseline", "gae", "cpi", "kl_penalty", "clip")
 

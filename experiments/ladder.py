@@ -131,7 +131,8 @@ def gradient_variances(folder, seed):
             values = score_values(critic, tokens, prompt_lens, mask.size(1))
             ref_logprobs, _, _ = score_response(reference, tokens, prompt_lens, mask.size(1))
             scores = reward_model(tokens, prompt_lens + rollout.response_lens)
-        ended = tokens.gather(1, (prompt_lens + rollout.response_lens - 1).unsqueeze(1)).squeeze(1) == encoding.eot_token
+        last = (prompt_lens + rollout.response_lens - 1).unsqueeze(1)
+        ended = tokens.gather(1, last).squeeze(1) == encoding.eot_token
         rewards = shape_rewards(scores - config.eos_penalty * ~ended, logprobs, ref_logprobs, mask, config.kl_coef)
         for objective in ONE_STEP:
             advantages, _ = token_advantages(objective, rewards, values, mask, config.gamma, config.GAE["lam"])

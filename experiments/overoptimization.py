@@ -7,7 +7,9 @@ from the SFT policy, for PPO at several kl_coef and for best-of-n.
 The reward model is a weak one on purpose, a proxy trained for a few steps on a few comparisons: it can be hacked within
 a laptop's time. Only the built-in task can draw this, because only there the labeller's utility is known. Score and
 utility are in standard deviations of the SFT policy's answers, from a mean of 0, and d = sqrt(KL) as in Gao et al.
-2023, 2210.10760, whose forms are fitted to the utility: d (a - b log d) for PPO and d (a - b d) for best-of-n. The SFT policies are the ladder's, where its out_dir holds them. Drawing needs matplotlib.
+2023, 2210.10760, whose forms are fitted to the utility: d (a - b log d) for PPO and d (a - b d) for best-of-n.
+
+The SFT policies are the ladder's, where its out_dir holds them. Drawing needs matplotlib.
 """
 
 import json
@@ -75,8 +77,8 @@ def best_of_n_weights(n, total):
 
 
 def best_of_n_kl(p, n):
-    """KL(best of n || p) for the probabilities p (K,) of distinct answers, worst first. At most log n - (n - 1) / n, and
-    that where every p is small [Beirami et al. 2024, 2401.01879]."""
+    """KL(best of n || p) for the probabilities p (K,) of distinct answers, worst first. At most log n - (n - 1) / n,
+    which it comes near where every p is small [Beirami et al. 2024, 2401.01879]."""
     below = p.cumsum() - p
     q = (below + p) ** n - below ** n
     return float((q * np.log(q / p))[q > 0].sum())
@@ -84,8 +86,8 @@ def best_of_n_kl(p, n):
 
 @torch.no_grad()
 def best_of_n(folder, seed):
-    """Writes folder/best_of_n.json: {"kl", "score", "utility"}, each the expected value for the best of n answers by the
-    proxy's score, for n in BEST_OF; and "mean", "std" of the utility of the SFT policy's answers."""
+    """Writes folder/best_of_n.json: {"kl", "score", "utility"}, each the expected value for the best of n answers by
+    the proxy's score, for n in BEST_OF; and "mean", "std" of the utility of the SFT policy's answers."""
     checkpoint = load_checkpoint(folder / "sft.pt", "sft")
     policy, encoding = train_ppo.load_policy(checkpoint, "cpu"), data.get_tokenizer("atlas")
     config = train_ppo.Config(rm=str(folder / "proxy" / "rm.pt"), seed=seed, device="cpu")

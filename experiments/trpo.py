@@ -1,6 +1,8 @@
 """
-TRPO for a language-model policy: what PPO's clip stands in for. Each rollout gives one step, the largest along the
-natural gradient that keeps the mean KL(pi_old || pi) per token at or below --delta.
+TRPO for a language-model policy: what PPO's clip stands in for. Each rollout gives one step along an approximate
+natural gradient (damped, a few iterations of conjugate gradient, the Fisher matrix of some rows), as long as the
+quadratic KL allows, then shrunk until the measured mean KL(pi_old || pi) per token is at most --delta and the
+surrogate rises.
 
     python train_ppo.py --max_iters=1                  makes out/atlas/sft.pt and rm.pt where they are missing
     python -m experiments.trpo --out_dir=out/atlas     adds trpo.pt, and lines of stage trpo to metrics.jsonl
@@ -166,7 +168,7 @@ def roll_out(policy, reward_model, encoding, config, prompts, rng):
     lens = rollout.prompt_lens + rollout.response_lens
     texts = [(data.decode(encoding, row[:p]), data.decode(encoding, row[p:n])) for row, p, n in
              zip(rollout.tokens.tolist(), rollout.prompt_lens.tolist(), lens.tolist())]
-    return rollout, texts, reward_model(rollout.tokens, lens)
+    return rollout, texts, common.require_finite(reward_model(rollout.tokens, lens), texts)
 
 
 def train(config):

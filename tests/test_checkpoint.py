@@ -781,7 +781,7 @@ def test_out_of_memory_in_the_update_says_which_flags_to_lower_and_the_checkpoin
         stage, flags, fail, fresh, monkeypatch):
     folder, step = fresh(stage), common.Optimizer.step
     monkeypatch.setattr(common.Optimizer, "step", lambda self, i, loss: fail() if i == 3 else step(self, i, loss))
-    with pytest.raises(UserError, match=f"train_{stage}: out of memory .*memory.* Lower --micro_batch_size first.* "
+    with pytest.raises(UserError, match=f"train_{stage}.py: out of memory .*memory.* Lower --micro_batch_size first.* "
                                         f"in a new run, {flags}") as error:
         train_stage(stage, folder)
     assert "\n" not in str(error.value) and load_checkpoint(folder / f"{stage}.pt", stage)["iter"] == 2

@@ -1,4 +1,4 @@
-"""Tests of README.md: it must not say what the code no longer does."""
+"""Tests of README.md and docs/: they must not say what the code no longer does."""
 
 import re
 from dataclasses import fields
@@ -13,18 +13,28 @@ import train_sft
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
+PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]}
+LINES = [(page, *link) for page, text in PAGES.items()
+         for link in re.findall(r"\[`([^`\n]+)`\]\(([\w./]+\.py)#L(\d+)\)", text)]
+FILES = sorted({(page, target) for page, text in PAGES.items() for target in re.findall(r"\]\((?!http)([^)#\s]+)", text)})
+THEOREMS = set(re.findall(r"^def test_t(\d\d)", (ROOT / "tests" / "test_theorems.py").read_text(), re.MULTILINE))
 SCRIPTS = {"train_sft.py": train_sft.Config, "train_rm.py": train_rm.Config, "train_ppo.py": train_ppo.Config,
            "sample.py": sample.Config}
 
 
-@pytest.mark.parametrize("quoted, file, line", re.findall(r"\[`(.+?)`\]\((\w+\.py)#L(\d+)\)", TEXT))
-def test_a_link_to_a_line_points_at_what_it_quotes(quoted, file, line):
-    assert quoted in (ROOT / file).read_text().splitlines()[int(line) - 1]
+@pytest.mark.parametrize("page, quoted, file, line", LINES)
+def test_a_link_to_a_line_points_at_what_it_quotes(page, quoted, file, line):
+    assert quoted in ((ROOT / page).parent / file).read_text().splitlines()[int(line) - 1]
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!http)([^)#]+)", TEXT))))
-def test_a_link_to_a_file_has_its_file(target):
-    assert (ROOT / target).exists()
+@pytest.mark.parametrize("page, target", FILES)
+def test_a_link_to_a_file_has_its_file(page, target):
+    assert ((ROOT / page).parent / target).exists()
+
+
+def test_the_derivation_cites_every_theorem_test_and_no_other():
+    cited = re.findall(r"\bT(\d+)\b", PAGES["docs/derivation.md"])
+    assert {f"{int(number):02}" for number in cited} == THEOREMS
 
 
 @pytest.mark.parametrize("command", re.findall(r"^(?:.*&& )?python ((?:train|sample)\w*\.py.*)$", TEXT, re.MULTILINE))

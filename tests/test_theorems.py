@@ -17,12 +17,14 @@ with `per_response`, `gradients` and `step` below. What stands beyond a response
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd.functional import hessian, jacobian
 
 from enumerable import EOS, enumerate_responses
+from experiments.overoptimization import best_of_n_kl
 from model import GPTConfig
 from ppo import (OBJECTIVES, KLController, PenaltyController, cpi_loss, explained_variance, gae, group_advantages,
                  kl_estimate, kl_penalty_loss, log_ratio, masked_mean, policy_loss, ratio_stats, reinforce_loss,
@@ -263,7 +265,8 @@ def test_t02b_enough_comparisons_recover_the_scores_up_to_a_constant_but_with_th
 
 
 def test_t03_a_constant_added_to_all_scores_is_harmless_only_without_discount_and_if_cut_responses_get_it_too():
-    """score + 5 leaves grad J alone iff gamma = 1 and every response is scored, also one that the limit cut."""
+    """score + 5 leaves grad J alone iff gamma = 1 and every response is scored, also one that the limit cut; and GAE's
+    gradient iff lambda = 1 or the critic moves by 5 too."""
     def step_for(scores, gamma):
         rewards = shape_rewards(scores, OLD_LOGPROBS, REF_LOGPROBS, MASK, BETA)
         weights, _ = token_advantages("reinforce", rewards, rewards, MASK, gamma, lam=1)
@@ -273,6 +276,15 @@ def test_t03_a_constant_added_to_all_scores_is_harmless_only_without_discount_an
     assert rel(step_for(SCORES + 5, gamma=1), step_for(SCORES, gamma=1)) <= 1e-12
     assert rel(step_for(SCORES + 5, gamma=0.9), step_for(SCORES, gamma=0.9)) > 0.1  # long answers now cost
     assert rel(step_for(SCORES + 5 * ~CUT, gamma=1), step_for(SCORES, gamma=1)) > 1  # a bonus for ending in time
+
+    def gae_step(shift, critic, lam):
+        rewards = shape_rewards(SCORES + shift, OLD_LOGPROBS, REF_LOGPROBS, MASK, BETA)
+        return step(reinforce_loss, OLD, gae(rewards, V_OLD + critic, MASK, gamma=1, lam=lam)[0])
+
+    # Under GAE with lambda < 1, the critic has to move with the scores.
+    assert rel(gae_step(5, 0, lam=1), gae_step(0, 0, lam=1)) <= 1e-12
+    assert rel(gae_step(5, 0, lam=0.95), gae_step(0, 0, lam=0.95)) > 0.1
+    assert rel(gae_step(5, 5, lam=0.95), gae_step(0, 0, lam=0.95)) <= 1e-12
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1043,7 +1055,7 @@ def test_t51_letting_go_of_the_reference_raises_what_is_correlated_with_the_scor
     def moments(eta, g):
         best = total(optimum(SCORES, 1 / eta)[0])
         p = best.exp()
-        return p @ g, p @ (best - total(REF_LOGPROBS)), p
+        return p @ g, p @ total(kl_estimate(optimum(SCORES, 1 / eta)[0], REF_LOGPROBS)), p
 
     g, eta, h = randn(N, seed=50), 1.4, 1e-5
     (g_up, kl_up, _), (g_down, kl_down, _), (_, _, p) = (moments(e, g) for e in (eta + h, eta - h, eta))
@@ -1052,15 +1064,13 @@ def test_t51_letting_go_of_the_reference_raises_what_is_correlated_with_the_scor
 
 
 def test_t52_the_kl_of_best_of_n_is_below_its_formula():
-    """P(best of n is y) = F(y)^n - F(y-)^n, F the share of the reference that scores at most as high; its KL is below
-    log n - (n - 1) / n wherever answers have a probability of their own."""
-    reference = P(REF)[SCORES.argsort()]
-    F_up = reference.cumsum(0)
-    F_below = F_up - reference
+    """KL(best of n || ref) < log n - (n - 1) / n wherever answers have a probability of their own, and the two agree in
+    the limit of answers that have none."""
+    reference = P(REF)[SCORES.argsort()].numpy()
     for n in 2, 4, 16, 64:
-        best = F_up ** n - F_below ** n
-        assert gap(best.sum(), 1) <= 1e-12
-        assert 0 < (best * (best / reference).log()).sum() < math.log(n) - (n - 1) / n
+        formula = math.log(n) - (n - 1) / n
+        assert 0 < best_of_n_kl(reference, n) < formula
+        assert abs(best_of_n_kl(np.full(100_000, 1e-5), n) - formula) < 1e-3
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Break -> the tests that it turns red, the first four of them. Each break was made alone, in a copy of its module.

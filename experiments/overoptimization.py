@@ -37,6 +37,7 @@ from tools.plot import import_pyplot, read_run
 KL_COEFS = (0.0, 0.05, 0.2)
 N_SAMPLES = 128                      # answers per question that best-of-n is computed from
 BEST_OF = (1, 2, 4, 8, 16, 32, 64)
+FIT_UP_TO = 3.0                      # d; farther out the utility nears its floor, which the fitted forms do not know
 LAST = 10                            # rollouts at the end of a run that its row of the table is a mean of
 
 
@@ -142,7 +143,7 @@ def collect(folders):
                         for run, sft in zip(runs, best)]} | {
             metric: [run[metric][1].round(4).tolist() for run in runs] for metric in ("score", "gold", "kl", "entropy")}
     free = results["ppo"]["0.0"]
-    pairs = [(d, u) for ds, us in zip(free["d"], free["utility"]) for d, u in zip(ds, us) if d > 0]
+    pairs = [(d, u) for ds, us in zip(free["d"], free["utility"]) for d, u in zip(ds, us) if 0 < d <= FIT_UP_TO]
     results["fits"] = {
         "ppo, kl_coef 0": fit(*zip(*pairs), np.log),
         "best of n": fit(*(np.concatenate(results["best_of_n"][name]) for name in ("d", "utility")), lambda d: d)}
@@ -182,7 +183,7 @@ def draw(results, save):
     axes[1].plot(np.mean(best["d"], axis=0), np.mean(best["utility"], axis=0), "k+", label="best of n")
     d = np.linspace(1e-3, np.max(best["d"]), 100)
     axes[1].plot(d, d * (fits["best of n"]["a"] - fits["best of n"]["b"] * d), "k-", linewidth=0.8, label="d (a - b d)")
-    d = np.linspace(1e-3, max(x for ds in results["ppo"]["0.0"]["d"] for x in ds), 200)
+    d = np.linspace(1e-3, FIT_UP_TO, 100)
     axes[1].plot(d, d * (fits["ppo, kl_coef 0"]["a"] - fits["ppo, kl_coef 0"]["b"] * np.log(d)), "C0-", linewidth=0.8,
                  label="d (a - b log d), kl_coef 0")
     for axis, title, x in zip(axes, ("what PPO sees: the proxy's score", "what the labeller wants: the hidden utility",

@@ -1118,3 +1118,24 @@ def test_t52_the_kl_of_best_of_n_is_below_its_formula():
 #     number for the batch -> T7
 # score_response: log-probs of the token before -> T3 T4 T6 T7 ...; states one position late -> T3 T4 T6 T7 ...; no
 #     gradient -> T3 T4 T6 T7 ...; entropy of the sampled token -> T28b
+#
+# And for each test the break that turns the fewest others red with it.
+#
+# T1 <- bradley_terry_loss: depends on the zero; T2a <- bradley_terry_loss: sum over pairs; T2b <- bradley_terry_loss:
+# hinge; T3 T5 <- reward_to_go: gamma left out; T4 <- reinforce_loss: probability instead of log; T6 T9 <-
+# reward_to_go: forwards in time; T7 <- generate: EOS outside the mask; T8 <- shape_rewards: no detach; T10 <-
+# token_advantages: reward_to_go gets the whole return; T11 <- token_advantages: baseline with lam; T12 <- gae:
+# bootstraps from V after the last token; T13 T15 T19 T36b <- gae: lambda left out; T14 <- token_advantages: gae with
+# lambda 1; T16 T17 <- gae: gamma left out before A_{t+1}; T18 T47 <- gae: returns without + values; T20 T21b <-
+# cpi_loss: log-ratio instead of ratio; T21a <- ratio_stats: ratio_max is the minimum; T22 T23 T25a <- cpi_loss: sign;
+# T24 <- kl_penalty_loss: KL of the other direction; T25b <- kl_penalty_loss: penalty added; T26a <- policy_loss:
+# clip_frac counts the other side; T26b <- policy_loss: clipped only; T27a <- policy_loss: clamp around 0; T27b <-
+# policy_loss: max instead of min; T28a <- value_loss: absolute error; T28b <- score_response: entropy of the sampled
+# token; T29 <- shape_rewards: k2 in the reward; T30 T36a T36c T38 <- shape_rewards: k3 in the reward; T31 T32 T51 <-
+# kl_estimate: k1 turned round; T33 T36d <- kl_estimate: k2 without its half; T34 <- kl_estimate: k3 inverted; T35 <-
+# ratio_stats: approx_kl by k2; T37 <- group_advantages: divided by k; T39 <- shape_rewards: score one token after the
+# last; T40 <- kl_penalty_loss: without coef; T41 <- PenaltyController: 1.5 left out above; T42 <- KLController: error
+# not clipped; T43 <- group_advantages: groups of the whole batch; T44 <- whiten: shift_mean inverted; T45 <-
+# explained_variance: divided by Var(values); T46 <- masked_mean: mean of the rows' means; T48 <- surrogate_loss: clip
+# is cpi; T49 <- value_loss: clipped only; T50a <- cpi_loss: advantages not detached; T50b <- gae: values not
+# detached; T52 <- best_of_n_kl (experiments/overoptimization.py): n + 1

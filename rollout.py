@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+import distributed
 from model import KVCache
 
 
@@ -24,6 +25,14 @@ class Rollout:
     mask: torch.Tensor           # (B, R) bool, True on response tokens; made from lengths, so a sampled EOS counts
     logprobs: torch.Tensor       # (B, R) log pi(token) as sampled; 0 where masked
     values: torch.Tensor         # (B, R) value head at the state each token was sampled from; 0 where masked
+
+    def share(self):
+        """This process's rows, as wide as they are in the whole rollout."""
+        return Rollout(*map(distributed.share, vars(self).values()))
+
+    def gather(self, eos):
+        """The rows of all processes, padded to the longest response of any."""
+        return Rollout(*(distributed.gather(x, eos if name == "tokens" else 0) for name, x in vars(self).items()))
 
 
 def wide(logits):

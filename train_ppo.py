@@ -22,6 +22,7 @@ import torch
 import atlas
 import common
 import data
+import distributed
 import train_rm
 import train_sft
 from checkpoint import load_checkpoint, open_run
@@ -125,8 +126,9 @@ class Config(common.Flags):
 
 def make_missing_stages(config):
     """Trains sft.pt and rm.pt in out_dir where they are missing or unfinished, with those stages' own defaults."""
-    inherited = {name: getattr(config, name) for name in ("data", "tokenizer", "out_dir", "seed", "device", "dtype",
-                                                          "n_layer", "n_head", "n_embd", "block_size", "skip_bad")}
+    inherited = {name: getattr(config, name) for name in (
+        "data", "tokenizer", "out_dir", "seed", "device", "dtype", "fsdp", "n_layer", "n_head", "n_embd",
+        "block_size", "skip_bad")}
     for name, stage, needed in (("sft", train_sft, config.init_from is None),
                                 ("rm", train_rm, config.rm is None and config.reward == "rm")):
         path = config.folder / f"{name}.pt"
@@ -196,13 +198,14 @@ def loop(config, run):
 
     device, autocast = common.setup(config)
     sft = load_checkpoint(sft_path, "sft")
-    policy, reference = load_policy(sft, device), load_policy(sft, device).requires_grad_(False)
-    reward_model, rm = (None, {}) if function else load_reward_model(config, tokenizer, block_size, device)
+    policy, reference = load_policy(sft, "cpu"), load_policy(sft, "cpu").requires_grad_(False)
+    reward_model, rm = (None, {}) if function else load_reward_model(config, tokenizer, block_size, "cpu")
     if rm and rm["sources"]["sft"] != sft["sha256"]:
         print("note: the reward model was calibrated on another SFT policy, so its scores are not in units of this one")
     critic = None
     if config.critic == "separate":
-        critic = reward_model.as_critic() if reward_model else load_policy(sft, device)
+        critic = reward_model.as_critic() if reward_model else load_policy(sft, "cpu")
+    distributed.place(device, config.fsdp, policy, reference, reward_model, critic)
     modules = {"model": policy} | ({"critic": critic} if critic else {})
     optimizer = common.Optimizer([p for module in modules.values() for p in module.parameters()], config)
     start, saved = run.begin(optimizer, modules, tokenizer, {"sft": sft["sha256"], "rm": rm.get("sha256")})
@@ -223,7 +226,7 @@ def loop(config, run):
     def roll_out(model, prompts, rng):
         """Rollout of `model` on prompts (lists of ids), its texts [(prompt, response)] and its scores (B,)."""
         tokens, prompt_lens = (x.to(device) for x in data.collate_prompts(prompts, eos))
-        with autocast():
+        with autocast(), distributed.whole_on_each(model):
             rollout = generate(model, tokens, prompt_lens, config.max_new_tokens, eos=eos,
                                temperature=config.temperature, generator=rng)
         lens = rollout.prompt_lens + rollout.response_lens
@@ -258,8 +261,10 @@ def loop(config, run):
 
         # -- prompts -> generate: sampled responses, under the policy as it is now
         prompts = [split.train[i] for i in order.order(iteration - 1) for _ in range(config.samples_per_prompt)]
-        rollout, texts, scores = roll_out(policy, prompts, common.generator(device, config.seed, "rollout", iteration))
-        tokens, prompt_lens, mask = rollout.tokens, rollout.prompt_lens, rollout.mask
+        rng = common.generator(device, config.seed, distributed.own("rollout"), iteration)
+        parts = roll_out(policy, distributed.share(prompts), rng)  # a process samples its rows only
+        rollout, texts, scores = parts[0].gather(eos), *map(distributed.gather, parts[1:])
+        tokens, prompt_lens, mask, mine = rollout.tokens, rollout.prompt_lens, rollout.mask, rollout.share()
         (B, R), n_tokens = mask.shape, mask.sum()
         ended = tokens.gather(1, (prompt_lens + rollout.response_lens - 1).unsqueeze(1)).squeeze(1) == eos
         sec_rollout = clock.lap()
@@ -274,12 +279,14 @@ def loop(config, run):
             clock.lap()
 
         # -- score: every response token under the policy that sampled it, the reference and the critic
-        old_logprobs, old_values, entropy = rescore(policy, rollout)
-        ref_logprobs = rescore(reference, rollout)[0]
+        old_logprobs, old_values, entropy = rescore(policy, mine)
+        ref_logprobs = rescore(reference, mine)[0]
         if critic:
             with torch.no_grad(), autocast():
                 old_values = torch.cat([value_tokens(critic, *rows, R) for rows in
-                                        zip(tokens.split(micro), prompt_lens.split(micro))])
+                                        zip(mine.tokens.split(micro), mine.prompt_lens.split(micro))])
+        old_logprobs, ref_logprobs, old_values, entropy = map(distributed.gather, (old_logprobs, ref_logprobs,
+                                                                                   old_values, entropy))
         kl = masked_mean(kl_estimate(old_logprobs, ref_logprobs), mask) * n_tokens / B  # nats per response
         sec_score = clock.lap()
 
@@ -299,10 +306,10 @@ def loop(config, run):
         # first ratio is exactly 1; the prompts came in random order anyway.
         rng = common.generator("cpu", config.seed, "minibatches", iteration)
         epochs = [torch.arange(B)] + [torch.randperm(B, generator=rng) for _ in range(config.epochs - 1)]
-        stats, steps = defaultdict(float), 0
+        stats, peaks, grad_norms = defaultdict(float), defaultdict(float), []
         for n, minibatch in enumerate(torch.cat(epochs).to(device).split(minibatch_size), start=1):
             n_minibatch, approx_kl, minibatch_loss = mask[minibatch].sum(), 0.0, 0.0
-            for i in minibatch.split(micro):
+            for i in distributed.share(minibatch).split(micro):
                 with autocast():
                     logprobs, values, ent = score_tokens(policy, tokens[i], prompt_lens[i], R, config.temperature)
                     if critic:
@@ -322,18 +329,18 @@ def loop(config, run):
                 approx_kl += pg_stats["approx_kl"] * share
                 if n == 1:
                     off_one = (log_ratio(logprobs, old_logprobs[i], mask[i]).detach().exp() - 1).abs().max()
-                    stats["ratio_first"] = max(stats["ratio_first"], off_one)
-                stats["ratio_max"] = max(stats["ratio_max"], pg_stats.pop("ratio_max"))
+                    peaks["ratio_first"] = max(peaks["ratio_first"], off_one)
+                peaks["ratio_max"] = max(peaks["ratio_max"], pg_stats.pop("ratio_max"))
                 for name, value in {"policy_loss": pg_loss, "value_loss": vf_loss, **pg_stats, **vf_stats}.items():
                     stats[name] += value.detach() * share
+            minibatch_loss, approx_kl = distributed.total(minibatch_loss, approx_kl)
             if config.target_kl is not None and n > 1 and approx_kl > config.target_kl:
                 optimizer.zero_grad()  # the policy is far enough from the one that sampled: end the epochs here
                 break
             lr, grad_norm = optimizer.step(iteration, minibatch_loss)
-            stats["grad_norm"] += grad_norm
-            steps += 1
-        for name in stats.keys() - {"ratio_first", "ratio_max"}:
-            stats[name] = stats[name] / (steps if name == "grad_norm" else n)
+            grad_norms.append(grad_norm)
+        stats = {name: value / n for name, value in zip(stats, distributed.total(*stats.values()))}
+        peaks = dict(zip(peaks, distributed.largest(*peaks.values())))
         controller.update(kl.item(), B)
         if penalty:
             stats["penalty"] = penalty.value
@@ -344,7 +351,8 @@ def loop(config, run):
         gap = (rollout.logprobs - old_logprobs)[mask].abs()
         row = metrics.write(iteration, {
             "episodes": iteration * B, "score": scores.mean(), "kl": kl, "reward": rewards.sum() / B, **judged, **stats,
-            "entropy": masked_mean(entropy, mask), "optimizer_steps": steps,
+            **peaks, "grad_norm": sum(grad_norms) / len(grad_norms), "optimizer_steps": len(grad_norms),
+            "entropy": masked_mean(entropy, mask),
             "explained_variance": explained_variance(old_values, returns, mask), "response_len": n_tokens / B,
             "eos_rate": ended.float().mean(), "kl_coef": kl_coef, "lr": lr, "skipped_steps": optimizer.skipped,
             "logprob_gap": gap.mean(), "logprob_gap_max": gap.max(), "sec_rollout": sec_rollout,

@@ -18,6 +18,7 @@ import torch
 import atlas
 import common
 import data
+import distributed
 from checkpoint import open_run
 from model import GPT, GPTConfig
 from ppo import masked_mean
@@ -93,7 +94,8 @@ def loop(config, run):
     else:
         model = starting_model(config, encoding.n_vocab)
     split = data.load_demonstrations(config.data, encoding, model.config.block_size, config.skip_bad, config.seed)
-    optimizer = common.Optimizer(model.to(device).parameters(), config)
+    distributed.place(device, config.fsdp, model)
+    optimizer = common.Optimizer(model.parameters(), config)
     start, _ = run.begin(optimizer, {"model": model}, tokenizer)
     score = common.maybe_compile(score_response, config.compile)
 
@@ -126,12 +128,13 @@ def loop(config, run):
     for iteration in range(start + 1, config.max_iters + 1):
         model.train()
         batch = [split.train[i] for i in order.order(iteration - 1)]
-        n_tokens, loss = sum(len(row.response) for row in batch), 0.0
-        for i in range(0, config.batch_size, micro):
+        n_tokens, loss, rows = sum(len(row.response) for row in batch), 0.0, distributed.share(batch)
+        for i in range(0, len(rows), micro):
             # Each part weighs by its tokens, so that the sum is the token mean of the batch however it is split.
-            part, n = loss_of(batch[i:i + micro])
+            part, n = loss_of(rows[i:i + micro])
             (part * n / n_tokens).backward()
             loss += (part.detach() * n / n_tokens).item()
+        loss, = distributed.total(loss)
         lr, grad_norm = optimizer.step(iteration, loss)
 
         last = iteration == config.max_iters

@@ -183,12 +183,17 @@ def flag_type(kinds):
 
 def main(train, config_class, description, *errors):
     """What `python train_x.py --flags` does. What the user can mend (UserError and the given errors) ends in a sentence
-    and code 2; numbers gone bad or a disk that failed, in a sentence and code 1. Anything else is a bug: traceback."""
+    and code 2; numbers gone bad, a disk or another process that failed, in a sentence and code 1. Anything else is a
+    bug: traceback."""
     with distributed.processes():
         config = parse_flags(config_class, description=description)
         try:
             return train(config)
-        except (UserError, *errors, FloatingPointError, OSError) as error:
+        except (UserError, *errors, FloatingPointError, OSError, RuntimeError) as error:
+            if distributed.is_loss(error):
+                error = f"another process is gone, which may have said why ({str(error)[:120]})"
+            elif isinstance(error, RuntimeError):
+                raise
             process = f"process {distributed.rank()}: " if distributed.size() > 1 else ""
             print(f"{Path(sys.argv[0]).name}: {process}{error}", file=sys.stderr)
             raise SystemExit(2 if isinstance(error, (UserError, *errors)) else 1) from None

@@ -39,6 +39,11 @@ def processes():
     dist.destroy_process_group()
 
 
+def is_loss(error):
+    """Whether an exception says that another process is gone. gloo has no type of its own for that."""
+    return joined() and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+
 def joined():
     return dist.is_available() and dist.is_initialized()
 

@@ -126,9 +126,8 @@ class Config(common.Flags):
 
 def make_missing_stages(config):
     """Trains sft.pt and rm.pt in out_dir where they are missing or unfinished, with those stages' own defaults."""
-    inherited = {name: getattr(config, name) for name in (
-        "data", "tokenizer", "out_dir", "seed", "device", "dtype", "fsdp", "n_layer", "n_head", "n_embd",
-        "block_size", "skip_bad")}
+    names = "data tokenizer out_dir seed device dtype fsdp n_layer n_head n_embd block_size skip_bad".split()
+    inherited = {name: getattr(config, name) for name in names}
     for name, stage, needed in (("sft", train_sft, config.init_from is None),
                                 ("rm", train_rm, config.rm is None and config.reward == "rm")):
         path = config.folder / f"{name}.pt"
@@ -280,13 +279,12 @@ def loop(config, run):
 
         # -- score: every response token under the policy that sampled it, the reference and the critic
         old_logprobs, old_values, entropy = rescore(policy, mine)
-        ref_logprobs = rescore(reference, mine)[0]
         if critic:
             with torch.no_grad(), autocast():
                 old_values = torch.cat([value_tokens(critic, *rows, R) for rows in
                                         zip(mine.tokens.split(micro), mine.prompt_lens.split(micro))])
-        old_logprobs, ref_logprobs, old_values, entropy = map(distributed.gather, (old_logprobs, ref_logprobs,
-                                                                                   old_values, entropy))
+        scored = old_logprobs, rescore(reference, mine)[0], old_values, entropy
+        old_logprobs, ref_logprobs, old_values, entropy = map(distributed.gather, scored)
         kl = masked_mean(kl_estimate(old_logprobs, ref_logprobs), mask) * n_tokens / B  # nats per response
         sec_score = clock.lap()
 
@@ -306,7 +304,7 @@ def loop(config, run):
         # first ratio is exactly 1; the prompts came in random order anyway.
         rng = common.generator("cpu", config.seed, "minibatches", iteration)
         epochs = [torch.arange(B)] + [torch.randperm(B, generator=rng) for _ in range(config.epochs - 1)]
-        stats, peaks, grad_norms = defaultdict(float), defaultdict(float), []
+        stats, peaks, steps, grad_norms = defaultdict(float), defaultdict(float), 0, 0.0
         for n, minibatch in enumerate(torch.cat(epochs).to(device).split(minibatch_size), start=1):
             n_minibatch, approx_kl, minibatch_loss = mask[minibatch].sum(), 0.0, 0.0
             for i in distributed.share(minibatch).split(micro):
@@ -338,9 +336,9 @@ def loop(config, run):
                 optimizer.zero_grad()  # the policy is far enough from the one that sampled: end the epochs here
                 break
             lr, grad_norm = optimizer.step(iteration, minibatch_loss)
-            grad_norms.append(grad_norm)
+            steps, grad_norms = steps + 1, grad_norms + grad_norm
         stats = {name: value / n for name, value in zip(stats, distributed.total(*stats.values()))}
-        peaks = dict(zip(peaks, distributed.largest(*peaks.values())))
+        stats |= zip(peaks, distributed.largest(*peaks.values()))
         controller.update(kl.item(), B)
         if penalty:
             stats["penalty"] = penalty.value
@@ -351,8 +349,7 @@ def loop(config, run):
         gap = (rollout.logprobs - old_logprobs)[mask].abs()
         row = metrics.write(iteration, {
             "episodes": iteration * B, "score": scores.mean(), "kl": kl, "reward": rewards.sum() / B, **judged, **stats,
-            **peaks, "grad_norm": sum(grad_norms) / len(grad_norms), "optimizer_steps": len(grad_norms),
-            "entropy": masked_mean(entropy, mask),
+            "entropy": masked_mean(entropy, mask), "grad_norm": grad_norms / steps, "optimizer_steps": steps,
             "explained_variance": explained_variance(old_values, returns, mask), "response_len": n_tokens / B,
             "eos_rate": ended.float().mean(), "kl_coef": kl_coef, "lr": lr, "skipped_steps": optimizer.skipped,
             "logprob_gap": gap.mean(), "logprob_gap_max": gap.max(), "sec_rollout": sec_rollout,

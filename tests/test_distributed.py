@@ -56,7 +56,7 @@ def worker(folder, rank, n, function, args):
 
 @pytest.fixture
 def in_processes(tmp_path):
-    """in_processes(n, function, *args): what function(*args) returns in each of n processes, a list in order of rank."""
+    """in_processes(n, function, *args): what function(*args) returns in each of n processes, in order of rank."""
     count = iter(range(10**6))
 
     def call(n, function, *args):
@@ -160,7 +160,8 @@ def gradients_of(folder, flags):
 @pytest.mark.parametrize("flags", [
     {},
     {"micro_batch_size": 1, "critic": "shared", "kl_in": "loss", "ent_coef": 0.01, "value_clip": 0.1},
-    {"advantage": "group", "samples_per_prompt": 4, "target_kl": 1e-4, "epochs": 4}], ids=["default", "shared", "group"])
+    {"advantage": "group", "samples_per_prompt": 4, "target_kl": 1e-4, "epochs": 4}],
+    ids=["default", "shared", "group"])
 def test_gradients_advantages_and_metrics_on_the_same_ragged_rollouts_do_not_depend_on_the_number_of_processes(
         flags, world, in_processes, tmp_path):
     flags = {"max_iters": 2, "reward": reward_file(tmp_path, "[len(r) * 0.5 + r.count('e') for r in responses]")} | flags
@@ -217,7 +218,8 @@ def test_gathered_rollouts_stand_in_order_of_rank_and_are_padded_and_a_share_is_
     for r, (whole, mine, texts) in enumerate(in_processes(2, ragged)):
         assert whole["tokens"].tolist() == [[0, 0, 0, 0, 0, 9]] * 2 + [[1] * 6] * 2
         assert whole["mask"].tolist() == [[True, False]] * 2 + [[True, True]] * 2
-        assert whole["logprobs"].tolist() == [[1, 0]] * 2 + [[1, 1]] * 2 and whole["response_lens"].tolist() == [1, 1, 1, 2]
+        assert whole["logprobs"].tolist() == [[1, 0]] * 2 + [[1, 1]] * 2
+        assert whole["response_lens"].tolist() == [1, 1, 1, 2]
         assert texts == ["text 0"] * 2 + ["text 1"] * 2
         assert all(torch.equal(mine[name], whole[name][2 * r:2 * r + 2]) for name in whole)
 
@@ -260,11 +262,11 @@ def test_two_processes_resumed_equal_two_that_were_not_interrupted_to_the_last_b
     whole = in_processes(2, train_in_parts, stage, through, [4], flags)
     parts = in_processes(2, train_in_parts, stage, halved, [2, 4], flags)
     assert len({*whole, *parts}) == 1
-    looks = ("heldout_loss", "heldout_accuracy")  # taken in the last iteration, which the second run of two parts has twice
+    looks = ("heldout_loss", "heldout_accuracy")  # taken in a last iteration, which the run in two parts has twice
     assert metrics(through, stage, *looks) == metrics(halved, stage, *looks)
 
 
-def test_a_run_that_is_resumed_with_another_number_of_processes_says_so_and_goes_on(world, in_processes, capsys, tmp_path):
+def test_a_run_that_is_resumed_with_another_number_of_processes_says_so_and_goes_on(world, in_processes, capsys):
     folder = world("ppo")
     in_processes(2, train, "ppo", folder)
     train("ppo", folder, {"resume": True, "max_iters": 4})
@@ -288,7 +290,8 @@ def train_sharded(stage, folder, flags):
 
 @pytest.mark.parametrize("stage, flags", [
     ("sft", {"log_interval": 1}), ("rm", {"log_interval": 1, "micro_batch_size": 1}),
-    ("ppo", {"sample_interval": 1, "micro_batch_size": 1, "target_kl": 1e-4, "epochs": 4}), ("ppo", {"critic": "shared"})],
+    ("ppo", {"sample_interval": 1, "micro_batch_size": 1, "target_kl": 1e-4, "epochs": 4}),
+    ("ppo", {"critic": "shared"})],
     ids=["sft", "rm", "ppo", "shared"])
 def test_sharded_models_train_to_the_same_weights_and_metrics_and_hold_half_each(stage, flags, world, in_processes):
     plain, sharded = world(stage), world(stage)
@@ -322,7 +325,7 @@ def refusal(stage, folder, flags):
 @pytest.mark.parametrize("stage, flags, said", [
     ("sft", {"batch_size": 9}, "9 rows of a step cannot be shared evenly by 2 processes"),
     ("ppo", {"batch_size": 12, "minibatches": 4}, "3 rows of a step cannot be shared evenly by 2 processes"),
-    ("ppo", {"batch_size": 12, "minibatches": 2, "micro_batch_size": 2}, "must divide the 3 rows of a process in a step"),
+    ("ppo", {"batch_size": 12, "micro_batch_size": 2}, "must divide the 3 rows of a process in a step"),
     ("ppo", {"fsdp": True, "compile": True}, "--fsdp and --compile")])
 def test_what_does_not_go_with_two_processes_is_refused_by_each_of_them(stage, flags, said, world, in_processes):
     assert all(said in sentence for sentence in in_processes(2, refusal, stage, world(stage), flags))
@@ -413,3 +416,11 @@ def test_torchrun_forwards_its_signal_and_all_leave_in_good_order(world, torchru
     out, err = run.communicate(timeout=60)
     assert run.returncode != 0 and "Connection closed" not in err
     assert load_checkpoint(folder / "sft.pt", "sft")["iter"] == metrics(folder, "sft")[-1]["iter"]
+
+
+def test_an_error_in_one_process_is_told_by_that_one_and_ends_all(world, torchrun, tmp_path):
+    body = "[float('nan') if __import__('os').environ['LOCAL_RANK'] == '1' else 1.0 for r in responses]"
+    run = torchrun("ppo", world("ppo"), reward=reward_file(tmp_path, body))
+    out, err = run.communicate(timeout=60)
+    assert run.returncode != 0 and "process 1: the reward function returned nan for the prompt" in err
+    assert "process 0: another process is gone" in err

@@ -7,7 +7,8 @@ function here gives back what it was given.
 
 Every process samples, scores and trains its share of the rows, and holds the whole rollout: token ids and (B, R) floats
 are small beside a model. So whitening, KL, GAE and the metrics are the plain functions of ppo.py on the same tensors
-everywhere, every token weighs one over the tokens of all, and the gradients are summed.
+everywhere, every token weighs one over the tokens of all, and the gradients are summed. Dropout (train_sft.py) draws
+the same masks in each process, for its different rows.
 """
 
 import os

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+import distributed
 from common import UserError, replacing, require
 
 try:
@@ -107,12 +108,13 @@ def load_latest(path, previous, stage):
 # Flags that may differ when a run is resumed: no number depends on them, or what they name is compared by content.
 HARMLESS = {"max_iters", "log_interval", "sample_interval", "save_interval", "resume", "overwrite", "out_dir", "device",
             "tokenizer", "n_layer", "n_head", "n_embd", "block_size", "max_bad_steps", "rm", "data"}
-ROUNDING = {"micro_batch_size", "compile"}  # the same mathematics in another order, so all but the last bits
+ROUNDING = {"micro_batch_size", "compile", "fsdp"}  # the same mathematics in another order, so all but the last bits
 
 
 def machine(device):
     """What else decides the last bits of a number."""
-    return {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "device": torch.device(device).type}
+    return {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "device": torch.device(device).type,
+            "processes": distributed.size()}
 
 
 def data_sha256(data):
@@ -142,7 +144,9 @@ def require_same_run(saved, now):
                                    f"{limit} to go on")
     changed = [f"--{line}" for line in differences("flags", sorted(ROUNDING))] + differences("machine", now["machine"])
     if changed:
-        print(f"note: {', '.join(changed)}: the same run, but not to the last bit")
+        resampled = saved["machine"].get("processes", 1) != distributed.size() and now["stage"] != "sft"
+        print(f"note: {', '.join(changed)}: the same run, but not "
+              + ("with the same samples, which each process draws for itself" if resampled else "to the last bit"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -156,7 +160,7 @@ def locked(folder):
     """Keeps other processes out of an out_dir by a lock of the operating system, which dies with this process.
     Raises UserError if another one is at work there."""
     folder = folder.resolve()
-    if folder in HELD or fcntl is None:
+    if folder in HELD or fcntl is None or not distributed.is_first():
         yield
         return
     with open(folder / ".lock", "w") as file:
@@ -209,6 +213,12 @@ class Signals:
             number, cls.received, cls.listening = cls.received, None, False
         cls.exit_if(number)
 
+    @classmethod
+    def of_any(cls):
+        """The number of a signal that this or another process has received, or 0. All processes must ask together, so
+        that they leave after the same iteration."""
+        return int(distributed.largest(cls.received or 0)[0])
+
     @staticmethod
     def exit_if(number):
         if number:
@@ -252,10 +262,11 @@ def open_run(config, stage):
     occupy(config, path)
     try:
         with locked(config.folder), Signals.deferred(), memory_advice(config, stage):
-            Path(f"{path}.tmp").unlink(missing_ok=True)  # of a process that was killed
+            if distributed.is_first():
+                Path(f"{path}.tmp").unlink(missing_ok=True)  # of a process that was killed
             yield Run(config, stage, path)
     except ValueError:  # something was wrong with the input: a folder that was made for nothing goes again
-        if not was_there and {item.name for item in config.folder.iterdir()} <= {".lock"}:
+        if distributed.is_first() and not was_there and {item.name for item in config.folder.iterdir()} <= {".lock"}:
             (config.folder / ".lock").unlink(missing_ok=True)
             config.folder.rmdir()
         raise
@@ -283,7 +294,9 @@ class Run:
         saved, self.saved = self.saved, None
         require_same_run(saved, self.fields)
         for name, module in modules.items():
-            module.load_state_dict(saved[name], strict=True)
+            now = module.state_dict()
+            module.load_state_dict({key: distributed.shard_like(value, now.get(key)) for key, value in
+                                    saved[name].items()}, strict=True)
         optimizer.load(saved["optimizer"])
         set_rng_state(saved["rng"])
         print(f"going on after iteration {saved['iter']}")
@@ -292,7 +305,7 @@ class Run:
     def due(self, iteration):
         """Whether an iteration ends with a checkpoint: the last, each save_interval-th, one in which a signal came."""
         regular = iteration == self.config.max_iters or iteration % self.config.save_interval == 0
-        return regular or Signals.received is not None
+        return bool(Signals.of_any()) or regular
 
     def save(self, iteration, **more):
         """Writes the checkpoint, with `more` fields, and keeps the one before as *.prev.pt. Then leaves with 130 or 143
@@ -300,15 +313,17 @@ class Run:
         contents = {name: module.state_dict() for name, module in self.modules.items()} | self.fields | more | {
             "iter": iteration, "finished": iteration == self.config.max_iters, "optimizer": self.optimizer.state(),
             "rng": rng_state()}
+        contents = distributed.whole(contents)
         bad = non_finite(contents)
         if bad:
             raise FloatingPointError(f"iteration {iteration}: {bad} is not finite, so nothing was saved, and the last "
                                      "checkpoint is untouched: begin a new run with a lower --lr")
-        if not self.ours and not self.config.resume:
-            self.previous.unlink(missing_ok=True)  # it is of the run that --overwrite replaces
-        save_checkpoint(self.path, contents, self.previous if self.ours else None)
+        if distributed.is_first():
+            if not self.ours and not self.config.resume:
+                self.previous.unlink(missing_ok=True)  # it is of the run that --overwrite replaces
+            save_checkpoint(self.path, contents, self.previous if self.ours else None)
         self.ours = True
-        Signals.exit_if(Signals.received)
+        Signals.exit_if(Signals.of_any())  # where the other processes wait for the file
 
 
 def rng_state():

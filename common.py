@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -27,6 +27,9 @@ from typing import ClassVar, Optional, get_args, get_type_hints
 import numpy
 import tiktoken
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import distributed
 
 
 class UserError(ValueError):
@@ -47,8 +50,9 @@ class Flags:
     device: str = "auto"                # auto (cuda if there is one), cpu or cuda
     dtype: str = "auto"                 # auto (bfloat16 on cuda, float32 on cpu), or float32, or bfloat16 (autocast)
     compile: bool = False               # torch.compile the training passes; the first iterations then take minutes
+    fsdp: bool = False                  # under torchrun: shard parameters and AdamW's moments over the processes
     max_iters: int = 0                  # iterations of this stage
-    batch_size: int = 0                 # rows per iteration
+    batch_size: int = 0                 # rows per iteration, of all processes together
     micro_batch_size: Optional[int] = None  # rows per forward pass; lower it when memory runs out
     lr: float = 0.0                     # AdamW's learning rate
     lr_decay_iters: Optional[int] = None  # lower lr linearly to 0 over this many iterations; default: constant
@@ -80,6 +84,11 @@ class Flags:
                 "give a file that can be read")
         require(not (self.resume and self.overwrite), "--resume continues a checkpoint and --overwrite replaces it: "
                                                       "give one of them")
+        require(distributed.joined() or not self.fsdp, "--fsdp shards a model over processes: start the script with "
+                                                       "torchrun --nproc_per_node=N, or leave the flag out")
+        require(not (self.fsdp and self.compile), "--fsdp and --compile have not been made to work together: leave one "
+                                                  "of them out")
+        share_size(self.batch_size)
 
     @property
     def folder(self):
@@ -175,13 +184,20 @@ def flag_type(kinds):
 
 def main(train, config_class, description, *errors):
     """What `python train_x.py --flags` does. What the user can mend (UserError and the given errors) ends in a sentence
-    and code 2; numbers gone bad or a disk that failed, in a sentence and code 1. Anything else is a bug: traceback."""
-    config = parse_flags(config_class, description=description)
-    try:
-        return train(config)
-    except (UserError, *errors, FloatingPointError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        raise SystemExit(2 if isinstance(error, (UserError, *errors)) else 1) from None
+    and code 2; numbers gone bad, a disk or another process that failed, in a sentence and code 1. Anything else is a
+    bug: traceback."""
+    with distributed.processes():
+        config = parse_flags(config_class, description=description)
+        try:
+            return train(config)
+        except (UserError, *errors, FloatingPointError, OSError, RuntimeError) as error:
+            if distributed.is_loss(error):
+                error = f"another process is gone, which may have said why ({str(error)[:120]})"
+            elif isinstance(error, RuntimeError):
+                raise
+            process = f"process {distributed.rank()}: " if distributed.size() > 1 else ""
+            print(f"{Path(sys.argv[0]).name}: {process}{error}", file=sys.stderr)
+            raise SystemExit(2 if isinstance(error, (UserError, *errors)) else 1) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -239,11 +255,18 @@ def require_finite(scores, texts):
 # device and precision
 
 def pick_device(config):
-    """--device -> torch.device. Raises UserError if cuda was asked for and is not there."""
+    """--device -> torch.device; of several processes on a machine, each takes the GPU of its local rank. Raises
+    UserError if cuda was asked for and is not there, or if there are fewer GPUs than processes."""
     cuda = torch.cuda.is_available()
     require(cuda or config.device != "cuda", "--device=cuda was asked for, but torch sees no CUDA device: install a "
                                              "CUDA build of torch, or leave the flag out to run on the CPU")
-    return torch.device("cuda" if cuda and config.device != "cpu" else "cpu")
+    device = torch.device("cuda" if cuda and config.device != "cpu" else "cpu")
+    if device.type == "cuda" and distributed.joined():
+        gpus = torch.cuda.device_count()
+        require(distributed.local_rank() < gpus, f"each process needs a GPU of its own and this machine has {gpus}: "
+                                                 "lower --nproc_per_node")
+        torch.cuda.set_device(distributed.local_rank())
+    return device
 
 
 def setup(config):
@@ -256,10 +279,16 @@ def setup(config):
         require(supported or not bf16, "--dtype=bfloat16 was asked for, but this GPU has none: use --dtype=float32")
         bf16 = supported and config.dtype != "float32"
         torch.set_float32_matmul_precision("high")  # TF32 for what stays float32; on a CPU float32 is exact
-    # On a CPU torch's flash attention multiplies small bfloat16 blocks one by one: half the speed of the plain kernel.
-    torch.backends.cuda.enable_flash_sdp(not (bf16 and device.type == "cpu"))
     torch.manual_seed(config.seed)
-    return device, lambda: torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+
+    @contextmanager
+    def autocast():
+        # On a CPU torch's flash attention multiplies bfloat16 block by small block: half the speed of the plain kernel.
+        plain = sdpa_kernel(SDPBackend.MATH) if bf16 and device.type == "cpu" else nullcontext()
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16), plain:
+            yield
+
+    return device, autocast
 
 
 def describe(device, autocast):
@@ -267,7 +296,8 @@ def describe(device, autocast):
     with autocast():
         dtype = "bfloat16 autocast" if torch.is_autocast_enabled(device.type) else "float32"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    return f"{device.type} ({name}), {dtype}, torch {torch.__version__}"
+    processes = f"{distributed.size()} processes on " if distributed.size() > 1 else ""
+    return f"{processes}{device.type} ({name}), {dtype}, torch {torch.__version__}"
 
 
 def maybe_compile(function, enabled):
@@ -324,11 +354,12 @@ class Optimizer:
         self.skipped, self.skipped_in_a_row = 0, 0
 
     def step(self, iteration, loss):
-        """Clip, step and clear the gradients. Returns (lr, gradient norm before clipping). iteration counts from 1, and
-        loss is the number whose gradients these are. Raises FloatingPointError after max_bad_steps steps in a row whose
-        loss or gradient was not finite."""
+        """Sum over processes, clip, step and clear the gradients. Returns (lr, gradient norm before clipping).
+        iteration counts from 1, and loss is the number whose gradients these are, in total. Raises FloatingPointError
+        after max_bad_steps steps in a row whose loss or gradient was not finite."""
         lr, loss = learning_rate(self.config, iteration), float(loss)
-        norm = torch.nn.utils.clip_grad_norm_(self.params, self.config.grad_clip).item()
+        distributed.sum_gradients(self.params)
+        norm = distributed.whole(torch.nn.utils.clip_grad_norm_(self.params, self.config.grad_clip)).item()
         if math.isfinite(loss) and math.isfinite(norm):
             for group in self.adamw.param_groups:
                 group["lr"] = lr
@@ -352,7 +383,9 @@ class Optimizer:
         return {"adamw": self.adamw.state_dict(), "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
 
     def load(self, state):
-        self.adamw.load_state_dict(state["adamw"])
+        moments = {i: {name: distributed.shard_like(value, self.params[i]) for name, value in moments.items()}
+                   for i, moments in state["adamw"]["state"].items()}
+        self.adamw.load_state_dict(state["adamw"] | {"state": moments})
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
 
 
@@ -375,12 +408,22 @@ def learning_rate(config, iteration):
     return config.lr * max(0.0, 1 - (iteration - 1) / config.lr_decay_iters)
 
 
+def share_size(rows):
+    """How many of a step's rows each process takes. Raises UserError if they cannot be shared out evenly."""
+    n = distributed.size()
+    require(rows % n == 0, f"{rows} rows of a step cannot be shared evenly by {n} processes: make --batch_size (for "
+                           "train_ppo.py: divided by --minibatches) a multiple of their number")
+    return rows // n
+
+
 def micro_batch_size(rows, given, floats_per_row, most=math.inf, budget=256e6):
-    """Rows per forward pass: `given`, which must divide `rows`; or the largest divisor of `rows` up to `most` whose
-    float32 logits (or activations, where there are no logits) stay under `budget` bytes. A divisor, so that all passes
-    are alike."""
+    """Rows per forward pass, of each process's share of a step's rows: `given`, which must divide the share; or its
+    largest divisor up to `most` whose float32 logits (or activations, where there are no logits) stay under `budget`
+    bytes. A divisor, so that all passes are alike."""
+    rows = share_size(rows)
     if given is not None:
-        require(rows % given == 0, f"--micro_batch_size={given} must divide the {rows} rows of a step: {rows} = "
+        whose = "a step" if distributed.size() == 1 else "a process in a step"
+        require(rows % given == 0, f"--micro_batch_size={given} must divide the {rows} rows of {whose}: {rows} = "
                                    f"{rows // given} x {given} + {rows % given}")
         return given
     fits = max(1, min(most, int(budget / (4 * floats_per_row))))
@@ -433,8 +476,9 @@ class Metrics:
                 if row and (row["stage"] != stage or (start > 0 and row.get("iter", 0) <= start))]
         if start == 0:
             kept.append(json.dumps(header(config, stage)))
-        with replacing(self.path) as file:
-            file.write("".join(line + "\n" for line in kept).encode())
+        if distributed.is_first():
+            with replacing(self.path) as file:
+                file.write("".join(line + "\n" for line in kept).encode())
 
     def write(self, iteration, metrics, show):
         """Appends {stage, iter, seconds, **metrics}. `show` names those for the screen with their formats."""
@@ -443,7 +487,7 @@ class Metrics:
         row |= {name: clean(value) for name, value in metrics.items()}
         self.last = now
         try:
-            with open(self.path, "a") as file:
+            with open(self.path if distributed.is_first() else os.devnull, "a") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
             raise OSError(f"could not write {self.path} ({error.strerror or error})") from error
@@ -479,4 +523,5 @@ def header(config, stage):
     return {"stage": stage, "flags": dataclasses.asdict(config), "torch": torch.__version__,
             "numpy": numpy.__version__, "tiktoken": tiktoken.__version__, "python": platform.python_version(),
             "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(), "commit": git.stdout.strip() if git and git.returncode == 0 else None}
+            "threads": torch.get_num_threads(), "processes": distributed.size(),
+            "commit": git.stdout.strip() if git and git.returncode == 0 else None}

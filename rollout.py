@@ -25,6 +25,11 @@ class Rollout:
     logprobs: torch.Tensor       # (B, R) log pi(token) as sampled; 0 where masked
     values: torch.Tensor         # (B, R) value head at the state each token was sampled from; 0 where masked
 
+    @property
+    def lens(self):
+        """(B,) long: prompt and response together."""
+        return self.prompt_lens + self.response_lens
+
 
 def wide(logits):
     """float32 or wider. A bfloat16 log-softmax is wrong by up to 0.08 nats, several times a PPO step."""

@@ -23,6 +23,7 @@ import torch
 import atlas
 import common
 import data
+import distributed
 import train_rm
 import train_sft
 from checkpoint import load_checkpoint, open_run
@@ -126,8 +127,8 @@ class Config(common.Flags):
 
 def make_missing_stages(config):
     """Trains sft.pt and rm.pt in out_dir where they are missing or unfinished, with those stages' own defaults."""
-    inherited = {name: getattr(config, name) for name in ("data", "tokenizer", "out_dir", "seed", "device", "dtype",
-                                                          "n_layer", "n_head", "n_embd", "block_size", "skip_bad")}
+    names = "data tokenizer out_dir seed device dtype fsdp n_layer n_head n_embd block_size skip_bad".split()
+    inherited = {name: getattr(config, name) for name in names}
     for name, stage, needed in (("sft", train_sft, config.init_from is None),
                                 ("rm", train_rm, config.rm is None and config.reward == "rm")):
         path = config.folder / f"{name}.pt"
@@ -199,13 +200,14 @@ def loop(config, run):
 
     device, autocast = common.setup(config)
     sft = load_checkpoint(sft_path, "sft")
-    policy, reference = load_policy(sft, device), load_policy(sft, device).requires_grad_(False)
-    reward_model, rm = (None, {}) if function else load_reward_model(config, tokenizer, block_size, device)
+    policy, reference = load_policy(sft, "cpu"), load_policy(sft, "cpu").requires_grad_(False)
+    reward_model, rm = (None, {}) if function else load_reward_model(config, tokenizer, block_size, "cpu")
     if rm and rm["sources"]["sft"] != sft["sha256"]:
         print("note: the reward model was calibrated on another SFT policy, so its scores are not in units of this one")
     critic = None
     if config.critic == "separate":
-        critic = reward_model.as_critic() if reward_model else load_policy(sft, device)
+        critic = reward_model.as_critic() if reward_model else load_policy(sft, "cpu")
+    distributed.place(device, config.fsdp, policy, reference, reward_model, critic)
     modules = {"model": policy} | ({"critic": critic} if critic else {})
     optimizer = common.Optimizer([p for module in modules.values() for p in module.parameters()], config)
     start, saved = run.begin(optimizer, modules, tokenizer, {"sft": sft["sha256"], "rm": rm.get("sha256")})
@@ -227,24 +229,23 @@ def loop(config, run):
     def roll_out(model, prompts, rng):
         """Rollout of `model` on prompts (lists of ids), its texts [(prompt, response)] and its scores (B,)."""
         tokens, prompt_lens = (x.to(device) for x in data.collate_prompts(prompts, eos))
-        with autocast():
+        with autocast(), distributed.whole_on_each(model):
             rollout = generate(model, tokens, prompt_lens, config.max_new_tokens, eos=eos,
                                temperature=config.temperature, generator=rng)
-        lens = rollout.prompt_lens + rollout.response_lens
         texts = [(data.decode(encoding, row[:p]), data.decode(encoding, row[p:n])) for row, p, n in
-                 zip(rollout.tokens.tolist(), rollout.prompt_lens.tolist(), lens.tolist())]
+                 zip(rollout.tokens.tolist(), rollout.prompt_lens.tolist(), rollout.lens.tolist())]
         if function:
             return rollout, texts, common.call_reward_function(function, *map(list, zip(*texts))).to(device)
         with torch.no_grad(), autocast():
-            scores = [reward_model(*rows) for rows in zip(rollout.tokens.split(micro), lens.split(micro))]
+            scores = [reward_model(*rows) for rows in zip(rollout.tokens.split(micro), rollout.lens.split(micro))]
         return rollout, texts, common.require_finite(torch.cat(scores), texts)
 
     @torch.no_grad()
     def rescore(model, rollout, score=score_tokens):
         """What `score` gives for a whole rollout, in the very passes that the first epoch makes: a matrix product may
         round differently for another number of rows, and then the first ratio would not be exactly 1."""
-        lens, R = (rollout.prompt_lens + rollout.response_lens).cpu(), rollout.mask.size(1)
-        passes = [part for rows in torch.arange(len(lens)).split(minibatch_size)
+        lens, R = rollout.lens.cpu(), rollout.mask.size(1)
+        passes = [part for rows in torch.arange(len(lens)).split(common.share_size(minibatch_size))
                   for part in data.like_lengths(lens, rows, micro)]
         with autocast():
             parts = [score(model, rollout.tokens[i, :T], rollout.prompt_lens[i], R) for i, T in passes]
@@ -265,10 +266,12 @@ def loop(config, run):
 
         # -- prompts -> generate: sampled responses, under the policy as it is now
         prompts = [split.train[i] for i in order.order(iteration - 1) for _ in range(config.samples_per_prompt)]
-        rollout, texts, scores = roll_out(policy, prompts, common.generator(device, config.seed, "rollout", iteration))
-        tokens, prompt_lens, mask = rollout.tokens, rollout.prompt_lens, rollout.mask
-        (B, R), n_tokens, lens = mask.shape, mask.sum(), (prompt_lens + rollout.response_lens).cpu()
-        ended = tokens.gather(1, (prompt_lens + rollout.response_lens - 1).unsqueeze(1)).squeeze(1) == eos
+        rng = common.generator(device, config.seed, distributed.own("rollout"), iteration)
+        mine, *found = roll_out(policy, distributed.share(prompts), rng)  # a process samples its rows only
+        rollout, (texts, scores) = distributed.gather(mine, tokens=eos), map(distributed.gather, found)
+        mine, tokens, prompt_lens, mask = distributed.share(rollout), rollout.tokens, rollout.prompt_lens, rollout.mask
+        (B, R), n_tokens, lens = mask.shape, mask.sum(), rollout.lens.cpu()
+        ended = tokens.gather(1, (rollout.lens - 1).unsqueeze(1)).squeeze(1) == eos
         sec_rollout = clock.lap()
 
         # Where the task can judge itself: what the labeller would have thought, on the policy that sampled.
@@ -281,10 +284,10 @@ def loop(config, run):
             clock.lap()
 
         # -- score: every response token under the policy that sampled it, the reference and the critic
-        old_logprobs, old_values, entropy = rescore(policy, rollout)
-        ref_logprobs = rescore(reference, rollout)[0]
+        old_logprobs, old_values, entropy = map(distributed.gather, rescore(policy, mine))
+        ref_logprobs = distributed.gather(rescore(reference, mine)[0])
         if critic:
-            old_values, = rescore(critic, rollout, lambda *rows: (value_tokens(*rows),))
+            old_values, = map(distributed.gather, rescore(critic, mine, lambda *rows: (value_tokens(*rows),)))
         kl = masked_mean(kl_estimate(old_logprobs, ref_logprobs), mask) * n_tokens / B  # nats per response
         sec_score = clock.lap()
 
@@ -304,10 +307,10 @@ def loop(config, run):
         # first ratio is exactly 1; the prompts came in random order anyway.
         rng = common.generator("cpu", config.seed, "minibatches", iteration)
         epochs = [torch.arange(B)] + [torch.randperm(B, generator=rng) for _ in range(config.epochs - 1)]
-        stats, steps = defaultdict(float), 0
+        stats, peaks, steps, grad_norms = defaultdict(float), defaultdict(float), 0, 0.0
         for n, minibatch in enumerate(torch.cat(epochs).split(minibatch_size), start=1):
             n_minibatch, approx_kl, minibatch_loss = mask[minibatch].sum(), 0.0, 0.0
-            for i, T in data.like_lengths(lens, minibatch, micro):
+            for i, T in data.like_lengths(lens, distributed.share(minibatch), micro):
                 with autocast():
                     logprobs, values, ent = score_tokens(policy, tokens[i, :T], prompt_lens[i], R)
                     if critic:
@@ -327,18 +330,18 @@ def loop(config, run):
                 approx_kl += pg_stats["approx_kl"] * share
                 if n == 1:
                     off_one = (log_ratio(logprobs, old_logprobs[i], mask[i]).detach().exp() - 1).abs().max()
-                    stats["ratio_first"] = max(stats["ratio_first"], off_one)
-                stats["ratio_max"] = max(stats["ratio_max"], pg_stats.pop("ratio_max"))
+                    peaks["ratio_first"] = max(peaks["ratio_first"], off_one)
+                peaks["ratio_max"] = max(peaks["ratio_max"], pg_stats.pop("ratio_max"))
                 for name, value in {"policy_loss": pg_loss, "value_loss": vf_loss, **pg_stats, **vf_stats}.items():
                     stats[name] += value.detach() * share
+            minibatch_loss, approx_kl = distributed.total(minibatch_loss, approx_kl)
             if config.target_kl is not None and n > 1 and approx_kl > config.target_kl:
                 optimizer.zero_grad()  # the policy is far enough from the one that sampled: end the epochs here
                 break
             lr, grad_norm = optimizer.step(iteration, minibatch_loss)
-            stats["grad_norm"] += grad_norm
-            steps += 1
-        for name in stats.keys() - {"ratio_first", "ratio_max"}:
-            stats[name] = stats[name] / (steps if name == "grad_norm" else n)
+            steps, grad_norms = steps + 1, grad_norms + grad_norm
+        stats = {name: value / n for name, value in zip(stats, distributed.total(*stats.values()))}
+        stats |= zip(peaks, distributed.largest(*peaks.values()))
         controller.update(kl.item(), B)
         if penalty:
             stats["penalty"] = penalty.value
@@ -349,7 +352,7 @@ def loop(config, run):
         gap = (rollout.logprobs - old_logprobs)[mask].abs()
         row = metrics.write(iteration, {
             "episodes": iteration * B, "score": scores.mean(), "kl": kl, "reward": rewards.sum() / B, **judged, **stats,
-            "entropy": masked_mean(entropy, mask), "optimizer_steps": steps,
+            "entropy": masked_mean(entropy, mask), "grad_norm": grad_norms / steps, "optimizer_steps": steps,
             "explained_variance": explained_variance(old_values, returns, mask), "response_len": n_tokens / B,
             "eos_rate": ended.float().mean(), "kl_coef": kl_coef, "lr": lr, "skipped_steps": optimizer.skipped,
             "logprob_gap": gap.mean(), "logprob_gap_max": gap.max(), "sec_rollout": sec_rollout,

@@ -23,6 +23,7 @@ import torch
 import atlas
 import common
 import data
+import distributed
 from checkpoint import load_checkpoint, open_run
 from model import GPT, GPTConfig
 from reward_model import RewardModel, bradley_terry_loss, calibration_table
@@ -51,16 +52,18 @@ class Config(common.Flags):
 
 
 def sample(policy, prompts, config, eos, device, autocast, purpose):
-    """One response for each of prompts (lists of ids): lists of ids, ending with EOS unless they were cut."""
-    rng, responses = common.generator(device, config.seed, purpose), []
-    for i in range(0, len(prompts), SAMPLE_ROWS):
-        rows, prompt_lens = (x.to(device) for x in data.collate_prompts(prompts[i:i + SAMPLE_ROWS], eos))
+    """One response for each of prompts (lists of ids): lists of ids, ending with EOS unless they were cut. Each process
+    samples its share, and all get all of them, so that they agree on what is compared."""
+    rng, responses = common.generator(device, config.seed, distributed.own(purpose)), []
+    mine = distributed.share(prompts)
+    for i in range(0, len(mine), SAMPLE_ROWS):
+        rows, prompt_lens = (x.to(device) for x in data.collate_prompts(mine[i:i + SAMPLE_ROWS], eos))
         with autocast():
             rollout = generate(policy, rows, prompt_lens, config.max_new_tokens, eos=eos,
                                temperature=config.temperature, generator=rng)
         starts, ends = rollout.prompt_lens.tolist(), (rollout.prompt_lens + rollout.response_lens).tolist()
         responses += [row[start:end] for row, start, end in zip(rollout.tokens.tolist(), starts, ends)]
-    return responses
+    return distributed.gather(responses)
 
 
 def atlas_comparisons(policy, encoding, config, device, autocast, split):
@@ -125,6 +128,7 @@ def loop(config, run):
     policy.load_state_dict(sft["model"], strict=True)
     model = RewardModel.from_policy(policy)
     average = copy.deepcopy(model).requires_grad_(False)  # what is evaluated, calibrated and saved as the reward model
+    distributed.place(device, config.fsdp, model, average)
     optimizer = common.Optimizer(model.parameters(), config)
     start, _ = run.begin(optimizer, {"model": average, "weights": model}, tokenizer, {"sft": sft["sha256"]})
     average.reset_calibration()
@@ -159,14 +163,16 @@ def loop(config, run):
     for iteration in range(start + 1, config.max_iters + 1):
         batch = [train_rows[i] for i in order.order(iteration - 1)]
         n_batch, loss, accuracy = sum(len(row.pairs) for row in batch), 0.0, 0.0
-        for i in range(0, config.batch_size, micro):
-            tokens, lens, chosen, rejected = (x.to(device) for x in data.collate_comparisons(batch[i:i + micro], eos))
+        rows = distributed.share(batch)
+        for i in range(0, len(rows), micro):
+            tokens, lens, chosen, rejected = (x.to(device) for x in data.collate_comparisons(rows[i:i + micro], eos))
             with autocast():
                 scores = score(tokens, lens)
             part, stats = bradley_terry_loss(scores[chosen], scores[rejected])
             share = len(chosen) / n_batch
             (part * share).backward()
             loss, accuracy = loss + part.item() * share, accuracy + stats["accuracy"].item() * share
+        loss, accuracy = distributed.total(loss, accuracy)
         lr, grad_norm = optimizer.step(iteration, loss)
         common.follow(average, model, iteration)
 

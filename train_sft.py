@@ -19,6 +19,7 @@ import torch
 import atlas
 import common
 import data
+import distributed
 from checkpoint import open_run
 from model import GPT, GPTConfig
 from ppo import masked_mean
@@ -94,8 +95,9 @@ def loop(config, run):
     else:
         model = starting_model(config, encoding.n_vocab)
     split = data.load_demonstrations(config.data, encoding, model.config.block_size, config.skip_bad, config.seed)
-    optimizer = common.Optimizer(model.to(device).parameters(), config)
     average = copy.deepcopy(model).requires_grad_(False).eval()  # what is evaluated, and saved as the SFT model
+    distributed.place(device, config.fsdp, model, average)
+    optimizer = common.Optimizer(model.parameters(), config)
     start, _ = run.begin(optimizer, {"model": average, "weights": model}, tokenizer)
     score = common.maybe_compile(score_response, config.compile)
 
@@ -116,9 +118,10 @@ def loop(config, run):
     @torch.no_grad()
     def heldout_loss():
         rows, total, count = split.heldout[:EVAL_ROWS], 0.0, 0
-        for i in range(0, len(rows), micro):
-            loss, n = loss_of(average, rows[i:i + micro])
-            total, count = total + loss.item() * n.item(), count + n.item()
+        with distributed.whole_on_each(average):
+            for i in range(0, len(rows), micro):
+                loss, n = loss_of(average, rows[i:i + micro])
+                total, count = total + loss.item() * n.item(), count + n.item()
         return total / count if count else None
 
     order = data.BatchOrder([len(row.prompt) + len(row.response) for row in split.train], config.batch_size,
@@ -127,12 +130,13 @@ def loop(config, run):
     model.train()
     for iteration in range(start + 1, config.max_iters + 1):
         batch = [split.train[i] for i in order.order(iteration - 1)]
-        n_tokens, loss = sum(len(row.response) for row in batch), 0.0
-        for i in range(0, config.batch_size, micro):
+        n_tokens, loss, rows = sum(len(row.response) for row in batch), 0.0, distributed.share(batch)
+        for i in range(0, len(rows), micro):
             # Each part weighs by its tokens, so that the sum is the token mean of the batch however it is split.
-            part, n = loss_of(model, batch[i:i + micro])
+            part, n = loss_of(model, rows[i:i + micro])
             (part * n / n_tokens).backward()
             loss += (part.detach() * n / n_tokens).item()
+        loss, = distributed.total(loss)
         lr, grad_norm = optimizer.step(iteration, loss)
         common.follow(average, model, iteration)
 

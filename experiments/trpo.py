@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import atlas
 import common
 import data
+import distributed
 import train_ppo
 from checkpoint import load_checkpoint, open_run
 from ppo import cpi_loss, explained_variance, gae, kl_estimate, masked_mean, shape_rewards, value_loss, whiten
@@ -155,6 +156,7 @@ class Config(common.Flags):
         common.require(self.batch_size % self.minibatches == 0, f"{rows} must be a multiple of --minibatches="
                        f"{self.minibatches}")
         common.require(self.fisher_rows <= self.batch_size, f"{rows} must be --fisher_rows={self.fisher_rows} or more")
+        common.require(not distributed.joined(), "TRPO runs in a single process: start it without torchrun")
         common.require(not self.compile, "--compile is not for TRPO: a compiled pass cannot be differentiated twice")
         common.require(self.micro_batch_size is None, "--micro_batch_size is not for TRPO, which reads a rollout "
                        "whole: lower --batch_size when memory runs out")

@@ -6,6 +6,7 @@ script makes of them is in test_train.py, checkpoints are in test_checkpoint.py.
 import dataclasses
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Optional, get_args, get_type_hints
@@ -187,10 +188,20 @@ def test_bfloat16_that_the_gpu_does_not_have_is_refused_and_auto_falls_back(monk
     with pytest.raises(UserError, match="--dtype=bfloat16 was asked for, but this GPU has none"):
         common.setup(Config(dtype="bfloat16"))
     asked = []
-    monkeypatch.setattr(torch, "autocast", lambda device, dtype, enabled: asked.append((device, enabled)))
+    monkeypatch.setattr(torch, "autocast", lambda device, dtype, enabled: asked.append((device, enabled)) or nullcontext())
     device, autocast = common.setup(Config(dtype="auto"))
-    autocast()
+    with autocast():
+        pass
     assert device.type == "cuda" and asked == [("cuda", False)]
+
+
+@pytest.mark.parametrize("dtype, flash", [("float32", True), ("bfloat16", False)])
+def test_bfloat16_on_a_cpu_goes_without_torchs_slow_flash_attention_and_leaves_no_setting_behind(dtype, flash):
+    _, autocast = common.setup(Config(dtype=dtype, device="cpu"))
+    with autocast():
+        assert torch.backends.cuda.flash_sdp_enabled() == flash
+        assert torch.is_autocast_enabled("cpu") == (dtype == "bfloat16")
+    assert torch.backends.cuda.flash_sdp_enabled() and not torch.is_autocast_enabled("cpu")
 
 
 @pytest.mark.parametrize("error", [

@@ -1,0 +1,188 @@
+"""
+Many processes, started by torchrun: who does which rows, and how the parts become one again. In a single process every
+function here gives back what it was given.
+
+    torchrun --nproc_per_node=4 train_ppo.py               the same flags; --batch_size stays the batch of all together
+    torchrun --nproc_per_node=4 train_ppo.py --fsdp        parameters, gradients and AdamW's moments are sharded too
+
+Every process samples, scores and trains its share of the rows, and holds the whole rollout: token ids and (B, R) floats
+are small beside a model. So whitening, KL, GAE and the metrics are the plain functions of ppo.py on the same tensors
+everywhere, every token weighs one over the tokens of all, and the gradients are summed. Dropout (train_sft.py) draws
+the same masks in each process, for its different rows.
+"""
+
+import os
+import sys
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import is_dataclass, replace
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+# How long a process waits for another that is alive. A dead one is noticed at once; but the others do wait while the
+# first writes a large checkpoint, or while one has the slowest answers of a reward function.
+PATIENCE = timedelta(minutes=10)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the processes
+
+@contextmanager
+def processes():
+    """Joins the processes that torchrun started: nccl for tensors on a GPU, gloo on a CPU. Only the first prints."""
+    if not dist.is_available() or not dist.is_torchelastic_launched():
+        yield
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if is_first() else nowhere):
+        yield
+    # Only after a good end: a process that failed must not wait here for the others, which may wait for it.
+    dist.destroy_process_group()
+
+
+def is_loss(error):
+    """Whether an exception says that another process is gone. gloo has no type of its own for that."""
+    return joined() and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+
+def joined():
+    return dist.is_available() and dist.is_initialized()
+
+
+def size():
+    return dist.get_world_size() if joined() else 1
+
+
+def rank():
+    return dist.get_rank() if joined() else 0
+
+
+def is_first():
+    """Whether this is the process that prints, locks out_dir and writes files."""
+    return rank() == 0
+
+
+def local_rank():
+    """Which process of its machine this one is, and so which GPU it takes."""
+    return int(os.environ["LOCAL_RANK"]) if joined() else 0
+
+
+def own(purpose):
+    """A generator's purpose that is this process's own, so that equal weights sample different tokens."""
+    return purpose if is_first() else f"{purpose}, process {rank()}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# rows and numbers
+
+def share(rows):
+    """This process's rows of a tensor, a list or a record of tensors (a Rollout): a run of them, in order of rank."""
+    if is_dataclass(rows):
+        return replace(rows, **{name: share(column) for name, column in vars(rows).items()})
+    n = len(rows)
+    return rows[n * rank() // size():n * (rank() + 1) // size()]
+
+
+def gather(rows, pad=0, **pads):
+    """The rows of all processes, in order of rank. Tensors have as many rows in each; their columns, if they have any,
+    are padded on the right with `pad` to the most that one of them has, and those of a record with pads[its name]."""
+    if size() == 1:
+        return rows
+    if is_dataclass(rows):
+        return replace(rows, **{name: gather(column, pads.get(name, pad)) for name, column in vars(rows).items()})
+    if isinstance(rows, list):
+        parts = [None] * size()
+        dist.all_gather_object(parts, rows)
+        return [row for part in parts for row in part]
+    if rows.dim() == 2:
+        missing = int(largest(rows.size(1))[0]) - rows.size(1)
+        rows = torch.cat([rows, rows.new_full((rows.size(0), missing), pad)], dim=1)
+    parts = [torch.empty_like(rows) for _ in range(size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
+
+
+def total(*values):
+    """The sum over all processes of each number, e.g. of shares of a mean."""
+    return reduce(values, dist.ReduceOp.SUM)
+
+
+def largest(*values):
+    """The largest of all processes of each number."""
+    return reduce(values, dist.ReduceOp.MAX)
+
+
+def reduce(values, op):
+    if size() == 1:
+        return values
+    numbers = torch.tensor([float(value) for value in values], dtype=torch.float64)
+    dist.all_reduce(numbers, op)
+    return numbers.unbind()
+
+
+@torch.no_grad()
+def sum_gradients(params):
+    """Replaces each gradient by its sum over all processes, in one all_reduce. fully_shard has summed its own."""
+    grads = [p.grad for p in params if p.grad is not None and not is_sharded(p)]
+    if size() > 1 and grads:
+        summed = torch.cat([grad.reshape(-1) for grad in grads])
+        dist.all_reduce(summed)
+        for grad, part in zip(grads, summed.split([grad.numel() for grad in grads])):
+            grad.copy_(part.view_as(grad))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# models that are sharded
+
+def place(device, fsdp, *modules):
+    """Moves modules (or None) to the device; with fsdp only a shard of each parameter, whose other parts are gathered
+    block by block as a pass comes to them [FSDP2, torch.distributed.fsdp.fully_shard]."""
+    for module in filter(None, modules):
+        if not fsdp:
+            module.to(device)
+            continue
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+        mesh = init_device_mesh(device.type, (size(),))
+        for part in (*module.trunk.blocks, module):
+            # A GPT's heads come after its forward, so what belongs to no block stays whole until the backward pass.
+            fully_shard(part, mesh=mesh, reshard_after_forward=not hasattr(part, "policy_head"))
+            # The losses are shares of a mean over all rows, so gradients are summed and not averaged.
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)
+
+
+@contextmanager
+def whole_on_each(model):
+    """Gathers a sharded model for the block: in sampling, processes stop at different steps, so none can wait there."""
+    parts = [module for module in model.modules() if hasattr(module, "unshard")]
+    for part in parts:
+        part.unshard()
+        part.set_reshard_after_forward(False, recurse=False)
+    yield
+    for part in parts:
+        part.set_reshard_after_forward(part is not model, recurse=False)
+        part.reshard()
+
+
+def is_sharded(tensor):
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(value):
+    """value, a tensor or a dict or list of such, with each sharded tensor whole, on the CPU. All processes call it."""
+    if isinstance(value, dict):
+        return {key: whole(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [whole(item) for item in value]
+    return value.full_tensor().cpu() if is_sharded(value) else value
+
+
+def shard_like(value, param):
+    """A whole tensor cut as param is, if it is sharded and of value's shape; else value as it is."""
+    if not is_sharded(param) or value.shape != param.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+    # Each process has read the same file, so none has to send anything.
+    return distribute_tensor(value.to(param.device), param.device_mesh, param.placements, src_data_rank=None)

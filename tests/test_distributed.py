@@ -1,0 +1,438 @@
+"""
+Tests of runs in several processes. Most fork workers that meet through a file, with gloo, on one thread each; the
+faults, signals and the command line go through torchrun itself. Nothing here has a GPU.
+"""
+
+import faulthandler
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from multiprocessing import forkserver
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import common
+import data
+import distributed
+import train_ppo
+from checkpoint import digest, load_checkpoint
+from common import UserError
+from experiments import trpo
+from rollout import Rollout
+from test_train import CLOCKS, ROOT, STAGES, metrics, pairs, reward_file, settings, weights, write_jsonl
+
+torch.set_num_threads(1)
+
+# A server that has imported everything and computed nothing: its children start at once, and no thread of this process
+# is forked with them.
+FORKS = multiprocessing.get_context("forkserver")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# several processes on one machine
+
+def worker(folder, rank, n, function, args):
+    torch.set_num_threads(1)
+    sys.stdout, errors = (open(folder / f"{rank}.{name}", "w") for name in ("out", "err"))
+    faulthandler.dump_traceback_later(240, exit=True, file=errors)  # what it waits for, should it hang
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=n)
+    try:
+        torch.save(function(*args), folder / f"{rank}.result")
+        dist.barrier()
+    except BaseException:
+        traceback.print_exc(file=errors)
+        raise
+    finally:
+        errors.close()
+
+
+@pytest.fixture(scope="module")
+def server():
+    FORKS.set_forkserver_preload(["test_distributed"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # else it finds nothing to import, and says nothing
+        forkserver.ensure_running()
+
+
+@pytest.fixture
+def in_processes(server, tmp_path):
+    """in_processes(n, function, *args): what function(*args) returns in each of n processes, in order of rank."""
+    count = iter(range(10**6))
+
+    def call(n, function, *args):
+        folder = tmp_path / f"processes{next(count)}"
+        folder.mkdir()
+        children = [FORKS.Process(target=worker, args=(folder, rank, n, function, args)) for rank in range(n)]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join()
+        errors = "\n".join(path.read_text() for path in sorted(folder.glob("*.err")))
+        assert all(child.exitcode == 0 for child in children), errors
+        return [torch.load(folder / f"{rank}.result") for rank in range(n)]
+    return call
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with sft.pt and rm.pt, trained in one process."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_jsonl(folder / "pairs.jsonl", pairs())
+    for stage in ("sft", "rm"):
+        STAGES[stage].train(settings(stage, folder))
+    return folder
+
+
+@pytest.fixture
+def world(finished, tmp_path):
+    """world(stage): a fresh folder with the checkpoints of the stages before `stage`."""
+    count = iter(range(10**6))
+
+    def make(stage):
+        folder = tmp_path / f"world{next(count)}"
+        folder.mkdir()
+        for name in ["pairs.jsonl"] + {"sft": [], "rm": ["sft.pt"], "ppo": ["sft.pt", "rm.pt"]}[stage]:
+            (folder / name).write_bytes((finished / name).read_bytes())
+        return folder
+    return make
+
+
+def train(stage, folder, flags={}):
+    """Trains a stage and returns its weights and optimizer as they were saved."""
+    STAGES[stage].train(settings(stage, folder, **flags))
+    saved = weights(folder, stage, "optimizer")
+    for name, value in ((name, value) for part in saved.values() for name, value in part.items()):
+        # What a loss does not see has rounding noise for a gradient, and AdamW makes whole steps of it: a key's bias
+        # before the softmax, and a score's zero in a comparison.
+        if name.endswith("c_attn.bias"):
+            value.view(3, -1)[1] = 0
+        if name == "head.linear.bias":
+            value.zero_()
+    return saved
+
+
+def assert_close(a, b, atol):
+    """a and b agree in every number, at any depth, to atol; and in what is no number, altogether."""
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_close(a[key], b[key], atol)
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_close(x, y, atol)
+    elif isinstance(a, (torch.Tensor, float)):
+        torch.testing.assert_close(a, b, rtol=0, atol=atol)
+    else:
+        assert a == b
+
+
+# ----------------------------------------------------------------------------------------------------------
+# the same rollout gives the same gradients, weights and metrics
+
+def given_rollout(model, prompts, prompt_lens, max_new_tokens, *, eos, temperature, generator):
+    """In place of generate: ragged responses that depend on a row's place in the whole batch and on nothing else."""
+    rows, lens = [], []
+    for i in range(len(prompts)):
+        rng = torch.Generator().manual_seed(distributed.rank() * len(prompts) + i)
+        n = int(torch.randint(1, max_new_tokens + 1, (), generator=rng))
+        response = torch.randint(97, 123, (n,), generator=rng).tolist()
+        response[-1:] = [eos] if n % 3 else [101]
+        rows.append(prompts[i, :prompt_lens[i]].tolist() + response)
+        lens.append(n)
+    lens, R = torch.tensor(lens), max(lens)
+    mask = torch.arange(R) < lens.unsqueeze(1)
+    tokens, _ = data.pad(rows, eos, width=prompts.size(1) + R)
+    return Rollout(tokens, prompt_lens, lens, mask, torch.zeros(mask.shape), torch.zeros(mask.shape))
+
+
+def gradients_of(folder, flags):
+    """(gradients of each optimizer step, whitened advantages, metrics) on the given rollouts."""
+    steps, advantages, clip, whiten = [], [], torch.nn.utils.clip_grad_norm_, train_ppo.whiten
+
+    def look(params, norm):
+        steps.append([p.grad.clone() for p in params if p.grad is not None])
+        return clip(params, norm)
+
+    def keep(*args):
+        advantages.append(whiten(*args))
+        return advantages[-1]
+
+    torch.nn.utils.clip_grad_norm_, train_ppo.whiten, train_ppo.generate = look, keep, given_rollout
+    config = settings("ppo", folder, batch_size=24, **flags)
+    row = train_ppo.train(config)
+    return steps, advantages, {name: value for name, value in row.items() if name not in CLOCKS}
+
+
+@pytest.mark.parametrize("flags", [
+    {},
+    {"micro_batch_size": 1, "critic": "shared", "kl_in": "loss", "ent_coef": 0.01, "value_clip": 0.1},
+    {"advantage": "group", "samples_per_prompt": 4, "target_kl": 3e-2, "epochs": 4}],
+    ids=["default", "shared", "group"])
+def test_gradients_advantages_and_metrics_on_the_same_ragged_rollouts_do_not_depend_on_the_number_of_processes(
+        flags, world, in_processes, tmp_path):
+    flags = {"max_iters": 2, "reward": reward_file(tmp_path, "[len(r) * 0.5 + r.count('e') for r in responses]")} | flags
+    alone, = in_processes(1, gradients_of, world("ppo"), flags)
+    assert alone[2]["ratio_first"] == 0 and len(alone[0]) > 2
+    for n in (2, 4):
+        for steps, advantages, row in in_processes(n, gradients_of, world("ppo"), flags):
+            assert_close(steps[0], alone[0][0], atol=1e-6)
+            assert_close(advantages[0], alone[1][0], atol=1e-6)
+            assert len(steps) == len(alone[0]) and row["ratio_first"] == 0
+            assert_close(row, alone[2], atol=1e-4)  # after several steps of AdamW, which rescales the last digits
+
+
+@pytest.mark.parametrize("stage, exact", [("sft", ("model", "optimizer")), ("rm", ("weights", "optimizer"))])
+def test_sft_and_rm_train_the_same_weights_in_1_and_in_2_processes(stage, exact, world, in_processes):
+    folder, both, flags = world(stage), world(stage), {"lr": 1e-4}
+    alone = train(stage, folder, flags)
+    for saved in in_processes(2, train, stage, both, flags):
+        assert_close({k: saved[k] for k in exact}, {k: alone[k] for k in exact}, atol=1e-5)
+    for mine, theirs in zip(metrics(folder, stage), metrics(both, stage), strict=True):
+        assert_close(mine["loss"], theirs["loss"], atol=1e-5)
+
+
+def rollouts_of(folder, flags):
+    own, real = [], train_ppo.generate
+
+    def spy(*args, **kwargs):
+        own.append(real(*args, **kwargs))
+        return own[-1]
+
+    train_ppo.generate = spy
+    train_ppo.train(settings("ppo", folder, **flags))
+    return vars(own[0])
+
+
+def test_processes_sample_different_tokens_from_equal_weights(world, in_processes):
+    first, second = in_processes(2, rollouts_of, world("ppo"), {"samples_per_prompt": 12, "max_iters": 1})
+    assert torch.equal(first["prompt_lens"], second["prompt_lens"]) and len(first["tokens"]) == 6
+    assert first["tokens"].shape != second["tokens"].shape or not torch.equal(first["tokens"], second["tokens"])
+
+
+def ragged():
+    r = distributed.rank()
+    rollout = Rollout(torch.full((2, 5 + r), r), torch.tensor([4, 4]), torch.tensor([1, 1 + r]),
+                      torch.ones(2, 1 + r, dtype=torch.bool), torch.ones(2, 1 + r), torch.ones(2, 1 + r))
+    whole = distributed.gather(rollout, tokens=9)
+    return vars(whole), vars(distributed.share(whole)), distributed.gather([f"text {r}"] * 2)
+
+
+def test_gathered_rollouts_stand_in_order_of_rank_and_are_padded_and_a_share_is_as_wide_as_the_whole(in_processes):
+    for r, (whole, mine, texts) in enumerate(in_processes(2, ragged)):
+        assert whole["tokens"].tolist() == [[0, 0, 0, 0, 0, 9]] * 2 + [[1] * 6] * 2
+        assert whole["mask"].tolist() == [[True, False]] * 2 + [[True, True]] * 2
+        assert whole["logprobs"].tolist() == [[1, 0]] * 2 + [[1, 1]] * 2
+        assert whole["response_lens"].tolist() == [1, 1, 1, 2]
+        assert texts == ["text 0"] * 2 + ["text 1"] * 2
+        assert all(torch.equal(mine[name], whole[name][2 * r:2 * r + 2]) for name in whole)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# whole files
+
+def writes_of(stages, folder):
+    """The files in `folder` that this process opens for writing, renames or removes."""
+    touched = []
+
+    def hook(event, args):
+        if event in ("os.rename", "os.remove", "os.link", "os.rmdir") or event == "open" and isinstance(args[1], str) \
+                and set(args[1]) & set("wax+"):
+            touched.append(str(args[0]))
+
+    sys.addaudithook(hook)
+    for stage in stages:
+        train(stage, folder, {"max_iters": 2, "save_interval": 1})
+    return [path for path in touched if path.startswith(str(folder))]
+
+
+def test_only_the_first_process_writes(world, in_processes):
+    folder = world("sft")
+    first, second = in_processes(2, writes_of, ["sft", "rm", "ppo"], folder)
+    assert {Path(path).name for path in first} >= {"sft.pt.tmp", "rm.pt.tmp", "ppo.pt.tmp", "metrics.jsonl", ".lock"}
+    assert second == []
+    assert [[row["iter"] for row in metrics(folder, stage)] for stage in ("sft", "rm", "ppo")] == [[1, 2]] * 3
+
+
+def train_in_parts(stage, folder, ends, flags):
+    for i, end in enumerate(ends):
+        saved = train(stage, folder, flags | {"max_iters": end, "resume": i > 0})
+    return digest(saved)
+
+
+@pytest.mark.parametrize("stage, flags", [("sft", {"dropout": 0.1}), ("rm", {}), ("ppo", {}), ("ppo", {"fsdp": True})])
+def test_two_processes_resumed_equal_two_that_were_not_interrupted_to_the_last_bit(stage, flags, world, in_processes):
+    through, halved = world(stage), world(stage)
+    whole = in_processes(2, train_in_parts, stage, through, [4], flags)
+    parts = in_processes(2, train_in_parts, stage, halved, [2, 4], flags)
+    assert len({*whole, *parts}) == 1
+    looks = ("heldout_loss", "heldout_accuracy")  # taken in a last iteration, which the run in two parts has twice
+    assert metrics(through, stage, *looks) == metrics(halved, stage, *looks)
+
+
+def test_a_run_that_is_resumed_with_another_number_of_processes_says_so_and_goes_on(world, in_processes, capsys):
+    folder = world("ppo")
+    in_processes(2, train, "ppo", folder)
+    train("ppo", folder, {"resume": True, "max_iters": 4})
+    assert "note: processes was 2 and is 1: the same run, but not with the same samples" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------------
+# --fsdp
+
+def train_sharded(stage, folder, flags):
+    """The final weights, and how many numbers of the parameters this process held while it trained."""
+    held, step = [], common.Optimizer.step
+
+    def look(optimizer, *args):
+        held.append(sum(p.to_local().numel() if distributed.is_sharded(p) else p.numel() for p in optimizer.params))
+        return step(optimizer, *args)
+
+    common.Optimizer.step = look
+    return train(stage, folder, flags), held[-1]
+
+
+@pytest.mark.parametrize("stage, flags", [
+    ("sft", {"log_interval": 1}), ("rm", {"log_interval": 1, "micro_batch_size": 1}),
+    ("ppo", {"sample_interval": 1, "micro_batch_size": 1, "target_kl": 1e-4, "epochs": 4}),
+    ("ppo", {"critic": "shared"})],
+    ids=["sft", "rm", "ppo", "shared"])
+def test_sharded_models_train_to_the_same_weights_and_metrics_and_hold_half_each(stage, flags, world, in_processes):
+    plain, sharded, flags = world(stage), world(stage), flags | {"lr": 1e-4}
+    (whole, n), _ = in_processes(2, train_sharded, stage, plain, flags)
+    for saved, m in in_processes(2, train_sharded, stage, sharded, flags | {"fsdp": True}):
+        assert_close(saved, whole, atol=1e-5)
+        assert m < 0.6 * n
+    for mine, theirs in zip(metrics(plain, stage), metrics(sharded, stage), strict=True):
+        assert_close(mine, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
+def test_a_sharded_checkpoint_goes_on_in_one_process_and_back(stage, world, in_processes):
+    there, flags = world(stage), {"lr": 1e-4}
+    in_processes(2, train, stage, there, flags | {"max_iters": 2, "fsdp": True})
+    train(stage, there, flags | {"max_iters": 3, "resume": True})
+    back, _ = in_processes(2, train, stage, there, flags | {"max_iters": 4, "fsdp": True, "resume": True})
+    if stage == "sft":  # which samples nothing, so that the number of processes changes nothing
+        assert_close(back, train(stage, world(stage), flags | {"max_iters": 4}), atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# what cannot be shared out
+
+def refusal(stage, folder, flags):
+    with pytest.raises(UserError) as error:
+        train(stage, folder, flags)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("stage, flags, said", [
+    ("sft", {"batch_size": 9}, "9 rows of a step cannot be shared evenly by 2 processes"),
+    ("ppo", {"batch_size": 12, "minibatches": 4}, "3 rows of a step cannot be shared evenly by 2 processes"),
+    ("ppo", {"batch_size": 12, "micro_batch_size": 2}, "must divide the 3 rows of a process in a step"),
+    ("ppo", {"fsdp": True, "compile": True}, "--fsdp and --compile")])
+def test_what_does_not_go_with_two_processes_is_refused_by_each_of_them(stage, flags, said, world, in_processes):
+    assert all(said in sentence for sentence in in_processes(2, refusal, stage, world(stage), flags))
+
+
+def trpo_refusal():
+    with pytest.raises(UserError) as error:
+        trpo.Config(device="cpu").check()
+    return str(error.value)
+
+
+def test_fsdp_without_torchrun_and_trpo_with_it_are_refused(world, in_processes):
+    with pytest.raises(UserError, match="--fsdp shards a model over processes"):
+        settings("sft", world("sft"), fsdp=True).check()
+    assert "TRPO runs in a single process" in in_processes(1, trpo_refusal)[0]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# torchrun: faults and signals
+
+@pytest.fixture
+def torchrun():
+    """torchrun(stage, folder, **flags) starts a script in two processes; all of them are gone after the test."""
+    started = []
+
+    def start(stage, folder, **flags):
+        config = vars(settings(stage, folder, **flags))
+        default = vars(STAGES[stage].Config())
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                   str(ROOT / f"train_{stage}.py"), *(f"--{k}={v}" for k, v in config.items() if v != default[k])]
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                        env=os.environ | {"OMP_NUM_THREADS": "1"}))
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(60)
+
+
+def workers(process):
+    """Process ids of the two scripts that a torchrun has started, the first process first."""
+    ids = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ids = [pid for pid in ids if b"train_" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return sorted(map(int, ids), key=lambda pid: b"\0LOCAL_RANK=1" in Path(f"/proc/{pid}/environ").read_bytes())
+
+
+def wait_for_iteration(folder, stage, n, process):
+    while not (folder / "metrics.jsonl").exists() or len(metrics(folder, stage)) < n:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+def test_a_process_that_dies_ends_the_run_within_a_minute_with_a_non_zero_code(dies, world, torchrun):
+    folder = world("ppo")
+    run = torchrun("ppo", folder, max_iters=10**6, save_interval=1)
+    wait_for_iteration(folder, "ppo", 2, run)
+    both, began = workers(run), time.time()
+    os.kill(both[dies], signal.SIGKILL)
+    run.communicate(timeout=60)
+    assert run.returncode != 0 and time.time() - began < 60
+    assert not any(Path(f"/proc/{pid}").exists() for pid in both)
+    assert load_checkpoint(folder / "ppo.pt", "ppo")["iter"] >= 1
+
+
+def test_a_signal_to_any_process_ends_all_after_the_same_iteration_and_the_run_can_be_resumed(world, torchrun):
+    folder = world("ppo")
+    run = torchrun("ppo", folder, max_iters=10**6, log_interval=1)
+    wait_for_iteration(folder, "ppo", 2, run)
+    os.kill(workers(run)[1], signal.SIGTERM)
+    out, err = run.communicate(timeout=120)
+    saved = load_checkpoint(folder / "ppo.pt", "ppo")
+    assert run.returncode != 0 and saved["iter"] == metrics(folder, "ppo")[-1]["iter"] and not saved["finished"]
+    assert len([line for line in out.splitlines() if line.startswith("ppo ")]) == saved["iter"]  # one process prints
+    run = torchrun("ppo", folder, max_iters=saved["iter"] + 1, resume=True)
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 0, err
+    assert out.count("going on after iteration") == 1 and metrics(folder, "ppo")[-1]["iter"] == saved["iter"] + 1
+
+
+def test_torchrun_forwards_its_signal_and_all_leave_in_good_order(world, torchrun):
+    folder = world("sft")
+    run = torchrun("sft", folder, max_iters=10**6)
+    wait_for_iteration(folder, "sft", 2, run)
+    run.send_signal(signal.SIGINT)
+    out, err = run.communicate(timeout=60)
+    assert run.returncode != 0 and "Connection closed" not in err
+    assert load_checkpoint(folder / "sft.pt", "sft")["iter"] == metrics(folder, "sft")[-1]["iter"]
+
+
+def test_an_error_in_one_process_is_told_by_that_one_and_ends_all(world, torchrun, tmp_path):
+    body = "[float('nan') if __import__('os').environ['LOCAL_RANK'] == '1' else 1.0 for r in responses]"
+    run = torchrun("ppo", world("ppo"), reward=reward_file(tmp_path, body))
+    out, err = run.communicate(timeout=60)
+    assert run.returncode != 0 and "process 1: the reward function returned nan for the prompt" in err
+    assert "process 0: another process is gone" in err

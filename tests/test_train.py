@@ -584,7 +584,8 @@ def observe(stage, folder, monkeypatch, capsys, flags, context):
 COMMON = {  # flag: (another value, what must differ, what else holds for both runs)
     "out_dir": ("{folder}/elsewhere", "saves", {}), "seed": (1, "metrics", {}),
     "device": ("cuda", "refused", {}),
-    "dtype": ("bfloat16", "metrics", {}), "compile": (True, "screen", {}), "fsdp": (True, "refused", {}), "max_iters": (2, "metrics", {}),
+    "dtype": ("bfloat16", "metrics", {}), "compile": (True, "screen", {}), "fsdp": (True, "refused", {}),
+    "max_iters": (2, "metrics", {}),
     "batch_size": (6, "metrics", {}), "micro_batch_size": (5, "refused", {}), "lr": (1e-4, "metrics", {}),
     "lr_decay_iters": (4, "metrics", {}), "grad_clip": (1e-9, "metrics", {}),
     "max_bad_steps": (1, "refused", {"nan": True}),

@@ -107,7 +107,10 @@ class Config:
     def size(self):
         preset = ON_GPU.get(self.preset) if common.pick_device(self).type == "cuda" else None
         preset = asdict(preset or PRESETS[self.preset])
-        return Size(**preset | {name: getattr(self, name) for name in preset if getattr(self, name) is not None})
+        size = Size(**preset | {name: getattr(self, name) for name in preset if getattr(self, name) is not None})
+        common.require(size.n_embd % size.n_head == 0, f"--n_embd={size.n_embd} must be a multiple of "
+                                                       f"--n_head={size.n_head}")
+        return size
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -142,10 +145,11 @@ def write_inputs(folder, size):
 
 def train_config(folder, size, **flags):
     """The flags of train_ppo.py for this size, with everything that is not PPO put off beyond the end of the run."""
-    return train_ppo.Config(data=str(folder / "prompts.jsonl"), out_dir=str(folder), batch_size=size.batch_size,
-                            max_new_tokens=size.response_len, epochs=size.epochs, minibatches=size.minibatches, lr=1e-6,
-                            max_iters=10**6, save_interval=10**6, sample_interval=10**6, log_interval=10**6,
-                            overwrite=True, **flags)
+    return train_ppo.Config(**{
+        "data": str(folder / "prompts.jsonl"), "init_from": str(folder / "sft.pt"), "rm": str(folder / "rm.pt"),
+        "out_dir": str(folder), "batch_size": size.batch_size, "max_new_tokens": size.response_len, "lr": 1e-6,
+        "epochs": size.epochs, "minibatches": size.minibatches, "max_iters": 10**6, "save_interval": 10**6,
+        "sample_interval": 10**6, "log_interval": 10**6} | flags)
 
 
 class Enough(Exception):
@@ -169,7 +173,7 @@ def run_iterations(config, after):
             train_ppo.train(config)
     except Enough:
         pass
-    except BaseException:
+    except RuntimeError:
         print(screen.getvalue())
         raise
     finally:

@@ -3,6 +3,7 @@ How the cost of an iteration grows, measured beside what the FLOPs say it should
 
     python -m experiments.scaling                                        docs/scaling.png and .json, about 10 minutes
     python -m experiments.scaling --processes=1,2                        with a panel over torchrun processes
+    python -m experiments.scaling --paper                                on many GPUs: computed, not measured
 
 Width, batch and response length are each doubled from a common start, all else equal, by runs of tools/bench.py in
 processes of their own. The exponents are slopes of straight lines in log-log; the expected one is that of the FLOPs
@@ -37,6 +38,7 @@ class Config:
     iters: int = 3                   # iterations that each median is over
     dtype: str = "float32"           # float32 or bfloat16 (autocast)
     processes: Optional[str] = None  # numbers of torchrun processes, such as 1,2,4, at START's batch; default: none
+    paper: bool = False              # print the estimate for 1 to 1,024 GPUs instead
     save: str = "docs/scaling"       # the figure and its numbers, less .png and .json
 
     DOMAINS: ClassVar[dict] = {"iters": "[1, inf)", "dtype": ("float32", "bfloat16")}
@@ -64,6 +66,58 @@ def slope(x, y):
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# on paper
+
+# What is taken for granted of a GPU and its network. Rates are shares of the data sheet of an H100 SXM.
+ASSUMED = {
+    "rate": 0.45 * 989e12,      # FLOP/s in bfloat16
+    "bandwidth": 0.7 * 3.35e12,  # bytes/s of its memory
+    "launches": 15 * 5e-6,      # seconds per layer and decoding step: 15 kernels, none hidden
+    "inside": 0.8 * 450e9,      # bytes/s and direction between the 8 GPUs of a node
+    "between": 0.8 * 50e9,      # bytes/s and direction of each GPU's share of the network between nodes
+    "hop": 20e-6,               # seconds for each of the 2 log2(n) hops of an all-reduce
+}
+
+
+def all_reduce_seconds(n_bytes, gpus, node=8):
+    """Reduce-scatter inside each node, all-reduce of the shards between nodes, all-gather inside; nothing overlaps."""
+    inside, nodes = min(gpus, node), max(1, gpus // node)
+    return (2 * n_bytes * (inside - 1) / inside / ASSUMED["inside"]
+            + 2 * n_bytes / inside * (nodes - 1) / nodes / ASSUMED["between"] + 2 * np.log2(gpus) * ASSUMED["hop"])
+
+
+def on_paper(size, gpus):
+    """{stage: seconds} of one iteration where each GPU holds the whole model and works on a batch of `size`, and float32
+    gradients are averaged at each optimizer step."""
+    pieces = bench.work(size, "shared", 2)
+    seconds = {stage: bench.floor_seconds(part, ASSUMED["rate"], lambda working_set: ASSUMED["bandwidth"])
+               for stage, part in pieces.items()}
+    seconds["rollout"] += ASSUMED["launches"] * size.n_layer * size.response_len
+    seconds["all-reduce"] = size.epochs * size.minibatches * float(all_reduce_seconds(4 * bench.n_params(size), gpus))
+    return seconds
+
+
+def print_paper():
+    """GPT-2 XL, as the batch grows with the GPUs and as it stays; efficiency is tokens/s per GPU against 8 GPUs."""
+    names = ("rollout", "score", "update", "all-reduce")
+    print("computed, not measured: GPT-2 XL, prompt 64, response 128, 4 epochs x 4 minibatches, data parallel\nassumed: "
+          + ", ".join(f"{name} {value:.3g}" for name, value in ASSUMED.items()) + "\n")
+    print("| responses | GPUs | each | " + " | ".join(names) + " | iteration, s | response tokens/s | efficiency |")
+    print("|" + "---|" * 10)
+    for batches in ((512, 4096, 65536), (4096, 4096, 4096)):
+        speeds = []  # of a GPU
+        for batch, gpus in zip(batches, (8, 64, 1024)):
+            seconds = on_paper(bench.Size(*bench.GPT2_FAMILY["gpt2-xl"], 50257, batch // gpus, 64, 128), gpus)
+            total = sum(seconds.values())
+            speeds.append(batch * 128 / total / gpus)
+            print(f"| {batch:,} | {gpus:,} | {batch // gpus} | " + " | ".join(f"{seconds[name]:.2f}" for name in names)
+                  + f" | {total:.2f} | {speeds[-1] * gpus:,.0f} | {speeds[-1] / speeds[0]:.0%} |")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# showing
+
 def draw(results, save):
     plt = import_pyplot()
     figure, axes = plt.subplots(1, len(results), figsize=(4.5 * len(results), 4), constrained_layout=True, squeeze=False)
@@ -89,6 +143,8 @@ def draw(results, save):
 
 def main(config):
     common.check_domains(config)
+    if config.paper:
+        return print_paper()
     import_pyplot()  # a missing matplotlib is said before the runs, not after
     began, results, line = time.time(), {}, {}
     sweeps = {name: [(x, replace(START, **{name: x}), 1) for x in xs] for name, xs in SWEEPS.items()}

@@ -222,3 +222,17 @@ def test_expected_slopes_are_one_over_the_batch_and_near_two_over_a_large_width(
 
     assert over("batch_size", (8, 16, 32)) == pytest.approx(1)
     assert 1.5 < over("n_embd", (64, 128, 256)) < over("n_embd", (2048, 4096)) < 2
+
+
+def test_an_all_reduce_is_free_alone_and_sends_the_gradient_twice_through_the_slowest_link(monkeypatch):
+    monkeypatch.setattr(scaling, "ASSUMED", {"inside": 100.0, "between": 10.0, "hop": 1.0})
+    assert scaling.all_reduce_seconds(800.0, 1) == 0
+    assert scaling.all_reduce_seconds(800.0, 8) == pytest.approx(2 * 800 * 7 / 8 / 100 + 2 * 3)
+    assert scaling.all_reduce_seconds(800.0, 32) == pytest.approx(14 + 2 * 100 * 3 / 4 / 10 + 2 * 5)
+
+
+def test_the_paper_estimate_keeps_its_efficiency_only_if_the_batch_grows_with_the_gpus(capsys):
+    scaling.print_paper()
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.endswith("% |")]
+    growing, fixed = [[int(row[-2].strip(" %")) for row in part] for part in (rows[:3], rows[3:])]
+    assert growing[0] == fixed[0] == 100 and growing[2] > 70 and fixed[2] < 20

@@ -88,8 +88,8 @@ def all_reduce_seconds(n_bytes, gpus, node=8):
 
 
 def on_paper(size, gpus):
-    """{stage: seconds} of one iteration where each GPU holds the whole model and works on a batch of `size`, and float32
-    gradients are averaged at each optimizer step."""
+    """{stage: seconds} of one iteration where each GPU holds the whole model and works on a batch of `size`, and
+    float32 gradients are averaged at each optimizer step."""
     pieces = bench.work(size, "shared", 2)
     seconds = {stage: bench.floor_seconds(part, ASSUMED["rate"], lambda working_set: ASSUMED["bandwidth"])
                for stage, part in pieces.items()}
@@ -101,8 +101,8 @@ def on_paper(size, gpus):
 def print_paper():
     """GPT-2 XL, as the batch grows with the GPUs and as it stays; efficiency is tokens/s per GPU against 8 GPUs."""
     names = ("rollout", "score", "update", "all-reduce")
-    print("computed, not measured: GPT-2 XL, prompt 64, response 128, 4 epochs x 4 minibatches, data parallel\nassumed: "
-          + ", ".join(f"{name} {value:.3g}" for name, value in ASSUMED.items()) + "\n")
+    print("computed, not measured: GPT-2 XL, prompt 64, response 128, 4 epochs x 4 minibatches, data parallel\n"
+          "assumed: " + ", ".join(f"{name} {value:.3g}" for name, value in ASSUMED.items()) + "\n")
     print("| responses | GPUs | each | " + " | ".join(names) + " | iteration, s | response tokens/s | efficiency |")
     print("|" + "---|" * 10)
     for batches in ((512, 4096, 65536), (4096, 4096, 4096)):
@@ -120,7 +120,8 @@ def print_paper():
 
 def draw(results, save):
     plt = import_pyplot()
-    figure, axes = plt.subplots(1, len(results), figsize=(4.5 * len(results), 4), constrained_layout=True, squeeze=False)
+    figure, axes = plt.subplots(1, len(results), figsize=(4.5 * len(results), 4), constrained_layout=True,
+                                squeeze=False)
     titles = {"n_embd": "width", "batch_size": "responses per rollout", "response_len": "tokens per response",
               "processes": "processes"}
     for axis, (name, result) in zip(axes[0], results.items()):

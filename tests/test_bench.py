@@ -81,8 +81,8 @@ def test_the_floor_of_a_piece_is_the_larger_of_arithmetic_and_traffic():
 
 
 def test_the_bytes_of_an_iteration_are_weights_cache_and_optimizer():
-    size = bench.Size(n_layer=1, n_head=1, n_embd=2, vocab_size=300, batch_size=3, prompt_len=4, response_len=2, epochs=1,
-                      minibatches=2)
+    size = bench.Size(n_layer=1, n_head=1, n_embd=2, vocab_size=300, batch_size=3, prompt_len=4, response_len=2,
+                      epochs=1, minibatches=2)
     work = bench.work(size, "shared", width=4)
     weights = 4 * (12 * 2 * 2 + 300 * 2)
     kv = 4 * 2 * 2 * 3  # keys and values, 2 wide, of 3 rows: per position
@@ -160,11 +160,11 @@ def test_time_spent_between_iterations_is_in_no_iteration(tmp_path):
         rows.append(row)
         if len(rows) == 3:
             raise bench.Enough
-        time.sleep(0.5)
+        time.sleep(1.0)
 
     metrics = common.Metrics
     bench.run_iterations(bench.train_config(tmp_path, SIZE, device="cpu", critic="shared"), after)
-    assert max(row["seconds"] for row in rows[1:]) < 0.5 and common.Metrics is metrics
+    assert max(row["seconds"] for row in rows[1:]) < 1.0 and common.Metrics is metrics
     assert [row["optimizer_steps"] for row in rows] == [4, 4, 4] and {row["response_len"] for row in rows} == {6.0}
 
 

@@ -239,7 +239,8 @@ def matrix_rate(size, rows, dtype, device):
     """(FLOP/s, the setting it was reached at): the fastest product that a pass over `rows` sequences has. float32 is
     tried with each library that torch.set_float32_matmul_precision leads to, if the result there is float32's."""
     C, tokens = size.n_embd, rows * (size.prompt_len + size.response_len)
-    shapes = [(tokens, C, 3 * C), (tokens, C, 4 * C), (tokens, 4 * C, C), (rows * size.response_len, C, size.vocab_size)]
+    shapes = [(tokens, C, 3 * C), (tokens, C, 4 * C), (tokens, 4 * C, C),
+              (rows * size.response_len, C, size.vocab_size)]
     settings = ("highest", "medium") if device.type == "cpu" else ("high",)
     before, best = torch.get_float32_matmul_precision(), (0.0, "")
     try:
@@ -361,7 +362,7 @@ def estimate(size, critic, micro, bf16):
     kv = 2 * size.n_layer * size.n_embd * T * size.batch_size * (2 if bf16 else 4)
     parts = {"weights": 4 * N * trained, "gradients": 4 * N * trained, "AdamW": 8 * N * trained,
              "reference": 4 * N, "reward model": 4 * N}
-    return parts | {"KV cache": kv, "training pass": pass_bytes(size, micro, bf16, critic == "separate"), }
+    return parts | {"KV cache": kv, "training pass": pass_bytes(size, micro, bf16, critic == "separate")}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -406,8 +407,8 @@ def bench(config):
 
 def json_line(config, result):
     seconds = {f"sec_{name}": round(value, 4) for name, value in result["seconds"].items()}
-    return json.dumps({"preset": config.preset, "device": machine(result["device"]), "dtype": result["dtype"], **seconds,
-                       "floor_sec": round(result["floors"]["iter"], 4),
+    return json.dumps({"preset": config.preset, "device": machine(result["device"]), "dtype": result["dtype"],
+                       **seconds, "floor_sec": round(result["floors"]["iter"], 4),
                        "tokens_per_s": round(result["tokens"] / result["seconds"]["iter"], 1),
                        "mfu": round(result["mfu"], 4), "peak_memory_gb": round(result["peak"] / 1e9, 3)})
 
@@ -416,11 +417,11 @@ def print_table(config, result):
     size, device, seconds, floors = (result[name] for name in ("size", "device", "seconds", "floors"))
     header = common.header(config, "bench")
     print(f"{config.preset}: {size.n_layer} layers, {size.n_head} heads, {size.n_embd} wide, {size.vocab_size:,} ids; "
-          f"{size.batch_size} responses, prompt {size.prompt_len}, response {size.response_len}; {size.epochs} epochs x "
-          f"{size.minibatches} minibatches; {config.critic} critic")
-    print(f"{machine(device)}, {result['dtype']}, torch {header['torch']}, commit {header['commit']}; medians of "
-          f"{config.iters} iterations after {config.warmup}, mean response {result['tokens'] / size.batch_size:.1f} "
-          "tokens")
+          f"{size.batch_size} responses, prompt {size.prompt_len}, response {size.response_len}; {size.epochs} epochs "
+          f"x {size.minibatches} minibatches; {config.critic} critic")
+    print(f"{machine(device)}, {result['dtype']}, torch {header['torch']}, commit {header['commit']}, "
+          f"{time.strftime('%Y-%m-%d')}; medians of {config.iters} iterations after {config.warmup}, mean response "
+          f"{result['tokens'] / size.batch_size:.1f} tokens")
     speeds = [f"{speed / 1e9:.0f} GB/s in {n / 1e6:,.0f} MB" for n, speed in sorted(result["bandwidths"].items())]
     print(f"ceilings: {result['rate'] / 1e9:,.0f} GFLOP/s {result['dtype']} ({result['setting']}), {', '.join(speeds)}")
     print(f"\n{'stage':<10}{'seconds':>9}{'lowest':>9}{'highest':>9}{'tokens/s':>10}{'floor':>9}{'ratio':>7}")
@@ -443,7 +444,8 @@ def print_estimate(config):
     micro = common.micro_batch_size(first.batch_size // first.minibatches, config.micro_batch_size,
                                     first.response_len * first.vocab_size)
     print(f"computed from allocations, not measured: batch {first.batch_size}, prompt {first.prompt_len}, response "
-          f"{first.response_len}, {micro} responses per forward pass, {'bfloat16 autocast' if bf16 else 'float32'}, GB\n")
+          f"{first.response_len}, {micro} responses per forward pass, {'bfloat16 autocast' if bf16 else 'float32'}; "
+          "GB\n")
     for n, (name, size) in enumerate(sizes.items()):
         for critic in ("shared", "separate"):
             parts = estimate(size, critic, micro, bf16)

@@ -1,0 +1,177 @@
+"""
+How the cost of an iteration grows, measured beside what the FLOPs say it should.
+
+    python -m experiments.scaling                                        docs/scaling.png and .json, about 10 minutes
+    python -m experiments.scaling --processes=1,2                        with a panel over torchrun processes
+    python -m experiments.scaling --paper                                on many GPUs: computed, not measured
+
+Width, batch and response length are each doubled from a common start, all else equal, by runs of tools/bench.py in
+processes of their own. The exponents are slopes of straight lines in log-log; the expected one is that of the FLOPs
+which bench.work counts, over the same points, so it has no free number. Seconds fall short of it where small matrices
+do not reach the machine's rate: the measured slope over width is then the lower one.
+
+Drawing needs matplotlib.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import ClassVar, Optional
+
+import numpy as np
+
+import common
+from tools import bench
+from tools.plot import import_pyplot
+
+START = bench.Size(n_layer=4, n_head=4, n_embd=128, vocab_size=2048, batch_size=32, prompt_len=16, response_len=32,
+                   epochs=2, minibatches=2)
+SWEEPS = {"n_embd": (64, 128, 256, 512), "batch_size": (8, 16, 32, 64, 128), "response_len": (16, 32, 64, 128)}
+STAGES = ("rollout", "score", "update", "iter")
+
+
+@dataclass
+class Config:
+    iters: int = 3                   # iterations that each median is over
+    dtype: str = "float32"           # float32 or bfloat16 (autocast)
+    processes: Optional[str] = None  # numbers of torchrun processes, such as 1,2,4, at START's batch; default: none
+    paper: bool = False              # print the estimate for 1 to 1,024 GPUs instead
+    save: str = "docs/scaling"       # the figure and its numbers, less .png and .json
+
+    DOMAINS: ClassVar[dict] = {"iters": "[1, inf)", "dtype": ("float32", "bfloat16")}
+
+
+def run_bench(config, size, processes=1):
+    """The JSON line of tools/bench.py for a size, in a process of its own or in several under torchrun."""
+    start = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                                     f"--nproc_per_node={processes}"]
+    flags = {"iters": config.iters, "dtype": config.dtype, "json": True} | asdict(size)
+    done = subprocess.run([*start, "-m", "tools.bench", *(f"--{name}={value}" for name, value in flags.items())],
+                          capture_output=True, text=True)
+    common.require(done.returncode == 0, f"tools.bench failed for {size}: {done.stderr.strip()[-300:]}")
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+
+
+def expected(size):
+    """{stage: FLOPs} of an iteration."""
+    flops = {stage: sum(piece.flops for piece in pieces) for stage, pieces in bench.work(size, "shared", 4).items()}
+    return flops | {"iter": sum(flops.values())}
+
+
+def slope(x, y):
+    """The exponent of a power law through the points, by least squares in logarithms."""
+    return float(np.polyfit(np.log(x), np.log(y), 1)[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# on paper
+
+# What is taken for granted of a GPU and its network. Rates are shares of the data sheet of an H100 SXM.
+ASSUMED = {
+    "rate": 0.45 * 989e12,      # FLOP/s in bfloat16
+    "bandwidth": 0.7 * 3.35e12,  # bytes/s of its memory
+    "launches": 15 * 5e-6,      # seconds per layer and decoding step: 15 kernels, none hidden
+    "inside": 0.8 * 450e9,      # bytes/s and direction between the 8 GPUs of a node
+    "between": 0.8 * 50e9,      # bytes/s and direction of each GPU's share of the network between nodes
+    "hop": 20e-6,               # seconds for each of the 2 log2(n) hops of an all-reduce
+}
+
+
+def all_reduce_seconds(n_bytes, gpus, node=8):
+    """Reduce-scatter inside each node, all-reduce of the shards between nodes, all-gather inside; nothing overlaps."""
+    inside, nodes = min(gpus, node), max(1, gpus // node)
+    return (2 * n_bytes * (inside - 1) / inside / ASSUMED["inside"]
+            + 2 * n_bytes / inside * (nodes - 1) / nodes / ASSUMED["between"] + 2 * np.log2(gpus) * ASSUMED["hop"])
+
+
+def on_paper(size, gpus):
+    """{stage: seconds} of one iteration where each GPU holds the whole model and works on a batch of `size`, and
+    float32 gradients are averaged at each optimizer step."""
+    pieces = bench.work(size, "shared", 2)
+    seconds = {stage: bench.floor_seconds(part, ASSUMED["rate"], lambda working_set: ASSUMED["bandwidth"])
+               for stage, part in pieces.items()}
+    seconds["rollout"] += ASSUMED["launches"] * size.n_layer * size.response_len
+    seconds["all-reduce"] = size.epochs * size.minibatches * float(all_reduce_seconds(4 * bench.n_params(size), gpus))
+    return seconds
+
+
+def print_paper():
+    """GPT-2 XL, as the batch grows with the GPUs and as it stays; efficiency is tokens/s per GPU against 8 GPUs."""
+    names = ("rollout", "score", "update", "all-reduce")
+    print("computed, not measured: GPT-2 XL, prompt 64, response 128, 4 epochs x 4 minibatches, data parallel\n"
+          "assumed: " + ", ".join(f"{name} {value:.3g}" for name, value in ASSUMED.items()) + "\n")
+    print("| responses | GPUs | each | " + " | ".join(names) + " | iteration, s | response tokens/s | efficiency |")
+    print("|" + "---|" * 10)
+    for batches in ((512, 4096, 65536), (4096, 4096, 4096)):
+        speeds = []  # of a GPU
+        for batch, gpus in zip(batches, (8, 64, 1024)):
+            seconds = on_paper(bench.Size(*bench.GPT2_FAMILY["gpt2-xl"], 50257, batch // gpus, 64, 128), gpus)
+            total = sum(seconds.values())
+            speeds.append(batch * 128 / total / gpus)
+            print(f"| {batch:,} | {gpus:,} | {batch // gpus} | " + " | ".join(f"{seconds[name]:.2f}" for name in names)
+                  + f" | {total:.2f} | {speeds[-1] * gpus:,.0f} | {speeds[-1] / speeds[0]:.0%} |")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# showing
+
+def draw(results, save):
+    plt = import_pyplot()
+    figure, axes = plt.subplots(1, len(results), figsize=(4.5 * len(results), 4), constrained_layout=True,
+                                squeeze=False)
+    titles = {"n_embd": "width", "batch_size": "responses per rollout", "response_len": "tokens per response",
+              "processes": "processes"}
+    for axis, (name, result) in zip(axes[0], results.items()):
+        for n, stage in enumerate(STAGES):
+            axis.plot(result["x"], result["seconds"][stage], f"C{n}o-", markersize=4,
+                      label=f"{'whole iteration' if stage == 'iter' else stage} {result['slope'][stage]:.2f}"
+                      + (f" ({result['expected'][stage]:.2f})" if result["expected"] else ""))
+            if result["expected"]:
+                flops = np.array(result["flops"][stage])
+                axis.plot(result["x"], flops / flops[-1] * result["seconds"][stage][-1], f"C{n}:", linewidth=1)
+        axis.set(xscale="log", yscale="log", xlabel=titles[name])
+        axis.set_xticks(result["x"], [str(x) for x in result["x"]], minor=False)
+        axis.minorticks_off()
+        axis.grid(alpha=0.3, which="both")
+        axis.legend(fontsize=8, title="exponent, measured (expected)", title_fontsize=8)
+    axes[0, 0].set_ylabel("seconds; dotted: FLOPs, through the last point")
+    figure.savefig(f"{save}.png", dpi=90)
+    plt.close(figure)
+
+
+def main(config):
+    common.check_domains(config)
+    if config.paper:
+        return print_paper()
+    import_pyplot()  # a missing matplotlib is said before the runs, not after
+    began, results, line = time.time(), {}, {}
+    sweeps = {name: [(x, replace(START, **{name: x}), 1) for x in xs] for name, xs in SWEEPS.items()}
+    if config.processes:
+        sweeps["processes"] = [(int(n), START, int(n)) for n in config.processes.split(",")]
+    print("| grows | stage | seconds | exponent measured | expected from FLOPs |\n|---|---|---|---|---|", flush=True)
+    for name, points in sweeps.items():
+        lines = [run_bench(config, size, processes) for _, size, processes in points]
+        x, line = [x for x, _, _ in points], lines[-1]
+        seconds = {stage: [line[f"sec_{stage}"] for line in lines] for stage in STAGES}
+        flops = {stage: [expected(size)[stage] for _, size, _ in points] for stage in STAGES}
+        results[name] = {"x": x, "seconds": seconds, "flops": flops,
+                         "slope": {stage: slope(x, seconds[stage]) for stage in STAGES},
+                         # the work is the same for any number of processes
+                         "expected": None if name == "processes" else
+                         {stage: slope(x, flops[stage]) for stage in STAGES}}
+        for stage in STAGES:
+            ahead = results[name]["expected"]
+            print(f"| {name} {x[0]} to {x[-1]} | {stage} | {seconds[stage][0]:.3f} to {seconds[stage][-1]:.3f} | "
+                  f"{results[name]['slope'][stage]:.2f} | {f'{ahead[stage]:.2f}' if ahead else ''} |", flush=True)
+    made_by = {"device": line["device"], "commit": common.header(bench.Config(), "scaling")["commit"]}
+    Path(f"{config.save}.json").write_text(json.dumps({"config": asdict(config), "start": asdict(START), **made_by,
+                                                       "sweeps": results}) + "\n")
+    draw(results, config.save)
+    print(f"\nwrote {config.save}.png and .json; {(time.time() - began) / 60:.0f} minutes on {line['device']}")
+
+
+if __name__ == "__main__":
+    common.main(main, Config, __doc__)

@@ -1,0 +1,474 @@
+"""
+How long one PPO iteration takes, stage by stage, and how long it would take at the speed that this machine has.
+
+    python -m tools.bench                                  the tiny preset, as a table
+    python -m tools.bench --preset=small --dtype=bfloat16  bfloat16 autocast
+    python -m tools.bench --preset=gpt2 --json             one line of JSON
+    python -m tools.bench --profile=trace.json.gz          a torch.profiler trace of one iteration, for ui.perfetto.dev
+    python -m tools.bench --estimate                       memory of GPT-2 small to XL, computed and not measured
+
+The loop is train_ppo.train itself, on random weights whose EOS is all but impossible, so that each response has its
+full length. The floor is what the same work needs at the matrix rate and the bandwidth measured in this process, if
+nothing else took any time: per stage, and in the rollout per decoding step, the larger of FLOPs / rate and
+bytes / bandwidth. Work is counted as train_ppo.py clocks it: the reward model's pass belongs to the rollout.
+
+tokens/s are response tokens of a rollout over the stage's seconds, however often the stage passes over them. MFU is
+the FLOPs of `work` over seconds over the measured matrix rate. Where nothing else is said, times are medians.
+"""
+
+import base64
+import contextlib
+import io
+import itertools
+import json
+import platform
+import re
+import resource
+import string
+import sys
+import tempfile
+import time
+import weakref
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import ClassVar, NamedTuple, Optional
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import common
+import data
+import train_ppo
+from checkpoint import load_checkpoint, save_checkpoint
+from model import GPT, GPTConfig
+from reward_model import RewardModel
+from rollout import score_response, score_values
+
+
+@dataclass
+class Size:
+    """The work of an iteration."""
+    n_layer: int
+    n_head: int
+    n_embd: int
+    vocab_size: int
+    batch_size: int
+    prompt_len: int
+    response_len: int
+    epochs: int = 4
+    minibatches: int = 4
+
+    @property
+    def model(self):
+        return GPTConfig(block_size=self.prompt_len + self.response_len, vocab_size=self.vocab_size,
+                         n_layer=self.n_layer, n_head=self.n_head, n_embd=self.n_embd)
+
+
+PRESETS = {"tiny": Size(4, 4, 128, 512, 256, 16, 32), "small": Size(6, 6, 384, 8192, 64, 64, 64),
+           "gpt2": Size(12, 12, 768, 50257, 8, 64, 32, 1, 1)}
+ON_GPU = {"gpt2": Size(12, 12, 768, 50257, 512, 64, 128)}
+GPT2_FAMILY = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280),
+               "gpt2-xl": (48, 25, 1600)}
+
+
+@dataclass
+class Config:
+    preset: str = "tiny"                # tiny, small or gpt2; the flags from n_layer on change a preset
+    device: str = "auto"                # auto (cuda if there is one), cpu or cuda
+    dtype: str = "auto"                 # auto (bfloat16 on cuda, float32 on cpu), float32 or bfloat16 (autocast)
+    compile: bool = False               # torch.compile the training passes; give it more warm-up
+    critic: str = "shared"              # shared with the policy's trunk, or separate
+    iters: int = 5                      # iterations that the medians are over
+    warmup: int = 1                     # iterations before those
+    json: bool = False                  # one line of JSON instead of the table
+    profile: Optional[str] = None       # write a trace of one more iteration here, .json or .json.gz
+    estimate: bool = False              # compute the memory of GPT-2 small to XL at batch 64, prompt 64, response 128
+    n_layer: Optional[int] = None       # layers
+    n_head: Optional[int] = None        # attention heads
+    n_embd: Optional[int] = None        # width
+    vocab_size: Optional[int] = None    # token ids, 258 or more: all bytes, EOS, and words for the prompts
+    batch_size: Optional[int] = None    # responses per rollout
+    prompt_len: Optional[int] = None    # tokens in each prompt
+    response_len: Optional[int] = None  # tokens in each response
+    epochs: Optional[int] = None        # passes over a rollout
+    minibatches: Optional[int] = None   # optimizer steps per epoch
+    micro_batch_size: Optional[int] = None  # responses per forward pass; default: as train_ppo.py chooses
+
+    DOMAINS: ClassVar[dict] = {name: domain for name, domain in train_ppo.Config.DOMAINS.items() if name in (
+        "device", "dtype", "critic", "n_layer", "n_head", "n_embd", "batch_size", "epochs", "minibatches",
+        "micro_batch_size")} | {"preset": tuple(PRESETS), "iters": "[1, inf)", "warmup": "[0, inf)",
+                                "vocab_size": "[258, inf)", "prompt_len": "[1, inf)", "response_len": "[1, inf)"}
+
+    def size(self):
+        preset = ON_GPU.get(self.preset) if common.pick_device(self).type == "cuda" else None
+        preset = asdict(preset or PRESETS[self.preset])
+        size = Size(**preset | {name: getattr(self, name) for name in preset if getattr(self, name) is not None})
+        common.require(size.n_embd % size.n_head == 0, f"--n_embd={size.n_embd} must be a multiple of "
+                                                       f"--n_head={size.n_head}")
+        return size
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# running train_ppo.train
+
+def write_inputs(folder, size):
+    """tokens.tiktoken, prompts.jsonl, sft.pt and rm.pt in `folder`: all that train_ppo.py needs for this size."""
+    letters = itertools.product(string.ascii_lowercase, repeat=4)
+    words = [" " + "".join(next(letters)) for _ in range(size.vocab_size - 257)]  # each is one token: bytes, words, EOS
+    ranks = [bytes([byte]) for byte in range(256)] + [word.encode() for word in words]
+    (folder / "tokens.tiktoken").write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n"
+                                                    for rank, token in enumerate(ranks)))
+    chosen = np.random.default_rng(0).integers(0, len(words), (2 * size.batch_size + 20, size.prompt_len))
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": "".join(words[i] for i in row)}) + "\n"
+                                                  for row in chosen))
+
+    torch.manual_seed(0)
+    policy = GPT(size.model)
+    with torch.no_grad():
+        # A LayerNorm's output sums to 0 before its bias. With a bias of 1 everywhere it sums to C, and this embedding
+        # turns the sum into an EOS logit of -30 in every state: responses have their full length.
+        policy.trunk.ln_f.bias.fill_(1.0)
+        policy.trunk.wte.weight[-1] = -30.0 / size.n_embd
+    _, tokenizer = data.run_tokenizer(str(folder / "tokens.tiktoken"), None)
+    fields = {"model_config": asdict(size.model), "tokenizer": tokenizer, "finished": True}
+    save_checkpoint(folder / "sft.pt", fields | {"stage": "sft", "model": policy.state_dict()})
+    save_checkpoint(folder / "rm.pt", fields | {
+        "stage": "rm", "model": RewardModel.from_policy(policy).state_dict(),
+        "flags": {"max_new_tokens": size.response_len, "temperature": 1.0},
+        "sources": {"sft": load_checkpoint(folder / "sft.pt", "sft")["sha256"]}})
+
+
+def train_config(folder, size, **flags):
+    """The flags of train_ppo.py for this size, with everything that is not PPO put off beyond the end of the run."""
+    return train_ppo.Config(**{
+        "data": str(folder / "prompts.jsonl"), "init_from": str(folder / "sft.pt"), "rm": str(folder / "rm.pt"),
+        "out_dir": str(folder), "batch_size": size.batch_size, "max_new_tokens": size.response_len, "lr": 1e-6,
+        "epochs": size.epochs, "minibatches": size.minibatches, "max_iters": 10**6, "save_interval": 10**6,
+        "sample_interval": 10**6, "log_interval": 10**6} | flags)
+
+
+class Enough(Exception):
+    """Raised in the loop after the last iteration that is wanted."""
+
+
+def run_iterations(config, after):
+    """Runs train_ppo.train(config), whose loop calls after(row) with each iteration's row of metrics.jsonl, until that
+    raises Enough. The time that `after` takes is in no row. What the run prints is shown only if it fails."""
+    class Metrics(common.Metrics):
+        def write(self, *args, **kwargs):
+            row = super().write(*args, **kwargs)
+            after(row)
+            self.last = time.time()
+            return row
+
+    metrics, screen = common.Metrics, io.StringIO()
+    common.Metrics = Metrics
+    try:
+        with contextlib.redirect_stdout(screen):
+            train_ppo.train(config)
+    except Enough:
+        pass
+    except RuntimeError:
+        print(screen.getvalue())
+        raise
+    finally:
+        common.Metrics = metrics
+
+
+def peak_memory(device):
+    """Bytes: the allocator's on a GPU; on a CPU the whole process's, which never falls."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+
+
+def measure(config, size):
+    """(rows of metrics.jsonl of the timed iterations, peak memory in bytes, the text of --profile's summary)."""
+    device, rows, profiler, summary = common.pick_device(config), [], None, ""
+
+    def after(row):
+        nonlocal profiler, summary
+        if profiler:
+            profiler.stop()
+            profiler.export_chrome_trace(config.profile)
+            order = f"self_{device.type}_time_total".replace("self_cuda", "self_device")
+            summary = profiler.key_averages().table(sort_by=order, row_limit=12, max_name_column_width=40)
+            raise Enough
+        rows.append(row)
+        if len(rows) == config.warmup + config.iters:
+            if not config.profile:
+                raise Enough
+            profiler = torch.profiler.profile()
+            profiler.start()
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_inputs(Path(folder), size)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        run_iterations(train_config(Path(folder), size, device=config.device, dtype=config.dtype,
+                                    compile=config.compile, critic=config.critic,
+                                    micro_batch_size=config.micro_batch_size), after)
+    return rows[config.warmup:], peak_memory(device), summary
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ceilings of the machine
+
+def fastest(function, device, seconds=0.3):
+    """Seconds of the fastest of many calls, each long enough to be timed."""
+    def timed(calls):
+        clock = common.Clock(device)
+        for _ in range(calls):
+            function()
+        return clock.lap()
+
+    timed(2)
+    calls = max(1, int(5e-3 / timed(3) * 3))
+    best, until = float("inf"), time.perf_counter() + seconds
+    while best == float("inf") or time.perf_counter() < until:
+        best = min(best, timed(calls) / calls)
+    return best
+
+
+def matrix_rate(size, rows, dtype, device):
+    """(FLOP/s, the setting it was reached at): the fastest product that a pass over `rows` sequences has. float32 is
+    tried with each library that torch.set_float32_matmul_precision leads to, if the result there is float32's."""
+    C, tokens = size.n_embd, rows * (size.prompt_len + size.response_len)
+    shapes = [(tokens, C, 3 * C), (tokens, C, 4 * C), (tokens, 4 * C, C),
+              (rows * size.response_len, C, size.vocab_size)]
+    settings = ("highest", "medium") if device.type == "cpu" else ("high",)
+    before, best = torch.get_float32_matmul_precision(), (0.0, "")
+    try:
+        for setting in settings if dtype == torch.float32 else (before,):
+            torch.set_float32_matmul_precision(setting)
+            for m, k, n in shapes:
+                x, w = (torch.randn(shape, device=device).to(dtype) for shape in ((m, k), (n, k)))
+                error = (F.linear(x[:8], w).double() - F.linear(x[:8].double(), w.double())).norm() / (8 * n * k) ** 0.5
+                if device.type == "cuda" or dtype != torch.float32 or error < 1e-5:
+                    rate = 2 * m * k * n / fastest(lambda: F.linear(x, w), device)
+                    best = max(best, (rate, setting if dtype == torch.float32 else "autocast"))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    return best
+
+
+def bandwidth(n_bytes, device):
+    """bytes/s of reading (a sum) or of copying, whichever is faster, in a working set of this size, 1 GB at most.
+    A small one lives in the processor's cache."""
+    x = torch.zeros(int(min(n_bytes, 1e9)) // 8 * 2, device=device)
+    half = x.numel() // 2
+    read = fastest(x.sum, device)
+    copy = fastest(lambda: x[:half].copy_(x[half:]), device)
+    return x.numel() * 4 / min(read, copy)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the work, and the least time that it can take
+
+class Piece(NamedTuple):
+    """Work that cannot overlap with other pieces."""
+    flops: float
+    bytes: float = 0.0
+    working_set: float = 0.0  # bytes that it goes round in
+
+
+def n_params(size):
+    C, L = size.n_embd, size.n_layer
+    return (size.vocab_size + size.model.block_size) * C + L * (12 * C * C + 13 * C) + 2 * C + C + 1
+
+
+def forward_flops(size, tokens, pairs, logits):
+    """FLOPs of a forward pass over `tokens`, in which attention looks at `pairs` of positions and the policy head is
+    asked at `logits` positions. Matrix products only, 2 FLOPs for each multiplication and addition."""
+    C, L = size.n_embd, size.n_layer
+    return 24 * L * C * C * tokens + 4 * L * C * pairs + 2 * C * size.vocab_size * logits
+
+
+def work(size, critic, width):
+    """{stage: [Piece]} of one iteration. `width` is the bytes of a number in the products: 4 or 2."""
+    B, P, R, C = size.batch_size, size.prompt_len, size.response_len, size.n_embd
+    T, critics = P + R, int(critic == "separate")
+    weights = width * (12 * size.n_layer * C * C + size.vocab_size * C)
+    kv = width * 2 * size.n_layer * C * B  # per position
+    trunk = forward_flops(size, B * T, B * T * (T + 1) / 2, 0)
+    scored = forward_flops(size, B * T, B * T * (T + 1) / 2, B * R)
+    prefill = Piece(forward_flops(size, B * P, B * P * (P + 1) / 2, B), weights, weights)
+    decode = [Piece(forward_flops(size, B, B * (P + t), B), weights + kv * (P + t), weights + kv * T)
+              for t in range(1, R)]
+    trained = n_params(size) * (1 + critics)
+    adamw = Piece(0, 28 * trained, 16 * trained)  # float32: reads weight, gradient and two moments, writes three
+    return {"rollout": [prefill, *decode, Piece(trunk)],
+            "score": [Piece(2 * scored + critics * trunk)],
+            "update": [Piece(3 * size.epochs * (scored + critics * trunk))]
+            + [adamw] * (size.epochs * size.minibatches)}
+
+
+def floor_seconds(pieces, rate, bandwidth_at):
+    """The least time for the pieces at `rate` FLOP/s and bandwidth_at(working_set) bytes/s."""
+    return sum(max(piece.flops / rate, piece.bytes / bandwidth_at(piece.working_set) if piece.bytes else 0.0)
+               for piece in pieces)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# memory, computed
+
+class LiveBytes(TorchDispatchMode):
+    """While it is on: `peak`, the most bytes that tensors made by operations held at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak = {}, 0  # {id of a storage: its bytes}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        given, made = ([x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+                       for tree in ((args, kwargs), out))
+        for storage in made:
+            if id(storage) not in self.live and not any(storage is other for other in given):  # else a view
+                self.live[id(storage)] = storage.nbytes()
+                weakref.finalize(storage, self.live.pop, id(storage))
+        self.peak = max(self.peak, sum(self.live.values()))
+        return out
+
+
+def pass_bytes(size, rows, bf16, critic=False):
+    """The most that a training pass over `rows` responses holds beyond weights and gradients, forward and backward, as
+    the allocations of score_response itself add up on fake tensors, which take no memory."""
+    with FakeTensorMode():
+        model, live = GPT(size.model).eval(), LiveBytes()
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        tokens = torch.zeros(rows, size.prompt_len + size.response_len, dtype=torch.long)
+        lens = torch.full((rows,), size.prompt_len)
+        with live:
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+                logprobs, values, entropy = score_response(model, tokens, lens, size.response_len)
+                if critic:
+                    values = score_values(model, tokens, lens, size.response_len)
+            (logprobs.sum() + values.sum() + entropy.sum()).backward()
+        return live.peak
+
+
+def estimate(size, critic, micro, bf16):
+    """{what: bytes} of a run, all of it on one device at the same time, except that the peak of the rollout and that of
+    the update exclude each other: the larger one counts."""
+    N, T = n_params(size), size.prompt_len + size.response_len
+    trained = 1 + int(critic == "separate")
+    kv = 2 * size.n_layer * size.n_embd * T * size.batch_size * (2 if bf16 else 4)
+    parts = {"weights": 4 * N * trained, "gradients": 4 * N * trained, "AdamW": 8 * N * trained,
+             "reference": 4 * N, "reward model": 4 * N}
+    return parts | {"KV cache": kv, "training pass": pass_bytes(size, micro, bf16, critic == "separate")}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# showing
+
+def machine(device):
+    """What the numbers are of."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    name = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return f"{name[1] if name else platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def bench(config):
+    """Runs and measures: everything that the table and the JSON line show, as a dict."""
+    common.check_domains(config)
+    size, device = config.size(), common.pick_device(config)
+    rows, peak, summary = measure(config, size)  # before the ceilings, whose buffers would count as memory
+    bf16 = config.dtype == "bfloat16" or config.dtype == "auto" and device.type == "cuda"
+    micro = common.micro_batch_size(size.batch_size // size.minibatches, config.micro_batch_size,
+                                    size.response_len * size.vocab_size)
+    rate, setting = matrix_rate(size, micro, torch.bfloat16 if bf16 else torch.float32, device)
+    bandwidths = {}
+
+    def bandwidth_at(working_set):
+        if working_set not in bandwidths:
+            bandwidths[working_set] = bandwidth(working_set, device)
+        return bandwidths[working_set]
+
+    seconds = {stage: median(row[f"sec_{stage}"] for row in rows) for stage in ("rollout", "score", "update")}
+    seconds["iter"] = median(row["seconds"] for row in rows)
+    pieces = work(size, config.critic, 2 if bf16 else 4)
+    floors = {stage: floor_seconds(part, rate, bandwidth_at) for stage, part in pieces.items()}
+    floors["iter"] = sum(floors.values())
+    flops = sum(piece.flops for part in pieces.values() for piece in part)
+    tokens = median(row["response_len"] for row in rows) * size.batch_size
+    return {"size": size, "device": device, "dtype": "bfloat16" if bf16 else "float32", "rows": rows, "tokens": tokens,
+            "rate": rate, "setting": setting, "bandwidths": bandwidths, "seconds": seconds, "floors": floors,
+            "mfu": flops / seconds["iter"] / rate, "peak": peak, "summary": summary}
+
+
+def json_line(config, result):
+    seconds = {f"sec_{name}": round(value, 4) for name, value in result["seconds"].items()}
+    return json.dumps({"preset": config.preset, "device": machine(result["device"]), "dtype": result["dtype"],
+                       **seconds, "floor_sec": round(result["floors"]["iter"], 4),
+                       "tokens_per_s": round(result["tokens"] / result["seconds"]["iter"], 1),
+                       "mfu": round(result["mfu"], 4), "peak_memory_gb": round(result["peak"] / 1e9, 3)})
+
+
+def print_table(config, result):
+    size, device, seconds, floors = (result[name] for name in ("size", "device", "seconds", "floors"))
+    header = common.header(config, "bench")
+    print(f"{config.preset}: {size.n_layer} layers, {size.n_head} heads, {size.n_embd} wide, {size.vocab_size:,} ids; "
+          f"{size.batch_size} responses, prompt {size.prompt_len}, response {size.response_len}; {size.epochs} epochs "
+          f"x {size.minibatches} minibatches; {config.critic} critic")
+    print(f"{machine(device)}, {result['dtype']}, torch {header['torch']}, commit {header['commit']}, "
+          f"{time.strftime('%Y-%m-%d')}; medians of {config.iters} iterations after {config.warmup}, mean response "
+          f"{result['tokens'] / size.batch_size:.1f} tokens")
+    speeds = [f"{speed / 1e9:.0f} GB/s in {n / 1e6:,.0f} MB" for n, speed in sorted(result["bandwidths"].items())]
+    print(f"ceilings: {result['rate'] / 1e9:,.0f} GFLOP/s {result['dtype']} ({result['setting']}), {', '.join(speeds)}")
+    print(f"\n{'stage':<10}{'seconds':>9}{'lowest':>9}{'highest':>9}{'tokens/s':>10}{'floor':>9}{'ratio':>7}")
+    for stage, name in (("rollout", "sec_rollout"), ("score", "sec_score"), ("update", "sec_update"),
+                        ("iter", "seconds")):
+        values = [row[name] for row in result["rows"]]
+        print(f"{stage:<10}{seconds[stage]:>9.3f}{min(values):>9.3f}{max(values):>9.3f}"
+              f"{result['tokens'] / seconds[stage]:>10,.0f}{floors[stage]:>9.3f}{seconds[stage] / floors[stage]:>7.2f}")
+    print(f"\nMFU {result['mfu']:.1%} of the measured rate, peak memory {result['peak'] / 1e9:.2f} GB"
+          + (" of the whole process" if device.type == "cpu" else ""))
+
+
+def print_estimate(config):
+    """The memory of the GPT-2 family; --dtype=auto is what a GPU would use."""
+    flags = {"batch_size": 64, "prompt_len": 64, "response_len": 128, "minibatches": 4, "vocab_size": 50257}
+    flags |= {name: getattr(config, name) for name in flags if getattr(config, name) is not None}
+    bf16, GB = config.dtype != "float32", 1e9
+    sizes = {name: Size(*shape, **flags) for name, shape in GPT2_FAMILY.items()}
+    first = sizes["gpt2"]
+    micro = common.micro_batch_size(first.batch_size // first.minibatches, config.micro_batch_size,
+                                    first.response_len * first.vocab_size)
+    print(f"computed from allocations, not measured: batch {first.batch_size}, prompt {first.prompt_len}, response "
+          f"{first.response_len}, {micro} responses per forward pass, {'bfloat16 autocast' if bf16 else 'float32'}; "
+          "GB\n")
+    for n, (name, size) in enumerate(sizes.items()):
+        for critic in ("shared", "separate"):
+            parts = estimate(size, critic, micro, bf16)
+            total = sum(parts.values()) - min(parts["KV cache"], parts["training pass"])
+            if n == 0 and critic == "shared":
+                print(f"{'model':<13}{'parameters':>14}  {'critic':<10}" + "".join(f"{part:>15}" for part in parts)
+                      + f"{'peak':>8}")
+            print(f"{name:<13}{n_params(size):>14,}  {critic:<10}" + "".join(f"{part / GB:>15.2f}" for part in
+                  parts.values()) + f"{total / GB:>8.1f}")
+
+
+def main(config):
+    common.check_domains(config)
+    if config.estimate:
+        return print_estimate(config)
+    result = bench(config)
+    if config.json:
+        print(json_line(config, result))
+    else:
+        print_table(config, result)
+    if config.profile:
+        print(f"{result['summary']}\nwrote {config.profile}", file=sys.stderr if config.json else sys.stdout)
+
+
+if __name__ == "__main__":
+    common.main(main, Config, __doc__, data.DataError)

@@ -460,7 +460,9 @@ def inspect(options):
         found = [token[name] for view in views for response in view["responses"] for token in response["tokens"]
                  if token.get(name) is not None]
         if found:
-            limit = max(0.01, *(abs(distance(x, neutral)) for x in found))
+            # Full colour where one number in ten is; one outlier would leave all others pale.
+            distances = sorted(abs(distance(x, neutral)) for x in found)
+            limit = max(0.01, distances[int(0.9 * len(distances))])
             quantities.append({"name": name, "label": label, "short": short, "about": about, "neutral": neutral,
                                "limit": float(f"{limit:.2g}")})
     return {"quantities": quantities, "views": views}

@@ -166,7 +166,7 @@ def test_the_value_by_sampling_is_the_expected_reward_to_go(stages, tmp_path):
     p, to_go = every["logprob"][:, 0].exp(), every["reward_to_go"][:, 0]
     mean = (p * to_go).sum().item()
     std = ((p * (to_go - mean) ** 2).sum() / n).sqrt().item()
-    value, error = inspect_rollout.sampled_values(side, [(prompt, response)], n, seed=0)[tuple(prompt), ()]
+    (value, error), = inspect_rollout.sampled_values(side, [(prompt, response)], n, seed=0).values()
     assert value == pytest.approx(mean, abs=4 * std) and error == pytest.approx(std, rel=0.2)
     assert abs(mean) > 8 * std
 
@@ -203,7 +203,7 @@ def test_rows_of_a_file_are_shown_as_they_stand_and_prompts_without_a_response_a
     responses = look(trained, data=str(tmp_path / "rows.jsonl"), n=2)["responses"]
     assert [r["origin"] for r in responses] == ["sampled from ppo.pt"] * 2 + ["given"] * 3
     assert [token["say"] for token in responses[2]["prompt"] + responses[2]["tokens"]] == ["end of text"] * 2
-    (tmp_path / "rows.jsonl").write_text(json.dumps(rows[1]) * 0 + "\n".join([json.dumps(rows[1])] * 70))
+    (tmp_path / "rows.jsonl").write_text("\n".join([json.dumps(rows[1])] * 70))
     assert len(look(trained, data=str(tmp_path / "rows.jsonl"))["responses"]) == 64
     assert "has 70 rows, and the first 64 are shown" in capsys.readouterr().out
 
@@ -278,6 +278,7 @@ def test_a_page_needs_no_other_file_and_no_text_of_a_model_can_end_its_data(trai
     ({"n": 0}, "--n=0 must lie in"),
     ({"data": "nowhere.jsonl", "prompt": None, "response": None}, "nowhere.jsonl: No such file"),
     ({"rm": "nowhere.pt"}, "nowhere.pt is not there"),
+    ({"init_from": "nowhere.pt"}, "nowhere.pt is not there"),
 ], ids=str)
 def test_bad_input_is_refused_in_a_sentence_before_anything_is_written(flags, says, trained, tmp_path):
     with pytest.raises(ValueError, match=re.escape(says)):
@@ -292,6 +293,8 @@ def test_a_reference_or_reward_model_of_another_run_is_refused_and_so_is_a_group
     with pytest.raises(common.UserError, match="was not trained with .*sft.pt: name the file .* by --init_from"):
         write(tmp_path)
     write(tmp_path, init_from=str(trained / "sft.pt"), updates=1, save=str(tmp_path / "page.html"))
+    with pytest.raises(common.UserError, match="an sft.pt is its own"):
+        write(tmp_path, checkpoint=str(tmp_path / "sft.pt"), init_from=str(trained / "sft.pt"))
     run_ppo(stages, tmp_path / "group", advantage="group", samples_per_prompt=4)
     with pytest.raises(common.UserError, match="there is nothing to see by token"):
         write(tmp_path / "group")
@@ -535,9 +538,9 @@ def test_a_page_of_many_tokens_is_drawn_in_full(chromium, trained, tmp_path):
 
 @pytest.mark.slow
 def test_for_shanghai_in_was_worth_more_than_expected_and_delicious_less(default_run, tmp_path):
-    """The derivation's example, under the SFT policy and then one rollout later. Without a critic it holds at once. With
-    the critic that PPO starts from, the reward model, "delicious" is below expectation, but so may "in" be: "Shanghai is"
-    scores like a finished answer. One rollout of training mends that."""
+    """The derivation's example. Under the SFT policy it holds for the advantage as the derivation defines it, which has no
+    critic. It need not hold for GAE at the first rollout, because the critic starts as the reward model, which judges
+    "Shanghai is" as if it ended there. One rollout of training mends that."""
     folder, _ = default_run
 
     def tokens(folder, name, **flags):
@@ -550,7 +553,6 @@ def test_for_shanghai_in_was_worth_more_than_expected_and_delicious_less(default
                                                  (" Shanghai is in China.", " Shanghai is delicious.")))
     right, nonsense = tokens(folder, "sft.pt", completions=1024)
     assert right["sampled_advantage"] > 0.2 and nonsense["sampled_advantage"] < -0.5
-    assert nonsense["whitened"] < 0 and nonsense["advantage"] < 0
 
     for name in ("sft.pt", "rm.pt"):
         shutil.copy(folder / name, tmp_path)

@@ -133,6 +133,7 @@ def load_sides(options):
     common.require(len({checkpoint["tokenizer"]["sha256"] for checkpoint in saved}) == 1, f"{options.checkpoint} and "
                    f"{options.after} have different tokenizers: compare checkpoints of one run")
     flags = next((checkpoint["flags"] for checkpoint in saved if checkpoint["stage"] == "ppo"), None)
+    common.require(flags or not options.init_from, "--init_from names the reference of a ppo.pt: an sft.pt is its own")
     names = [Path(path).name for path in paths]
     names = paths if len(set(names)) < len(names) else names
     return [load_side(path, name, checkpoint, flags, options) for path, name, checkpoint in zip(paths, names, saved)]
@@ -143,7 +144,7 @@ def load_side(path, name, saved, flags, options):
     folder, is_ppo = Path(path).parent, saved["stage"] == "ppo"
     own = {flag: saved["flags"][flag] for flag in ("data", "tokenizer", "seed", "skip_bad")}
     flags = saved["flags"] if is_ppo else flags or asdict(train_ppo.Config(**own))
-    reference = options.init_from or (flags["init_from"] or str(folder / "sft.pt") if is_ppo else path)
+    reference = (options.init_from or flags["init_from"] or str(folder / "sft.pt")) if is_ppo else path
     rm = (options.rm or flags["rm"] or str(folder / "rm.pt")) if flags["reward"] == "rm" else None
     config = train_ppo.Config(**flags | {"init_from": reference, "rm": rm, "device": options.device, "compile": False,
                                          "resume": False, "overwrite": False}).resolved()
@@ -268,16 +269,13 @@ def measure(side, rows, updated=None, before=None, after=None):
 def sampled_values(side, rows, completions, seed):
     """{(prompt, beginning of a response): (value, standard error)} for each beginning of each of rows: the mean
     reward-to-go of responses that the policy writes on from there, which is what a critic is to learn."""
-    found, longest = {}, max(len(response) for _, response in rows)
-    for t in range(longest):
-        states = list(dict.fromkeys((tuple(prompt), tuple(response[:t])) for prompt, response in rows if len(response) > t))
-        contexts = [list(prompt + begun) for prompt, begun in states for _ in range(completions)]
-        ends = sample(side, contexts, max(1, side.config.max_new_tokens - t), seed, "completions", t)
-        finished = [(list(prompt), list(begun) + end[1]) for (prompt, begun), end in
-                    zip([state for state in states for _ in range(completions)], ends)]
-        to_go = shaped(side, finished)["reward_to_go"][:, t].view(-1, completions)
-        errors = to_go.std(1, unbiased=True) / math.sqrt(completions)
-        found |= {state: pair for state, *pair in zip(states, to_go.mean(1).tolist(), errors.tolist())}
+    found = {}
+    states = [(tuple(prompt), tuple(response[:t])) for prompt, response in rows for t in range(len(response))]
+    for prompt, begun in dict.fromkeys(states):  # responses to one prompt share their first states
+        room, t = max(1, side.config.max_new_tokens - len(begun)), len(begun)
+        ends = sample(side, [list(prompt + begun)] * completions, room, seed, "completions", prompt, begun)
+        to_go = shaped(side, [(list(prompt), list(begun) + end) for _, end in ends])["reward_to_go"][:, t]
+        found[prompt, begun] = to_go.mean().item(), (to_go.std(unbiased=False) / math.sqrt(completions)).item()
     return found
 
 
@@ -318,6 +316,7 @@ def encode(side, rows):
     """[(prompt, responses)] as ids of [Row]. Raises UserError for one that the model cannot read."""
     asked, block_size = [], side.policy.config.block_size
     for row in rows:
+        common.require(not row.problem, f"--data: {row.problem} in the row that begins {row.prompt[:60]!r}: take it out")
         prompt = data.encode_prompt(side.encoding, row.prompt)
         responses = [data.encode_response(side.encoding, response) for response in row.responses]
         length = len(prompt) + max(side.config.max_new_tokens, *map(len, responses), 0)

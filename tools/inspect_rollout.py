@@ -428,8 +428,7 @@ def notes(side, n_tokens, n_batch, steps, options, error):
         found.append("The values are those of the run's critic.")
     elif side.reward_model:
         found.append("The critic starts as the reward model: its value is the score of the response if it ended before the "
-                     "token, which is no expectation yet. Where it differs from the value by sampling, it misleads the "
-                     "advantage.")
+                     "token, which is no expectation yet, so the advantages of the first rollout may mislead.")
     else:
         found.append("The critic has not been trained yet, so the values are 0.")
     found.append(f"The rewards add up to score{penalty}"

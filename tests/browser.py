@@ -16,7 +16,8 @@ class Browser:
 
     def __init__(self, profile):
         (ours_in, theirs_out), (theirs_in, ours_out) = os.pipe(), os.pipe()
-        # Chromium reads commands from its file 3 and writes to its file 4; far copies first, so neither overwrites the other.
+        # Chromium reads commands from its file 3 and writes to its file 4. Far copies first: neither may overwrite the
+        # other.
         far = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (theirs_in, theirs_out)]
         self.process = subprocess.Popen(
             [CHROMIUM, *QUIET, "--remote-debugging-pipe", f"--user-data-dir={profile}", "about:blank"],
@@ -66,7 +67,8 @@ class Browser:
 
     def press(self, key):
         for kind in ("keyDown", "keyUp"):
-            self("Input.dispatchKeyEvent", type=kind, key=key, **({"text": key} if kind == "keyDown" and len(key) == 1 else {}))
+            text = {"text": key} if kind == "keyDown" and len(key) == 1 else {}
+            self("Input.dispatchKeyEvent", type=kind, key=key, **text)
 
     def close(self):
         self.process.terminate()

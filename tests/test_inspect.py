@@ -3,7 +3,6 @@ Tests of tools/inspect_rollout.py: its numbers are those of the loop, whatever a
 harm, and the page works in a real browser, where there is one.
 """
 
-import base64
 import hashlib
 import io
 import json
@@ -71,9 +70,10 @@ def side_of(folder, name="ppo.pt", **flags):
 # ----------------------------------------------------------------------------------------------------------
 # the numbers
 
-@pytest.mark.parametrize("flags", [{}, {"critic": "shared"}, {"kl_in": "loss"}, {"objective": "reward_to_go", "minibatches": None,
-                                   "epochs": None}, {"gamma": 0.9, "lam": 0.5, "temperature": 0.7, "eos_penalty": 2.0}], ids=str)
-def test_the_numbers_of_the_next_rollout_are_those_that_train_ppo_computes_when_it_goes_on(flags, stages, tmp_path, monkeypatch):
+@pytest.mark.parametrize("flags", [
+    {}, {"critic": "shared"}, {"kl_in": "loss"}, {"objective": "reward_to_go", "minibatches": None, "epochs": None},
+    {"gamma": 0.9, "lam": 0.5, "temperature": 0.7, "eos_penalty": 2.0}], ids=str)
+def test_the_numbers_of_the_next_rollout_are_those_of_train_ppo_when_it_goes_on(flags, stages, tmp_path, monkeypatch):
     run_ppo(stages, tmp_path, **flags)
     side = side_of(tmp_path)
     numbers = measure(side, next_rollout(side))
@@ -98,8 +98,8 @@ def test_an_sft_checkpoint_is_seen_as_the_first_rollout_of_ppo_sees_it(stages, t
     row = run_ppo(stages, tmp_path, max_iters=1)
     side, _ = load_sides(Config(checkpoint=str(tmp_path / "sft.pt"), after=str(tmp_path / "ppo.pt"), device="cpu"))
     numbers = measure(side, next_rollout(side))
-    for name, mine in (("score", numbers["scores"].mean()), ("entropy", masked_mean(numbers["entropy"], numbers["mask"]))):
-        assert mine.item() == pytest.approx(row[name], abs=1e-5), name
+    assert numbers["scores"].mean().item() == pytest.approx(row["score"], abs=1e-5)
+    assert masked_mean(numbers["entropy"], numbers["mask"]).item() == pytest.approx(row["entropy"], abs=1e-5)
     # The critic is the reward model: its value is the score of what stands there so far.
     tokens, prompt_lens = numbers["tokens"], numbers["prompt_lens"]
     torch.testing.assert_close(numbers["value"][:, 0], side.reward_model(tokens, prompt_lens), rtol=0, atol=1e-5)
@@ -111,9 +111,9 @@ def test_an_sft_checkpoint_is_seen_as_the_first_rollout_of_ppo_sees_it(stages, t
 def test_the_ratio_is_of_the_policy_that_train_ppo_itself_makes_next(name, trained, tmp_path):
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     done = 2 if name == "ppo.pt" else 0
-    before, sides = contents_of(trained), load_sides(Config(checkpoint=str(trained / name), after=str(trained / "ppo.pt"),
-                                                            device="cpu"))
-    updated, steps = inspect_rollout.updated_policy(sides[0], 1)
+    before = contents_of(trained)
+    side, _ = load_sides(Config(checkpoint=str(trained / name), after=str(trained / "ppo.pt"), device="cpu"))
+    updated, steps = inspect_rollout.updated_policy(side, 1)
     assert contents_of(trained) == before and steps == 4
     train_ppo.train(train_ppo.Config(**RUN | {"out_dir": str(tmp_path), "max_iters": done + 1, "resume": done > 0,
                                               "overwrite": done == 0}))
@@ -124,8 +124,8 @@ def test_the_ratio_is_of_the_policy_that_train_ppo_itself_makes_next(name, train
     ratios = torch.tensor([token["ratio"] for token in response["tokens"]])
     side = side_of(trained)
     tokens = torch.tensor([[token["id"] for token in response["prompt"] + response["tokens"]]])
-    now, later = (score_response(policy, tokens, torch.tensor([len(response["prompt"])]), len(ratios))[0][0] for policy in
-                  (side.policy, inspect_rollout.updated_policy(side, 1)[0]))
+    now, later = (score_response(policy, tokens, torch.tensor([len(response["prompt"])]), len(ratios))[0][0]
+                  for policy in (side.policy, inspect_rollout.updated_policy(side, 1)[0]))
     torch.testing.assert_close(ratios, (later - now).exp(), rtol=1e-4, atol=0)
     assert (ratios - 1).abs().max() > 1e-3
 
@@ -179,8 +179,9 @@ def test_the_advantage_by_sampling_is_reward_plus_next_value_minus_value(trained
 
 
 def test_a_run_with_a_reward_function_is_scored_by_it(stages, tmp_path):
-    (tmp_path / "reward.py").write_text("def f(prompts, responses):\n    return [float(p == 'Where is Shanghai?') + len(r) "
-                                        "for p, r in zip(prompts, responses)]\n")
+    (tmp_path / "reward.py").write_text(
+        "def f(prompts, responses):\n"
+        "    return [float(p == 'Where is Shanghai?') + len(r) for p, r in zip(prompts, responses)]\n")
     run_ppo(stages, tmp_path / "run", reward=f"{tmp_path / 'reward.py'}:f")
     (tmp_path / "run" / "rm.pt").unlink()
     view = look(tmp_path / "run", prompt=SHANGHAI, response=" China.", updates=1, completions=2)
@@ -197,14 +198,17 @@ def test_the_default_page_has_heldout_questions_and_on_atlas_the_two_sentences_o
     assert [r["origin"] for r in responses] == ["sampled from ppo.pt", "given", "given"] + ["sampled from ppo.pt"] * 3
 
 
-def test_rows_of_a_file_are_shown_as_they_stand_and_prompts_without_a_response_are_answered_n_times(trained, tmp_path, capsys):
+def jsonl(folder, rows):
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder / "rows.jsonl")
+
+
+def test_rows_of_a_file_are_shown_and_prompts_without_a_response_are_answered_n_times(trained, tmp_path, capsys):
     rows = [{"prompt": SHANGHAI}, {"prompt": "", "response": ""}, {"prompt": "x", "chosen": " a", "rejected": " b"}]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    responses = look(trained, data=str(tmp_path / "rows.jsonl"), n=2)["responses"]
+    responses = look(trained, data=jsonl(tmp_path, rows), n=2)["responses"]
     assert [r["origin"] for r in responses] == ["sampled from ppo.pt"] * 2 + ["given"] * 3
     assert [token["say"] for token in responses[2]["prompt"] + responses[2]["tokens"]] == ["end of text"] * 2
-    (tmp_path / "rows.jsonl").write_text("\n".join([json.dumps(rows[1])] * 70))
-    assert len(look(trained, data=str(tmp_path / "rows.jsonl"))["responses"]) == 64
+    assert len(look(trained, data=jsonl(tmp_path, [rows[1]] * 70))["responses"]) == 64
     assert "has 70 rows, and the first 64 are shown" in capsys.readouterr().out
 
 
@@ -233,16 +237,17 @@ def test_what_cannot_be_seen_is_made_visible(raw, pieces):
 
 def test_a_screen_reader_hears_a_name_for_a_token_that_has_no_letters(trained):
     encoding = side_of(trained).encoding
-    say = {raw: inspect_rollout.describe_token(encoding, encoding.encode_single_token(raw))["say"] for raw in (b" ", b"\n", b" in")}
-    assert say == {b" ": "space", b"\n": "character 10", b" in": "in"}
+    said = [inspect_rollout.describe_token(encoding, encoding.encode_single_token(raw))["say"]
+            for raw in (b" ", b"\n", b" in")]
+    assert said == ["space", "character 10", "in"]
 
 
 # ----------------------------------------------------------------------------------------------------------
 # files, flags and the terminal
 
 def write(folder, **flags):
-    inspect_rollout.main(Config(**{"checkpoint": str(folder / "ppo.pt"), "device": "cpu", "updates": 0, "completions": 0,
-                                   "prompt": SHANGHAI, "response": " Shanghai is in China."} | flags))
+    inspect_rollout.main(Config(**{"checkpoint": str(folder / "ppo.pt"), "device": "cpu", "updates": 0,
+                                   "completions": 0, "prompt": SHANGHAI, "response": " Shanghai is in China."} | flags))
 
 
 def test_a_page_is_written_over_a_page_of_its_own_but_over_nothing_else(trained, tmp_path):
@@ -252,7 +257,7 @@ def test_a_page_is_written_over_a_page_of_its_own_but_over_nothing_else(trained,
     write(trained, save=str(path), response=" Shanghai is delicious.")
     assert path.read_bytes() != first
     path.write_text("my notes")
-    with pytest.raises(common.UserError, match="page.html is there and was not written by this tool: give another --save"):
+    with pytest.raises(common.UserError, match="page.html is there and was not written by this tool: give another"):
         write(trained, save=str(path))
     assert path.read_text() == "my notes"
     write(trained, save=str(path), overwrite=True)
@@ -288,8 +293,8 @@ def test_bad_input_is_refused_in_a_sentence_before_anything_is_written(flags, sa
 
 def test_a_reference_or_reward_model_of_another_run_is_refused_and_so_is_a_group_run(trained, stages, tmp_path):
     run_ppo(stages, tmp_path)
-    train_sft.train(train_sft.Config(out_dir=str(tmp_path), device="cpu", max_iters=2, batch_size=4, n_layer=1, n_head=2,
-                                     n_embd=32, block_size=128, overwrite=True))
+    train_sft.train(train_sft.Config(out_dir=str(tmp_path), device="cpu", max_iters=2, batch_size=4, n_layer=1,
+                                     n_head=2, n_embd=32, block_size=128, overwrite=True))
     with pytest.raises(common.UserError, match="was not trained with .*sft.pt: name the file .* by --init_from"):
         write(tmp_path)
     write(tmp_path, init_from=str(trained / "sft.pt"), updates=1, save=str(tmp_path / "page.html"))
@@ -303,7 +308,8 @@ def test_a_reference_or_reward_model_of_another_run_is_refused_and_so_is_a_group
 def test_the_terminal_shows_the_numbers_of_the_page_in_colour_only_where_colour_is_wanted(trained, capsys, monkeypatch):
     write(trained, text=True, updates=1, completions=4)
     plain = capsys.readouterr().out
-    tokens = look(trained, updates=1, completions=4, prompt=SHANGHAI, response=" Shanghai is in China.")["responses"][0]["tokens"]
+    view = look(trained, updates=1, completions=4, prompt=SHANGHAI, response=" Shanghai is in China.")
+    tokens = view["responses"][0]["tokens"]
     table = plain[plain.index("\ntoken "):].splitlines()[2:-1]
     assert len(table) == len(tokens) == 6
     for line, token in zip(table, tokens):
@@ -333,13 +339,12 @@ def test_the_terminal_shows_the_numbers_of_the_page_in_colour_only_where_colour_
 
 @pytest.fixture(scope="module")
 def page(trained, tmp_path_factory):
-    """The page of two checkpoints, with a response in which nothing is plain."""
+    """The page of two checkpoints: the derivation's two sentences, and answers of both to another question."""
     folder = tmp_path_factory.mktemp("page")
-    rows = [{"prompt": SHANGHAI, "response": " Shanghai is in China."}, {"prompt": SHANGHAI, "response": " Shanghai is delicious."},
-            {"prompt": "a\u202eb", "response": ' <b>é</b>\n</script><script>document.title="owned"</script>'}, {"prompt": "Where is Lima?"}]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:2] + rows[3:]))
+    rows = [{"prompt": SHANGHAI, "response": response} for response in inspect_rollout.SHANGHAI[1]]
     write(trained, checkpoint=str(trained / "sft.pt"), after=str(trained / "ppo.pt"), prompt=None, response=None,
-          data=str(folder / "rows.jsonl"), updates=1, completions=4, save=str(folder / "page.html"))
+          data=jsonl(folder, rows + [{"prompt": "Where is Lima?"}]), updates=1, completions=4,
+          save=str(folder / "page.html"))
     return folder / "page.html"
 
 
@@ -357,10 +362,10 @@ def browser(chromium, page):
     """A browser with the page, on a desktop in light mode."""
     show(chromium, page)
     yield chromium
-    trouble = [event for event in chromium.events if event["method"] in ("Runtime.exceptionThrown", "Log.entryAdded")
-               or event["method"] == "Runtime.consoleAPICalled" and event["params"]["type"] in ("error", "warning", "assert")]
-    asked = [event["params"]["request"]["url"] for event in chromium.events if event["method"] == "Network.requestWillBeSent"]
-    assert not trouble and asked == [page.as_uri()]  # no error, and not one request but for the file itself
+    trouble = ("Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled")
+    assert not [event for event in chromium.events if event["method"] in trouble]
+    asked = [event["params"] for event in chromium.events if event["method"] == "Network.requestWillBeSent"]
+    assert [params["request"]["url"] for params in asked] == [page.as_uri()]  # not one request but for the file itself
 
 
 def show(browser, page, width=1280, scheme="light"):
@@ -412,20 +417,22 @@ def test_hover_focus_and_tap_show_all_numbers_and_five_alternatives(browser):
     assert "No token is chosen yet" in browser.js(DETAILS)
     for token, act in ((1, "hover"), (2, "focus"), (3, "click")):
         if act == "hover":
-            box = browser.js(f"(r => [r.x + r.width / 2, r.y + r.height / 2])({TOKEN % (0, token)}.getBoundingClientRect())")
-            browser("Input.dispatchMouseEvent", type="mouseMoved", x=box[0], y=box[1])
+            box = browser.js(f"{TOKEN % (0, token)}.getBoundingClientRect().toJSON()")
+            browser("Input.dispatchMouseEvent", type="mouseMoved", x=box["left"] + 5, y=box["top"] + 5)
         else:
             browser.js(f"{TOKEN % (0, token)}.{act}()")
         about = browser.js(f"view.responses[0].tokens[{token}]")
         text = browser.js(DETAILS)
-        assert f"“{inspect_rollout.plain(about)}”" in text.replace("\n", "") and f"id {about['id']}, position {about['position']}" in text
+        assert f"“{inspect_rollout.plain(about)}”" in text.replace("\n", "")
+        assert f"id {about['id']}, position {about['position']}" in text
         for quantity in browser.js("quantities"):
             assert re.search(re.escape(quantity["label"]) + r"\s+" + re.escape(browser.js(
                 f"number({about[quantity['name']]}, byName['{quantity['name']}'], 3)")), text), quantity["label"]
         for other in about["top"]:
             assert re.search(re.escape(inspect_rollout.plain(other)) + rf"\s+{other['p']:.4f}", text)
         assert len(about["top"]) == 5
-        assert browser.js("[...document.querySelectorAll('.plot .mark[visibility=visible]')].map(m => m.dataset.token)") == [str(token)]
+        marks = browser.js("[...document.querySelectorAll('.mark[visibility=visible]')].map(m => m.dataset.token)")
+        assert marks == [str(token)]
 
 
 def test_arrow_keys_home_and_end_move_the_focus_and_tab_stops_once_in_each_response(browser):
@@ -437,25 +444,29 @@ def test_arrow_keys_home_and_end_move_the_focus_and_tab_stops_once_in_each_respo
         visited.append(browser.js(where))
     assert visited == ["0,1", "0,2", "1,2", "1,1", "1,4", "0,4", "0,0", "0,0", "0,0"]
     assert browser.js("getComputedStyle(document.activeElement).outlineStyle") == "solid"
-    assert browser.js("[...document.querySelectorAll('article')].every(a => a.querySelectorAll('.token[tabindex=\"0\"]').length === 1)")
+    assert browser.js("[...document.querySelectorAll('article')].every("
+                      "a => a.querySelectorAll('.token[tabindex=\"0\"]').length === 1)")
 
 
 def test_a_screen_reader_finds_names_a_live_region_and_the_plot_as_a_table(browser):
     assert browser.js(TOKEN % (0, 2) + ".getAttribute('aria-label')") == \
         browser.js("'in, advantage ' + number(view.responses[0].tokens[2].whitened, quantity)")
     assert browser.js("document.getElementById('details').getAttribute('aria-live')") == "polite"
-    rows = browser.js("[...document.querySelectorAll('article')].map(a => [...a.querySelectorAll('tbody tr')].map(r => r.textContent))")
-    views = browser.js("view.responses")
-    assert [len(row) for row in rows] == [len(response["tokens"]) for response in views]
+    cells = browser.js("[...document.querySelectorAll('article tbody tr')].map("
+                       "r => [...r.cells].map(c => c.textContent))")
+    assert cells == browser.js("view.responses.flatMap(r => r.tokens.map(t => "
+                               "[plain(t), ...quantities.map(q => number(t[q.name], q))]))")
     for label in browser.js("[...document.querySelectorAll('.plot')].map(s => s.getAttribute('aria-label'))"):
-        assert label == "value, reward-to-go, value by sampling along the response; the same numbers are in the table below"
+        assert label == ("value, reward-to-go, value by sampling along the response; the same numbers are in the "
+                         "table below")
     names = [node["name"]["value"] for node in browser("Accessibility.getFullAXTree")["nodes"]
              if node.get("role", {}).get("value") == "radio"]
     assert "ppo.pt" in names and "advantage" in names and "value by sampling" in names
 
 
 def test_the_plot_goes_through_value_and_reward_to_go(browser):
-    lines = browser.js("[...document.querySelectorAll('.plot')[0].querySelectorAll('polyline')].map(l => l.getAttribute('points'))")
+    lines = browser.js("[...document.querySelector('.plot').querySelectorAll('polyline')].map(l => "
+                       "l.getAttribute('points'))")
     tokens = browser.js("view.responses[0].tokens")
     points = [[float(point.split(",")[1]) for point in line.split()] for line in lines]
     numbers = [[token[name] for token in tokens] for name in ("value", "reward_to_go", "sampled_value")]
@@ -475,17 +486,25 @@ def test_the_other_policy_shows_its_own_numbers(browser):
 
 CONTRAST = """(() => {
   const paint = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
-  const rgb = colour => { paint.clearRect(0, 0, 1, 1); paint.fillStyle = colour; paint.fillRect(0, 0, 1, 1); return [...paint.getImageData(0, 0, 1, 1).data]; };
-  const light = colour => { const c = rgb(colour).slice(0, 3).map(x => x / 255).map(x => x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
-                            return 0.2126 * c[0] + 0.7152 * c[1] + 0.0722 * c[2]; };
+  const rgba = colour => {
+    paint.clearRect(0, 0, 1, 1);
+    paint.fillStyle = colour;
+    paint.fillRect(0, 0, 1, 1);
+    return [...paint.getImageData(0, 0, 1, 1).data].map(x => x / 255);
+  };
+  const luminance = colour => {
+    const [r, g, b] = rgba(colour).map(x => x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
   document.querySelectorAll("details").forEach(d => d.open = true);
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), found = [];
   while (walker.nextNode()) {
     const node = walker.currentNode.parentElement;
     if (!walker.currentNode.data.trim() || ["SCRIPT", "NOSCRIPT"].includes(node.tagName)) continue;
     let ground = node;
-    while (rgb(getComputedStyle(ground).backgroundColor)[3] < 255) ground = ground.parentElement;
-    const style = getComputedStyle(node), ink = light(node.ownerSVGElement ? style.fill : style.color), behind = light(getComputedStyle(ground).backgroundColor);
+    while (rgba(getComputedStyle(ground).backgroundColor)[3] < 1) ground = ground.parentElement;
+    const ink = luminance(getComputedStyle(node)[node.ownerSVGElement ? "fill" : "color"]);
+    const behind = luminance(getComputedStyle(ground).backgroundColor);
     found.push([(Math.max(ink, behind) + 0.05) / (Math.min(ink, behind) + 0.05), walker.currentNode.data]);
   }
   return found.sort((a, b) => a[0] - b[0]);
@@ -520,14 +539,14 @@ def test_markup_that_a_model_emits_stays_text(chromium, trained, tmp_path):
     write(trained, save=str(path), prompt="<i>x", response=nasty)
     show(chromium, path)
     assert chromium.js("document.title") == "What a PPO step sees"
-    assert chromium.js("[document.scripts.length, document.images.length, document.querySelectorAll('main b, main i').length]") == [2, 0, 0]
+    assert chromium.js("[document.scripts.length, document.querySelectorAll('img, b, i').length]") == [2, 0]
     shown = chromium.js("[...document.querySelectorAll('.token > span:first-child')].map(s => s.textContent).join('')")
     assert shown.startswith("·<b>") and "↵</script><script>" in shown and shown.endswith("EOS")
 
 
 def test_a_page_of_many_tokens_is_drawn_in_full(chromium, trained, tmp_path):
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": "x", "response": " Lima" * 100}) + "\n" for _ in range(64)))
-    write(trained, save=str(tmp_path / "page.html"), data=str(tmp_path / "rows.jsonl"), prompt=None, response=None)
+    rows = jsonl(tmp_path, [{"prompt": "x", "response": " Lima" * 100}] * 64)
+    write(trained, save=str(tmp_path / "page.html"), data=rows, prompt=None, response=None)
     show(chromium, tmp_path / "page.html", width=360)
     assert chromium.js("document.querySelectorAll('.token').length") == 64 * 101
     assert chromium.js("document.documentElement.scrollWidth") <= 360
@@ -538,19 +557,18 @@ def test_a_page_of_many_tokens_is_drawn_in_full(chromium, trained, tmp_path):
 
 @pytest.mark.slow
 def test_for_shanghai_in_was_worth_more_than_expected_and_delicious_less(default_run, tmp_path):
-    """The derivation's example. Under the SFT policy it holds for the advantage as the derivation defines it, which has no
-    critic. It need not hold for GAE at the first rollout, because the critic starts as the reward model, which judges
-    "Shanghai is" as if it ended there. One rollout of training mends that."""
+    """The derivation's example. Under the SFT policy it holds for the advantage as the derivation defines it, which has
+    no critic. It need not hold for GAE at the first rollout, because the critic starts as the reward model, which
+    judges "Shanghai is" as if it ended there. One rollout of training mends that."""
     folder, _ = default_run
 
     def tokens(folder, name, **flags):
-        responses = look(folder, name, data=str(tmp_path / "rows.jsonl"), **flags)["responses"]
+        responses = look(folder, name, data=rows, **flags)["responses"]
         found = [r["tokens"][2] for r in responses]
         assert [inspect_rollout.plain(token) for token in found] == ["·in", "·delicious"]
         return found
 
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": SHANGHAI, "response": response}) + "\n" for response in
-                                                 (" Shanghai is in China.", " Shanghai is delicious.")))
+    rows = jsonl(tmp_path, [{"prompt": SHANGHAI, "response": response} for response in inspect_rollout.SHANGHAI[1]])
     right, nonsense = tokens(folder, "sft.pt", completions=1024)
     assert right["sampled_advantage"] > 0.2 and nonsense["sampled_advantage"] < -0.5
 

@@ -38,8 +38,10 @@ def test_the_derivation_cites_every_theorem_test_and_no_other():
     assert {f"{int(number):02}" for number in cited} == THEOREMS
 
 
-@pytest.mark.parametrize("script, rest", re.findall(r"^(?:.*&& )?python ((?:train|sample)\w*\.py|-m tools\.inspect_rollout)(.*)$",
-                                                    TEXT, re.MULTILINE))
+COMMANDS = re.findall(r"^(?:.*&& )?python ((?:train|sample)\w*\.py|-m tools\.inspect_rollout)(.*)$", TEXT, re.MULTILINE)
+
+
+@pytest.mark.parametrize("script, rest", COMMANDS)
 def test_every_flag_of_a_command_exists(script, rest):
     known = {field.name for field in fields(SCRIPTS[script])}
     assert set(re.findall(r"--(\w+)", rest)) <= known

@@ -49,8 +49,8 @@ SHANGHAI = "Where is Shanghai?", (" Shanghai is in China.", " Shanghai is delici
 # What a token can be coloured by: the label, its short form on the terminal, the number that has no colour, and what it
 # is. The first ten have the keys 1 to 9 and 0 on the page.
 QUANTITIES = {
-    "whitened": ("advantage", "adv", 0, "how much better than the critic expected, whitened over the rollout: the token's "
-                                        "weight in PPO's loss"),
+    "whitened": ("advantage", "adv", 0, "how much better than the critic expected, whitened over the rollout: the "
+                                        "token's weight in PPO's loss"),
     "value": ("value", "value", 0, "what the critic expects to follow, before the token is chosen, in units of score"),
     "kl": ("KL", "KL", 0, "log pi - log pi_ref of the token, in nats"),
     "reward": ("reward", "reward", 0, "-kl_coef * KL, and the score on the last token"),
@@ -59,8 +59,8 @@ QUANTITIES = {
     "ratio": ("ratio", "ratio", 1, "probability after PPO's next optimizer steps / probability now"),
     "entropy": ("entropy", "entropy", 0, "of the distribution that the token was chosen from, in nats"),
     "reward_to_go": ("reward-to-go", "to go", 0, "this reward and all later ones, discounted by gamma"),
-    "sampled_advantage": ("advantage by sampling", "adv smp", 0, "how much more follows after the token than before it was "
-                                                                 "chosen, on average over sampled completions: no critic"),
+    "sampled_advantage": ("advantage by sampling", "adv smp", 0, "how much more follows after the token than before it, "
+                                                                 "on average over sampled completions: no critic"),
     "sampled_value": ("value by sampling", "val smp", 0, "what follows on average when the response is sampled on from "
                                                          "before the token: what the critic should say"),
     "advantage": ("raw advantage", "raw adv", 0, "before whitening, in units of score"),
@@ -149,8 +149,8 @@ def load_side(path, name, saved, flags, options):
     config = train_ppo.Config(**flags | {"init_from": reference, "rm": rm, "device": options.device, "compile": False,
                                          "resume": False, "overwrite": False}).resolved()
     config.check()
-    common.require(config.advantage == "gae", f"{path} was trained with --advantage=group, where a response's advantage "
-                   "is one number that depends on the other responses to its prompt: there is nothing to see by token")
+    common.require(config.advantage == "gae", f"{path} was trained with --advantage=group, where the advantage is one "
+                   "number per response, next to others to its prompt: there is nothing to see by token")
     encoding, tokenizer = data.run_tokenizer(None, None, saved["tokenizer"])
     block_size = saved["model_config"]["block_size"]
     device, autocast = common.setup(config)
@@ -215,8 +215,8 @@ def passes(side, function, tokens, prompt_lens, *arguments):
 
 @torch.no_grad()
 def shaped(side, rows):
-    """The first half of what train_ppo.loop computes for a rollout, here for any rows [(prompt, response)] of ids: a dict
-    with "tokens" (B, T), "prompt_lens", "scores", "ended", each (B,), and the rest (B, R)."""
+    """The first half of what train_ppo.loop computes for a rollout, here for any rows [(prompt, response)] of ids: a
+    dict with "tokens" (B, T), "prompt_lens", "scores", "ended", each (B,), and the rest (B, R)."""
     config, eos = side.config, side.encoding.eot_token
     batch = data.collate_demonstrations([data.Demonstration(*row) for row in rows], eos)
     tokens, prompt_lens, response_lens, mask = (x.to(side.device) for x in batch)
@@ -242,8 +242,8 @@ def shaped(side, rows):
 @torch.no_grad()
 def measure(side, rows, updated=None, before=None, after=None):
     """What `shaped` returns, and: "value" of the critic if there is one, "advantage" and "whitened" over all rows,
-    (B, R); "kl_sum" (B,); "top_probs" and "top_ids" (B, R, ALTERNATIVES); with the policy `updated`, the "ratio" (B, R);
-    with the policies `before` and `after`, the "change" (B, R)."""
+    (B, R); "kl_sum" (B,); "top_probs" and "top_ids" (B, R, ALTERNATIVES); with the policy `updated`, the "ratio"
+    (B, R); with the policies `before` and `after`, the "change" (B, R)."""
     numbers, config = shaped(side, rows), side.config
     tokens, prompt_lens, mask = numbers["tokens"], numbers["prompt_lens"], numbers["mask"]
     R = mask.size(1)
@@ -253,8 +253,8 @@ def measure(side, rows, updated=None, before=None, after=None):
 
     if side.critic:
         numbers["value"], = passes(side, lambda *part: (score_values(side.critic, *part),), tokens, prompt_lens, R)
-    numbers["advantage"], _ = token_advantages(config.objective, numbers["reward"], numbers["value"], mask, config.gamma,
-                                               config.lam)
+    numbers["advantage"], _ = token_advantages(config.objective, numbers["reward"], numbers["value"], mask,
+                                               config.gamma, config.lam)
     numbers["whitened"] = whiten(numbers["advantage"], mask)
     numbers["kl_sum"] = (numbers["kl"] * mask).sum(1)
     numbers["top_probs"], numbers["top_ids"] = passes(side, partial(alternatives, side.policy), tokens, prompt_lens, R,
@@ -289,10 +289,10 @@ def alternatives(policy, tokens, prompt_lens, R, temperature):
 # ---------------------------------------------------------------------------------------------------------------------
 # what to show
 
-def asked_rows(options, side):
+def asked_rows(options, sides):
     """[(prompt, responses)], lists of ids: what the flags ask for. No responses: they are to be sampled."""
     common.require(options.response is None or options.prompt is not None, "--response answers a --prompt: give both")
-    common.require(options.prompt is None or options.data is None, "--prompt and --data both say what to show: give one")
+    common.require(None in (options.prompt, options.data), "--prompt and --data both say what to show: give one")
     if options.data:
         rows, _ = data.read_rows(options.data, convert=lambda row: data.to_row(row, 0))
         if len(rows) > MAX_ROWS:
@@ -305,21 +305,23 @@ def asked_rows(options, side):
         except data.BadRow as error:
             raise common.UserError(f"the flag {error}: give plain text") from None
     else:
-        heldout = side.split.heldout or side.split.train
+        heldout = sides[0].split.heldout or sides[0].split.train
         asked = [(prompt, []) for prompt in heldout[::max(1, len(heldout) // 4)][:4]]
-        rows = [data.Row(*SHANGHAI)] if side.config.data == "atlas" else []
-        return asked[:1] + encode(side, rows) + asked[1:]
-    return encode(side, rows)
+        rows = [data.Row(*SHANGHAI)] if sides[0].config.data == "atlas" else []
+        return asked[:1] + encode(sides, rows) + asked[1:]
+    return encode(sides, rows)
 
 
-def encode(side, rows):
-    """[(prompt, responses)] as ids of [Row]. Raises UserError for one that the model cannot read."""
-    asked, block_size = [], side.policy.config.block_size
+def encode(sides, rows):
+    """[(prompt, responses)] as ids of [Row]. Raises UserError for one that a model cannot read."""
+    asked, encoding = [], sides[0].encoding
+    block_size = min(side.policy.config.block_size for side in sides)
+    longest = max(side.config.max_new_tokens for side in sides)
     for row in rows:
-        common.require(not row.problem, f"--data: {row.problem} in the row that begins {row.prompt[:60]!r}: take it out")
-        prompt = data.encode_prompt(side.encoding, row.prompt)
-        responses = [data.encode_response(side.encoding, response) for response in row.responses]
-        length = len(prompt) + max(side.config.max_new_tokens, *map(len, responses), 0)
+        common.require(not row.problem, f"{row.problem} in the row that begins {row.prompt[:60]!r}: take it out")
+        prompt = data.encode_prompt(encoding, row.prompt)
+        responses = [data.encode_response(encoding, response) for response in row.responses]
+        length = len(prompt) + max([longest, *map(len, responses)])
         common.require(length <= block_size, f"the prompt {row.prompt[:60]!r} and a response to it may have {length} "
                        f"tokens, but the model reads block_size={block_size}: shorten them")
         asked.append((prompt, responses))
@@ -328,7 +330,7 @@ def encode(side, rows):
 
 def shown_rows(options, sides):
     """[(prompt, response)] to show, and [where each response is from]: the answers given, and sampled ones."""
-    asked = asked_rows(options, sides[0])
+    asked = asked_rows(options, sides)
     prompts = [prompt for prompt, responses in asked if not responses for _ in range(options.n)]
     answers = [iter(sample(side, prompts, side.config.max_new_tokens, options.seed, "inspect") if prompts else [])
                for side in sides]
@@ -420,30 +422,30 @@ def notes(side, n_tokens, n_batch, steps, options, error):
     """Sentences that say where the numbers of a view are from."""
     config, penalty = side.config, "" if side.config.kl_in == "loss" else f" - {side.kl_coef:.3g} * KL"
     found = [f"The policy is {side.name}, " + (
-        f"after {side.done} rollouts of PPO." if side.done else
+        f"after {side.done} rollout{'s' if side.done > 1 else ''} of PPO." if side.done else
         "as PPO's first rollout sees it. It is its own reference, so the KL is 0.")]
     if side.critic is None:
         found.append("The values are those of the policy's own head.")
     elif side.done:
         found.append("The values are those of the run's critic.")
     elif side.reward_model:
-        found.append("The critic starts as the reward model: its value is the score of the response if it ended before the "
-                     "token, which is no expectation yet, so the advantages of the first rollout may mislead.")
+        found.append("The critic starts as the reward model: its value is the score of the response if it ended before "
+                     "the token, which is no expectation yet, so the advantages of the first rollout may mislead.")
     else:
         found.append("The critic has not been trained yet, so the values are 0.")
     found.append(f"The rewards add up to score{penalty}"
                  + (f", less {config.eos_penalty:g} without EOS" if config.eos_penalty else "")
                  + f". The advantages are those of --objective={config.objective} with gamma {config.gamma:g}"
                  + (f" and lambda {config.lam:g}" if config.lam is not None else "")
-                 + f", whitened over {n_tokens:,} tokens: those shown here and the {n_batch} responses of the policy's next "
-                   "rollout." + ("" if config.used() else f" --objective={config.objective} uses the raw ones."))
+                 + f", whitened over {n_tokens:,} tokens: those shown here and the {n_batch} responses of the policy's "
+                   "next rollout." + ("" if config.used() else f" --objective={config.objective} uses the raw ones."))
     if steps:
         found.append(f"The ratio is taken after {steps} optimizer steps of train_ppo.py on the next "
                      + ("rollout" if options.updates == 1 else f"{options.updates} rollouts")
                      + ". The responses shown here are not in it: their tokens move with those that are.")
     if options.completions:
-        found.append(f"Value and advantage by sampling are from {options.completions} completions of each beginning; the "
-                     f"standard error of such a value is {error:.2f} on average.")
+        found.append(f"Value and advantage by sampling are from {options.completions} completions of each beginning; "
+                     f"the standard error of such a value is {error:.2f} on average.")
     return found
 
 

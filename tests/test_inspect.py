@@ -264,13 +264,25 @@ def test_a_page_is_written_over_a_page_of_its_own_but_over_nothing_else(trained,
     assert path.read_bytes().startswith(b"<!doctype html>")
 
 
+NASTY = '</script><script>document.title="owned"</script><!--<img src=x onerror="document.title=1"><b>'
+
+
+def nasty_contents(trained):
+    """What a page shows, with a prompt and a response of tokens that are markup, as a large vocabulary may have them."""
+    contents = inspect_rollout.inspect(Config(checkpoint=str(trained / "ppo.pt"), prompt=SHANGHAI, response=" China.",
+                                              device="cpu", updates=0, completions=0))
+    response = contents["views"][0]["responses"][0]
+    for token in response["prompt"][:1] + response["tokens"][:1]:
+        token["show"], token["say"] = inspect_rollout.visible(NASTY.encode()), NASTY
+    return contents
+
+
 def test_a_page_needs_no_other_file_and_no_text_of_a_model_can_end_its_data(trained, tmp_path):
-    nasty = ' </script><script>document.title="owned"</script><!-- <img src=x onerror=alert(1)>'
-    write(trained, save=str(tmp_path / "page.html"), response=nasty)
+    contents = nasty_contents(trained)
+    inspect_rollout.write_page(tmp_path / "page.html", contents)
     page = (tmp_path / "page.html").read_text()
     data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1]
-    tokens = json.loads(data)["views"][0]["responses"][0]["tokens"]
-    assert "".join(text for token in tokens for text, _ in token["show"]) == nasty.replace(" ", "·") + "EOS"
+    assert json.loads(data) == json.loads(json.dumps(contents)) and "<" not in data
     assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|@import|url\(| src=| href=", page.replace(data, ""))
 
 
@@ -534,14 +546,13 @@ def test_nothing_sticks_out_of_a_phone_or_a_desktop(width, browser, page):
 
 
 def test_markup_that_a_model_emits_stays_text(chromium, trained, tmp_path):
-    path = tmp_path / "page.html"
-    nasty = ' <b>é</b>\n</script><script>document.title="owned"</script>\u202e<img src=x onerror="document.title=1">'
-    write(trained, save=str(path), prompt="<i>x", response=nasty)
-    show(chromium, path)
+    inspect_rollout.write_page(tmp_path / "page.html", nasty_contents(trained))
+    show(chromium, tmp_path / "page.html")
+    chromium.js(f"{TOKEN % (0, 0)}.focus()")
     assert chromium.js("document.title") == "What a PPO step sees"
     assert chromium.js("[document.scripts.length, document.querySelectorAll('img, b, i').length]") == [2, 0]
-    shown = chromium.js("[...document.querySelectorAll('.token > span:first-child')].map(s => s.textContent).join('')")
-    assert shown.startswith("·<b>") and "↵</script><script>" in shown and shown.endswith("EOS")
+    for place in (".prompt", ".token", "#details h2", "article tbody th"):
+        assert NASTY.replace(" ", "·") in chromium.js(f"document.querySelector('main {place}').textContent"), place
 
 
 def test_a_page_of_many_tokens_is_drawn_in_full(chromium, trained, tmp_path):

@@ -10,6 +10,7 @@ import sample
 import train_ppo
 import train_rm
 import train_sft
+from tools import inspect_rollout
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -19,7 +20,7 @@ LINES = [(page, *link) for page, text in PAGES.items()
 FILES = sorted({(page, target) for page, text in PAGES.items() for target in re.findall(r"\]\((?!http)([^)#\s]+)", text)})
 THEOREMS = set(re.findall(r"^def test_t(\d\d)", (ROOT / "tests" / "test_theorems.py").read_text(), re.MULTILINE))
 SCRIPTS = {"train_sft.py": train_sft.Config, "train_rm.py": train_rm.Config, "train_ppo.py": train_ppo.Config,
-           "sample.py": sample.Config}
+           "sample.py": sample.Config, "-m tools.inspect_rollout": inspect_rollout.Config}
 
 
 @pytest.mark.parametrize("page, quoted, file, line", LINES)
@@ -37,11 +38,13 @@ def test_the_derivation_cites_every_theorem_test_and_no_other():
     assert {f"{int(number):02}" for number in cited} == THEOREMS
 
 
-@pytest.mark.parametrize("command", re.findall(r"^(?:.*&& )?python ((?:train|sample)\w*\.py.*)$", TEXT, re.MULTILINE))
-def test_every_flag_of_a_command_exists(command):
-    script, *rest = command.split()
+COMMANDS = re.findall(r"^(?:.*&& )?python ((?:train|sample)\w*\.py|-m tools\.inspect_rollout)(.*)$", TEXT, re.MULTILINE)
+
+
+@pytest.mark.parametrize("script, rest", COMMANDS)
+def test_every_flag_of_a_command_exists(script, rest):
     known = {field.name for field in fields(SCRIPTS[script])}
-    assert {flag for flag in re.findall(r"--(\w+)", " ".join(rest))} <= known
+    assert set(re.findall(r"--(\w+)", rest)) <= known
 
 
 def test_every_metric_of_a_ppo_iteration_is_explained():

@@ -979,9 +979,9 @@ def script(*argv, cwd=ROOT, **env):
 
 
 @pytest.mark.slow
-def test_the_default_job_learns_the_answers_and_prints_the_table(tmp_path):
-    out = script("train_ppo.py", f"--out_dir={tmp_path}", "--device=cpu", cwd=tmp_path)
-    rows = metrics(tmp_path, "ppo")
+def test_the_default_job_learns_the_answers_and_prints_the_table(default_run):
+    folder, out = default_run
+    rows = metrics(folder, "ppo")
     # Four seeds on one thread: means of the last ten from 0.964 to 0.985, and 0.950 to 0.986 on the held-out questions.
     assert sum(row["gold"] for row in rows[-10:]) / 10 >= 0.95 and rows[-1]["gold_heldout"] >= 0.9
     assert rows[0]["gold"] < 0.5

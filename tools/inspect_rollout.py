@@ -1,0 +1,543 @@
+"""
+What a PPO step sees, token by token: one HTML file that needs nothing but a browser, or tables on the terminal.
+
+    python -m tools.inspect_rollout                                        out/atlas/ppo.pt -> out/atlas/inspect.html
+    python -m tools.inspect_rollout --checkpoint=out/atlas/sft.pt --after=out/atlas/ppo.pt       before and after
+    python -m tools.inspect_rollout --prompt="Where is Lima?" --response=" Lima is asleep."      a response of yours
+    python -m tools.inspect_rollout --data=rows.jsonl --text               {"prompt"} or {"prompt", "response"} rows
+
+A ppo.pt is looked at as its next rollout would see it, with its own flags, critic and optimizer. An sft.pt is looked at
+as PPO's first rollout sees it: with the flags of the ppo.pt that is given with it or else the defaults, and with the
+reward model as the critic. Every number comes from the functions that train_ppo.py calls, and the ratio from
+train_ppo.py itself, which takes its next optimizer steps in a temporary folder. No checkpoint is changed.
+
+The critic may be wrong, and at PPO's first rollout it is. So there is also the advantage as the derivation defines it,
+without a critic: what really follows, on average over answers that are sampled on from before and from after the token.
+"""
+
+import io
+import json
+import math
+import os
+import sys
+import tempfile
+import unicodedata
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Callable, ClassVar, Optional
+
+import tiktoken
+import torch
+
+import common
+import data
+import train_ppo
+from checkpoint import load_checkpoint, save_checkpoint
+from model import GPT
+from ppo import kl_estimate, reward_to_go, shape_rewards, token_advantages, whiten
+from reward_model import RewardModel
+from rollout import generate, response_states, score_response, score_values, wide
+from tools.plot import read_run
+
+TEMPLATE = Path(__file__).with_suffix(".html")
+MAX_ROWS = 64       # of --data, on one page
+ALTERNATIVES = 5    # likeliest tokens listed at each position
+SHANGHAI = "Where is Shanghai?", (" Shanghai is in China.", " Shanghai is delicious.")  # the derivation's own example
+
+# What a token can be coloured by: the label, its short form on the terminal, the number that has no colour, and what it
+# is. The first ten have the keys 1 to 9 and 0 on the page.
+QUANTITIES = {
+    "whitened": ("advantage", "adv", 0, "how much better than the critic expected, whitened over the rollout: the "
+                                        "token's weight in PPO's loss"),
+    "value": ("value", "value", 0, "what the critic expects to follow, before the token is chosen, in units of score"),
+    "kl": ("KL", "KL", 0, "log pi - log pi_ref of the token, in nats"),
+    "reward": ("reward", "reward", 0, "-kl_coef * KL, and the score on the last token"),
+    "logprob": ("log-prob", "logp", 0, "log pi of the token under this policy"),
+    "ref_logprob": ("reference log-prob", "ref logp", 0, "log pi_ref of the token under the SFT policy"),
+    "ratio": ("ratio", "ratio", 1, "probability after PPO's next optimizer steps / probability now"),
+    "entropy": ("entropy", "entropy", 0, "of the distribution that the token was chosen from, in nats"),
+    "reward_to_go": ("reward-to-go", "to go", 0, "this reward and all later ones, discounted by gamma"),
+    "sampled_advantage": ("advantage by sampling", "adv smp", 0, "how much more follows after the token than before it, "
+                                                                 "on average over sampled completions: no critic"),
+    "sampled_value": ("value by sampling", "val smp", 0, "what follows on average when the response is sampled on from "
+                                                         "before the token: what the critic should say"),
+    "advantage": ("raw advantage", "raw adv", 0, "before whitening, in units of score"),
+    "change": ("second / first", "2nd/1st", 1, "probability under the second checkpoint / under the first"),
+}
+
+
+@dataclass
+class Config:
+    checkpoint: str = "out/atlas/ppo.pt"  # an sft.pt or ppo.pt
+    after: Optional[str] = None   # a second one, to compare with the first
+    init_from: Optional[str] = None  # the SFT checkpoint that is the reference; default: as in the run, or beside it
+    rm: Optional[str] = None      # the reward model's checkpoint; default: as in the run, or rm.pt beside it
+    prompt: Optional[str] = None  # show an answer to this; default: some held-out prompts of the run
+    response: Optional[str] = None  # instead of sampling an answer to --prompt, show this one
+    data: Optional[str] = None    # a .jsonl file of prompts, with or without responses, to show
+    n: int = 1                    # answers sampled for each prompt and checkpoint
+    updates: int = 1              # rollouts of PPO until the ratio is taken; 0 is quicker and shows no ratio
+    completions: int = 64         # answers sampled on from each token for the advantage without a critic; 0 for none
+    save: Optional[str] = None    # the file to write; default: inspect.html beside the checkpoint
+    overwrite: bool = False       # replace that file even if this tool did not write it
+    text: bool = False            # print tables, in colour on a terminal, and write no file
+    seed: int = 0                 # of the answers that are shown
+    device: str = "auto"          # auto (cuda if there is one), cpu or cuda
+
+    DOMAINS: ClassVar[dict] = {"n": "[1, inf)", "updates": "[0, inf)", "completions": "[0, inf)",
+                               "seed": common.Flags.DOMAINS["seed"], "device": common.Flags.DOMAINS["device"]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a rollout starts from
+
+@dataclass
+class Side:
+    """A checkpoint, and around it what train_ppo.py would make its next rollout with."""
+    name: str
+    saved: dict                    # the checkpoint
+    config: train_ppo.Config       # resolved
+    encoding: tiktoken.Encoding
+    device: torch.device
+    autocast: Callable
+    split: data.Split              # the prompts of the run
+    policy: GPT
+    reference: GPT
+    critic: Optional[GPT]          # None: the values are those of the policy's own head
+    reward_model: Optional[RewardModel]
+    function: Optional[Callable]   # the reward, where it is no model
+
+    @property
+    def done(self):
+        """Rollouts that made this policy."""
+        return self.saved["iter"] if self.saved["stage"] == "ppo" else 0
+
+    @property
+    def kl_coef(self):
+        return self.saved.get("kl_coef", self.config.kl_coef)
+
+    @property
+    def micro(self):
+        """Rows per forward pass, as in the update."""
+        size = self.config.batch_size // self.config.minibatches
+        return common.micro_batch_size(size, self.config.micro_batch_size,
+                                       self.config.max_new_tokens * self.encoding.n_vocab)
+
+
+def load_sides(options):
+    """[Side] of --checkpoint and, if given, of --after. Raises UserError or DataError for what does not fit."""
+    paths = [path for path in (options.checkpoint, options.after) if path]
+    saved = [load_checkpoint(path, "sft", "ppo") for path in paths]
+    common.require(len({checkpoint["tokenizer"]["sha256"] for checkpoint in saved}) == 1, f"{options.checkpoint} and "
+                   f"{options.after} have different tokenizers: compare checkpoints of one run")
+    flags = next((checkpoint["flags"] for checkpoint in saved if checkpoint["stage"] == "ppo"), None)
+    common.require(flags or not options.init_from, "--init_from names the reference of a ppo.pt: an sft.pt is its own")
+    names = [Path(path).name for path in paths]
+    names = paths if len(set(names)) < len(names) else names
+    return [load_side(path, name, checkpoint, flags, options) for path, name, checkpoint in zip(paths, names, saved)]
+
+
+def load_side(path, name, saved, flags, options):
+    """The Side of one checkpoint. An SFT policy takes PPO's `flags` from the other checkpoint, or else the defaults."""
+    folder, is_ppo = Path(path).parent, saved["stage"] == "ppo"
+    own = {flag: saved["flags"][flag] for flag in ("data", "tokenizer", "seed", "skip_bad")}
+    flags = saved["flags"] if is_ppo else flags or asdict(train_ppo.Config(**own))
+    reference = (options.init_from or flags["init_from"] or str(folder / "sft.pt")) if is_ppo else path
+    rm = (options.rm or flags["rm"] or str(folder / "rm.pt")) if flags["reward"] == "rm" else None
+    config = train_ppo.Config(**flags | {"init_from": reference, "rm": rm, "device": options.device, "compile": False,
+                                         "resume": False, "overwrite": False}).resolved()
+    config.check()
+    common.require(config.advantage == "gae", f"{path} was trained with --advantage=group, where the advantage is one "
+                   "number per response, next to others to its prompt: there is nothing to see by token")
+    encoding, tokenizer = data.run_tokenizer(None, None, saved["tokenizer"])
+    block_size = saved["model_config"]["block_size"]
+    device, autocast = common.setup(config)
+    sft = load_checkpoint(reference, "sft")
+    reward_model, rm_saved = (None, {}) if rm is None else \
+        train_ppo.load_reward_model(config, tokenizer, block_size, device)
+    for flag, source, file in (("init_from", "sft", sft), ("rm", "rm", rm_saved)):
+        common.require(not is_ppo or saved["sources"][source] == file.get("sha256"), f"{path} was not trained with "
+                       f"{getattr(config, flag)}: name the file that it was trained with by --{flag}")
+    policy = train_ppo.load_policy(saved, device)
+    critic = None
+    if config.critic == "separate":
+        critic = train_ppo.load_policy(saved | {"model": saved["critic"]}, device) if is_ppo else \
+            reward_model.as_critic() if reward_model else train_ppo.load_policy(saved, device)
+    return Side(name, saved, config, encoding, device, autocast,
+                data.load_prompts(config.data, encoding, block_size, config.max_new_tokens, config.skip_bad), policy,
+                train_ppo.load_policy(sft, device), critic, reward_model,
+                None if rm else common.load_reward_function(config.reward))
+
+
+def sample(side, prompts, max_new_tokens, *purpose):
+    """[(prompt, response)], lists of ids: one answer of the side's policy to each of prompts (lists of ids)."""
+    tokens, prompt_lens = (x.to(side.device) for x in data.collate_prompts(prompts, side.encoding.eot_token))
+    with side.autocast():
+        rollout = generate(side.policy, tokens, prompt_lens, max_new_tokens, eos=side.encoding.eot_token,
+                           temperature=side.config.temperature, generator=common.generator(side.device, *purpose))
+    lens = rollout.prompt_lens + rollout.response_lens
+    return [(row[:p], row[p:n]) for row, p, n in zip(rollout.tokens.tolist(), prompt_lens.tolist(), lens.tolist())]
+
+
+def next_rollout(side):
+    """[(prompt, response)] of the rollout that train_ppo.py would sample next, to the token."""
+    iteration, config = side.done + 1, side.config
+    order = data.BatchOrder([1] * len(side.split.train), config.batch_size // config.samples_per_prompt, config.seed)
+    prompts = [side.split.train[i] for i in order.order(iteration - 1) for _ in range(config.samples_per_prompt)]
+    return sample(side, prompts, config.max_new_tokens, config.seed, "rollout", iteration)
+
+
+def updated_policy(side, rollouts):
+    """(the policy after train_ppo.py went on from here for some rollouts, the number of optimizer steps it took)."""
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+        resume = side.saved["stage"] == "ppo"
+        config = replace(side.config, out_dir=folder, max_iters=side.done + rollouts, resume=resume)
+        path = Path(folder) / "ppo.pt"
+        if resume:  # with the paths of this machine among its flags, or it would be refused as another run
+            save_checkpoint(path, {k: v for k, v in side.saved.items() if k != "sha256"} | {"flags": asdict(config)})
+        train_ppo.train(config)
+        steps = int(read_run(folder)["optimizer_steps"][1].sum())
+        return train_ppo.load_policy(load_checkpoint(path, "ppo"), side.device), steps
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the numbers
+
+@torch.no_grad()
+def passes(side, function, tokens, prompt_lens, *arguments):
+    """The results of `function` for all rows, in forward passes of the update's size."""
+    with side.autocast():
+        parts = [function(*part, *arguments) for part in zip(tokens.split(side.micro), prompt_lens.split(side.micro))]
+    return [torch.cat(part) for part in zip(*parts)]
+
+
+@torch.no_grad()
+def shaped(side, rows):
+    """The first half of what train_ppo.loop computes for a rollout, here for any rows [(prompt, response)] of ids: a
+    dict with "tokens" (B, T), "prompt_lens", "scores", "ended", each (B,), and the rest (B, R)."""
+    config, eos = side.config, side.encoding.eot_token
+    batch = data.collate_demonstrations([data.Demonstration(*row) for row in rows], eos)
+    tokens, prompt_lens, response_lens, mask = (x.to(side.device) for x in batch)
+    R, lens = mask.size(1), prompt_lens + response_lens
+    texts = [(data.decode(side.encoding, prompt), data.decode(side.encoding, response)) for prompt, response in rows]
+    if side.function:
+        scores = common.call_reward_function(side.function, *map(list, zip(*texts))).to(side.device)
+    else:
+        scores, = passes(side, lambda *part: (side.reward_model(*part),), tokens, lens)
+    common.require_finite(scores, texts)
+    logprobs, values, entropy = passes(side, partial(score_response, side.policy), tokens, prompt_lens, R,
+                                       config.temperature)
+    ref_logprobs = passes(side, partial(score_response, side.reference), tokens, prompt_lens, R, config.temperature)[0]
+    ended = tokens.gather(1, (lens - 1).unsqueeze(1)).squeeze(1) == eos
+    rewards = shape_rewards(scores - config.eos_penalty * ~ended, logprobs, ref_logprobs, mask,
+                            side.kl_coef if config.kl_in == "reward" else 0.0)
+    return {"tokens": tokens, "prompt_lens": prompt_lens, "mask": mask, "scores": scores, "ended": ended,
+            "logprob": logprobs, "value": values, "entropy": entropy, "ref_logprob": ref_logprobs,
+            "kl": kl_estimate(logprobs, ref_logprobs), "reward": rewards,
+            "reward_to_go": reward_to_go(rewards, mask, config.gamma)}
+
+
+@torch.no_grad()
+def measure(side, rows, updated=None, before=None, after=None):
+    """What `shaped` returns, and: "value" of the critic if there is one, "advantage" and "whitened" over all rows,
+    (B, R); "kl_sum" (B,); "top_probs" and "top_ids" (B, R, ALTERNATIVES); with the policy `updated`, the "ratio"
+    (B, R); with the policies `before` and `after`, the "change" (B, R)."""
+    numbers, config = shaped(side, rows), side.config
+    tokens, prompt_lens, mask = numbers["tokens"], numbers["prompt_lens"], numbers["mask"]
+    R = mask.size(1)
+
+    def logprobs_of(policy):
+        return passes(side, partial(score_response, policy), tokens, prompt_lens, R, config.temperature)[0]
+
+    if side.critic:
+        numbers["value"], = passes(side, lambda *part: (score_values(side.critic, *part),), tokens, prompt_lens, R)
+    numbers["advantage"], _ = token_advantages(config.objective, numbers["reward"], numbers["value"], mask,
+                                               config.gamma, config.lam)
+    numbers["whitened"] = whiten(numbers["advantage"], mask)
+    numbers["kl_sum"] = (numbers["kl"] * mask).sum(1)
+    numbers["top_probs"], numbers["top_ids"] = passes(side, partial(alternatives, side.policy), tokens, prompt_lens, R,
+                                                      config.temperature)
+    if updated:
+        numbers["ratio"] = (logprobs_of(updated) - numbers["logprob"]).exp()
+    if after:
+        numbers["change"] = (logprobs_of(after) - logprobs_of(before)).exp()
+    return numbers
+
+
+def sampled_values(side, rows, completions, seed):
+    """{(prompt, beginning of a response): (value, standard error)} for each beginning of each of rows: the mean
+    reward-to-go of responses that the policy writes on from there, which is what a critic is to learn."""
+    found = {}
+    states = [(tuple(prompt), tuple(response[:t])) for prompt, response in rows for t in range(len(response))]
+    for prompt, begun in dict.fromkeys(states):  # responses to one prompt share their first states
+        room, t = max(1, side.config.max_new_tokens - len(begun)), len(begun)
+        ends = sample(side, [list(prompt + begun)] * completions, room, seed, "completions", prompt, begun)
+        to_go = shaped(side, [(list(prompt), list(begun) + end) for _, end in ends])["reward_to_go"][:, t]
+        found[prompt, begun] = to_go.mean().item(), (to_go.std(unbiased=False) / math.sqrt(completions)).item()
+    return found
+
+
+def alternatives(policy, tokens, prompt_lens, R, temperature):
+    """Probabilities and ids, each (B, R, ALTERNATIVES), of the likeliest tokens at the states of score_response."""
+    hidden, _ = response_states(policy, tokens, prompt_lens, R)
+    probabilities = torch.softmax(wide(policy.policy_head(hidden)) / temperature, dim=-1)
+    return probabilities.topk(min(ALTERNATIVES, probabilities.size(-1)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what to show
+
+def asked_rows(options, sides):
+    """[(prompt, responses)], lists of ids: what the flags ask for. No responses: they are to be sampled."""
+    common.require(options.response is None or options.prompt is not None, "--response answers a --prompt: give both")
+    common.require(None in (options.prompt, options.data), "--prompt and --data both say what to show: give one")
+    if options.data:
+        rows, _ = data.read_rows(options.data, convert=lambda row: data.to_row(row, 0))
+        if len(rows) > MAX_ROWS:
+            print(f"note: {options.data} has {len(rows):,} rows, and the first {MAX_ROWS} are shown")
+        rows = rows[:MAX_ROWS]
+    elif options.prompt is not None:
+        row = {"prompt": options.prompt} | ({} if options.response is None else {"response": options.response})
+        try:
+            rows = [data.to_row(row, 0)]
+        except data.BadRow as error:
+            raise common.UserError(f"the flag {error}: give plain text") from None
+    else:
+        heldout = sides[0].split.heldout or sides[0].split.train
+        asked = [(prompt, []) for prompt in heldout[::max(1, len(heldout) // 4)][:4]]
+        rows = [data.Row(*SHANGHAI)] if sides[0].config.data == "atlas" else []
+        return asked[:1] + encode(sides, rows) + asked[1:]
+    return encode(sides, rows)
+
+
+def encode(sides, rows):
+    """[(prompt, responses)] as ids of [Row]. Raises UserError for one that a model cannot read."""
+    asked, encoding = [], sides[0].encoding
+    block_size = min(side.policy.config.block_size for side in sides)
+    longest = max(side.config.max_new_tokens for side in sides)
+    for row in rows:
+        common.require(not row.problem, f"{row.problem} in the row that begins {row.prompt[:60]!r}: take it out")
+        prompt = data.encode_prompt(encoding, row.prompt)
+        responses = [data.encode_response(encoding, response) for response in row.responses]
+        length = len(prompt) + max([longest, *map(len, responses)])
+        common.require(length <= block_size, f"the prompt {row.prompt[:60]!r} and a response to it may have {length} "
+                       f"tokens, but the model reads block_size={block_size}: shorten them")
+        asked.append((prompt, responses))
+    return asked
+
+
+def shown_rows(options, sides):
+    """[(prompt, response)] to show, and [where each response is from]: the answers given, and sampled ones."""
+    asked = asked_rows(options, sides)
+    prompts = [prompt for prompt, responses in asked if not responses for _ in range(options.n)]
+    answers = [iter(sample(side, prompts, side.config.max_new_tokens, options.seed, "inspect") if prompts else [])
+               for side in sides]
+    rows, origins = [], []
+    for prompt, responses in asked:
+        rows += [(prompt, response) for response in responses]
+        origins += ["given"] * len(responses)
+        if not responses:
+            for side, sampled in zip(sides, answers):
+                rows += [next(sampled) for _ in range(options.n)]
+                origins += [f"sampled from {side.name}"] * options.n
+    return rows, origins
+
+
+INVISIBLE = {"\n": "↵", "\t": "⇥", "\r": "␍", " ": "·"}
+
+
+def visible(raw):
+    """[(text, whether it stands for something that cannot be seen)] of a token's bytes: blanks, control and format
+    characters, lone accents, and bytes that are no whole UTF-8 character."""
+    pieces = []
+    for character in raw.decode("utf-8", errors="surrogateescape"):
+        if character in INVISIBLE:
+            piece = INVISIBLE[character], True
+        elif "\udc80" <= character <= "\udcff":
+            piece = f"<{ord(character) - 0xdc00:02X}>", True
+        elif unicodedata.category(character)[0] in "CZ":
+            piece = f"<U+{ord(character):04X}>", True
+        elif unicodedata.combining(character) and not (pieces and not pieces[-1][1]):
+            piece = "◌" + character, True
+        else:
+            piece = character, False
+        if pieces and pieces[-1][1] == piece[1]:
+            pieces[-1] = pieces[-1][0] + piece[0], piece[1]
+        else:
+            pieces.append(piece)
+    return pieces
+
+
+def describe_token(encoding, token):
+    """What is shown of a token: its id, its visible pieces, and the words in which a screen reader says it."""
+    if token == encoding.eot_token:
+        return {"id": token, "show": [("EOS", True)], "say": "end of text"}
+    raw = data.token_bytes(encoding, token)
+    text = raw.decode("utf-8", errors="replace")
+    spoken = text.strip() if text.strip() and text.isprintable() else \
+        " ".join(unicodedata.name(character, f"character {ord(character)}").lower() for character in text)
+    return {"id": token, "show": visible(raw), "say": spoken}
+
+
+def digits(x):
+    """A number for JSON, with no more digits than a page shows; None where it is not finite."""
+    return None if common.clean(x) is None else float(f"{x:.6g}")
+
+
+def describe_response(side, numbers, i, prompt, response, origin):
+    """Everything about row i of the numbers (lists), ready for JSON."""
+    tokens = []
+    for t, token in enumerate(response):
+        top = zip(numbers["top_ids"][i][t], numbers["top_probs"][i][t])
+        tokens.append(describe_token(side.encoding, token) | {"position": len(prompt) + t} |
+                      {name: digits(numbers[name][i][t]) for name in QUANTITIES if name in numbers} |
+                      {"top": [describe_token(side.encoding, other) | {"p": digits(p)} for other, p in top]})
+    return {"origin": origin, "prompt": [describe_token(side.encoding, token) for token in prompt], "tokens": tokens,
+            "score": digits(numbers["scores"][i]), "kl": digits(numbers["kl_sum"][i]), "ended": numbers["ended"][i]}
+
+
+def look(side, rows, origins, options, policies):
+    """The view of one side, ready for JSON: its name, notes in words, and its responses."""
+    batch = next_rollout(side)
+    updated, steps = updated_policy(side, options.updates) if options.updates else (None, 0)
+    numbers = {name: x.tolist() for name, x in measure(side, rows + batch, updated, *policies).items()}
+    error = 0.0
+    if options.completions:
+        found = sampled_values(side, rows, options.completions, options.seed)
+        error = sum(e for _, e in found.values()) / len(found)
+        # 0 after the end, as in GAE
+        values = [[found[tuple(prompt), tuple(response[:t])][0] for t in range(len(response))] + [0.0]
+                  for prompt, response in rows]
+        numbers["sampled_value"] = values
+        numbers["sampled_advantage"] = [[r + side.config.gamma * after - before for r, before, after in
+                                         zip(rewards, row, row[1:])] for rewards, row in zip(numbers["reward"], values)]
+    return {"name": side.name, "notes": notes(side, sum(map(sum, numbers["mask"])), len(batch), steps, options, error),
+            "responses": [describe_response(side, numbers, i, *row, origin)
+                          for i, (row, origin) in enumerate(zip(rows, origins))]}
+
+
+def notes(side, n_tokens, n_batch, steps, options, error):
+    """Sentences that say where the numbers of a view are from."""
+    config, penalty = side.config, "" if side.config.kl_in == "loss" else f" - {side.kl_coef:.3g} * KL"
+    found = [f"The policy is {side.name}, " + (
+        f"after {side.done} rollout{'s' if side.done > 1 else ''} of PPO." if side.done else
+        "as PPO's first rollout sees it. It is its own reference, so the KL is 0.")]
+    if side.critic is None:
+        found.append("The values are those of the policy's own head.")
+    elif side.done:
+        found.append("The values are those of the run's critic.")
+    elif side.reward_model:
+        found.append("The critic starts as the reward model: its value is the score of the response if it ended before "
+                     "the token, which is no expectation yet, so the advantages of the first rollout may mislead.")
+    else:
+        found.append("The critic has not been trained yet, so the values are 0.")
+    found.append(f"The rewards add up to score{penalty}"
+                 + (f", less {config.eos_penalty:g} without EOS" if config.eos_penalty else "")
+                 + f". The advantages are those of --objective={config.objective} with gamma {config.gamma:g}"
+                 + (f" and lambda {config.lam:g}" if config.lam is not None else "")
+                 + f", whitened over {n_tokens:,} tokens: those shown here and the {n_batch} responses of the policy's "
+                   "next rollout." + ("" if config.used() else f" --objective={config.objective} uses the raw ones."))
+    if steps:
+        found.append(f"The ratio is taken after {steps} optimizer steps of train_ppo.py on the next "
+                     + ("rollout" if options.updates == 1 else f"{options.updates} rollouts")
+                     + ". The responses shown here are not in it: their tokens move with those that are.")
+    if options.completions:
+        found.append(f"Value and advantage by sampling are from {options.completions} completions of each beginning; "
+                     f"the standard error of such a value is {error:.2f} on average.")
+    return found
+
+
+def inspect(options):
+    """What the page and the terminal show, ready for JSON: {"quantities": [...], "views": [...]}."""
+    sides = load_sides(options)
+    rows, origins = shown_rows(options, sides)
+    policies = [side.policy for side in sides] if options.after else []
+    views = [look(side, rows, origins, options, policies) for side in sides]
+    quantities = []
+    for name, (label, short, neutral, about) in QUANTITIES.items():
+        found = [token[name] for view in views for response in view["responses"] for token in response["tokens"]
+                 if token.get(name) is not None]
+        if found:
+            # Full colour where one number in ten is; one outlier would leave all others pale.
+            distances = sorted(abs(distance(x, neutral)) for x in found)
+            limit = max(0.01, distances[int(0.9 * len(distances))])
+            quantities.append({"name": name, "label": label, "short": short, "about": about, "neutral": neutral,
+                               "limit": float(f"{limit:.2g}")})
+    return {"quantities": quantities, "views": views}
+
+
+def distance(x, neutral):
+    """How far a number is from the one that has no colour. Ratios, around 1, are compared by their logarithm."""
+    return math.log(max(x, 1e-6)) if neutral else x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the page, and the terminal
+
+def write_page(path, contents):
+    """Writes the page. No text that a model may emit can end its script element, because the data hold no `<`."""
+    text = json.dumps(contents).replace("<", "\\u003c")
+    with common.replacing(path) as file:
+        file.write(TEMPLATE.read_text(encoding="utf-8").replace("DATA", text, 1).encode())
+    print(f"wrote {path}: open it in a browser")
+
+
+def written_by_this_tool(path):
+    head = TEMPLATE.read_bytes().splitlines()[:2]
+    return path.is_file() and path.read_bytes().splitlines()[:2] == head
+
+
+def plain(*tokens):
+    return "".join(text for token in tokens for text, _ in token["show"])
+
+
+def number(x, quantity=None):
+    """Two decimals, with a sign where 0 is the number without colour; a dash for what is not finite."""
+    sign = "+" if quantity and not quantity["neutral"] else ""
+    if x is None:
+        return "-"
+    return f"{round(x, 2) + 0.0:{sign}.2f}" if abs(x) < 1000 else f"{x:{sign}.0e}"  # + 0.0 makes -0.0 of rounding 0.0
+
+
+def paint(text, x, quantity):
+    """Black text on blue if x is above the number without colour, on orange if it is below; darker if it is farther."""
+    share = 0.0 if x is None else max(-1.0, min(1.0, distance(x, quantity["neutral"]) / quantity["limit"]))
+    shades = (153, 111, 75) if share > 0 else (223, 215, 208)  # of the 256 colours of a terminal
+    return f"\x1b[38;5;16;48;5;{shades[math.ceil(abs(share) * 3) - 1]}m{text}\x1b[0m" if abs(share) > 0.02 else text
+
+
+def text_view(view, quantities, colour):
+    """Lines of a view: for each response a table with a row for each token."""
+    yield from (f"== {view['name']}", *view["notes"])
+    for response in view["responses"]:
+        tokens = response["tokens"]
+        width = max(len(plain(token)) for token in [*tokens, {"show": [("token", False)]}])
+        yield from ("", f"{plain(*response['prompt'])}   ({response['origin']})",
+                    f"score {number(response['score'])}, KL {number(response['kl'])} nats, {len(tokens)} tokens, "
+                    + ("ended by EOS" if response["ended"] else "cut: no EOS"))
+        yield "token".ljust(width) + "".join(q["short"].rjust(9) for q in quantities) + "  likeliest in its place"
+        for token in tokens:
+            cells = [(number(token[q["name"]], q).rjust(8), token[q["name"]], q) for q in quantities]
+            likeliest = ", ".join(f"{plain(other)} {other['p']:.2f}" for other in token["top"])
+            yield (plain(token).ljust(width) + "".join(" " + (paint(*cell) if colour else cell[0]) for cell in cells)
+                   + f"  {likeliest}")
+    yield ""
+
+
+def main(options):
+    common.check_domains(options)
+    path = Path(options.save or Path(options.checkpoint).parent / "inspect.html")
+    common.require(options.text or options.overwrite or not path.exists() or written_by_this_tool(path),
+                   f"{path} is there and was not written by this tool: give another --save, or --overwrite")
+    contents = inspect(options)
+    if not options.text:
+        return write_page(path, contents)
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    for view in contents["views"]:
+        print("\n".join(text_view(view, contents["quantities"], colour)))
+
+
+if __name__ == "__main__":
+    common.main(main, Config, __doc__, data.DataError)

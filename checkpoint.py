@@ -106,7 +106,8 @@ def load_latest(path, previous, stage):
 
 # Flags that may differ when a run is resumed: no number depends on them, or what they name is compared by content.
 HARMLESS = {"max_iters", "log_interval", "sample_interval", "save_interval", "resume", "overwrite", "out_dir", "device",
-            "tokenizer", "n_layer", "n_head", "n_embd", "block_size", "max_bad_steps", "rm", "data"}
+            "tokenizer", "n_layer", "n_head", "n_embd", "block_size", "max_bad_steps", "rm", "data",
+            "tensorboard", "wandb"}
 ROUNDING = {"micro_batch_size", "compile"}  # the same mathematics in another order, so all but the last bits
 
 

@@ -25,6 +25,7 @@ import data
 import train_rm
 import train_sft
 from checkpoint import load_checkpoint, open_run
+from metrics import Metrics
 from model import GPT, GPTConfig
 from ppo import (OBJECTIVES, KLController, PenaltyController, explained_variance, kl_estimate, log_ratio, masked_mean,
                  shape_rewards, surrogate_loss, token_advantages, value_loss, whiten)
@@ -126,7 +127,8 @@ class Config(common.Flags):
 def make_missing_stages(config):
     """Trains sft.pt and rm.pt in out_dir where they are missing or unfinished, with those stages' own defaults."""
     inherited = {name: getattr(config, name) for name in ("data", "tokenizer", "out_dir", "seed", "device", "dtype",
-                                                          "n_layer", "n_head", "n_embd", "block_size", "skip_bad")}
+                                                          "n_layer", "n_head", "n_embd", "block_size", "skip_bad",
+                                                          "tensorboard", "wandb")}
     for name, stage, needed in (("sft", train_sft, config.init_from is None),
                                 ("rm", train_rm, config.rm is None and config.reward == "rm")):
         path = config.folder / f"{name}.pt"
@@ -252,7 +254,7 @@ def loop(config, run):
 
     heldout = split.heldout or split.train
     questions = heldout[::max(1, len(heldout) // 10)][:10]
-    metrics, row = common.Metrics(config, "ppo", start), {}
+    metrics, row = Metrics(config, "ppo", start), {}
     for iteration in range(start + 1, config.max_iters + 1):
         clock = common.Clock(device)
 
@@ -350,8 +352,8 @@ def loop(config, run):
             "logprob_gap": gap.mean(), "logprob_gap_max": gap.max(), "sec_rollout": sec_rollout,
             "sec_score": sec_score, "sec_update": sec_update,
             "tokens_per_s": n_tokens / (sec_rollout + sec_score + sec_update)}, {
-            "score": "+7.3f", "kl": "6.2f", "reward": "+7.3f", "gold": ".3f", "entropy": ".2f", "clip_frac": ".3f",
-            "explained_variance": "+5.2f", "response_len": "5.1f", "eos_rate": ".2f", "gold_heldout": ".3f"})
+            "score": "+7.3f", "kl": "6.2f", "reward": "+7.3f", "gold": ".3f", "entropy": "5.2f", "clip_frac": ".3f",
+            "explained_variance": "+6.2f", "response_len": "6.1f", "eos_rate": ".2f", "gold_heldout": ".3f"})
         if iteration % config.sample_interval == 0 and not last:
             for prompt, response, score, k in show(policy, questions[:3], "samples"):
                 print(f"    score {score:+.2f}  kl {k:5.2f}  {prompt!r} -> {response!r}")

@@ -28,8 +28,7 @@ class Metrics:
     of the checkpoint that is resumed (0 for a fresh start, which drops all of them), and writes the header line."""
 
     def __init__(self, config, stage, start=0):
-        self.config, self.stage, self.start, self.began = config, stage, start, time.time()
-        self.path, self.last = config.folder / "metrics.jsonl", self.began
+        self.config, self.stage, self.start, self.path = config, stage, start, config.folder / "metrics.jsonl"
         lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
         rows, head = [(line, parse(line)) for line in lines], header(config, stage)
         kept = [(line, row) for line, row in rows
@@ -46,6 +45,7 @@ class Metrics:
                 self.warnings(row)  # what was said before the run was interrupted is not said again
         self.tensorboard = open_tensorboard(config, stage, start) if config.tensorboard else None
         self.wandb = open_wandb(config, stage, ours[0]) if config.wandb else None
+        self.began = self.last = time.time()
 
     def write(self, iteration, metrics, show):
         """Appends {stage, iter, seconds, **metrics}. `show` names those for the screen with their formats; what is not
@@ -70,13 +70,11 @@ class Metrics:
 
         numbers = {name: value for name, value in row.items() if isinstance(value, (int, float))}
         if self.tensorboard:
-            for name, value in numbers.items():
-                self.tensorboard.add_scalar(name, value, iteration)
+            for name in numbers.keys() - {"iter"}:
+                self.tensorboard.add_scalar(name, numbers[name], iteration)
             self.tensorboard.flush()  # or a kill -9 would lose the last two minutes
         if self.wandb:
             self.wandb.log(numbers)
-            if iteration == self.config.max_iters:
-                self.wandb.finish()  # the next stage of this process is a run of its own
         return row
 
     def column(self, name, number):
@@ -131,12 +129,13 @@ def open_tensorboard(config, stage, start):
 
 
 def open_wandb(config, stage, first_line):
-    """A run of Weights & Biases, its files under out_dir. Its id is made from the header line of the stage, which a
-    resumed run keeps, so that it goes on in the same run. wandb's own environment variables apply (WANDB_MODE=offline)."""
+    """A run of Weights & Biases, its files under out_dir. Its id is made from the stage's header line, which a resumed
+    run keeps, so that it goes on in the same run. wandb's own environment variables apply (WANDB_MODE=offline)."""
     import wandb
-    run = wandb.init(project="rlhf-ppo", group=config.folder.name, name=f"{config.folder.name}-{stage}", dir=config.folder,
+    run = wandb.init(project="rlhf-ppo", group=config.folder.name, name=f"{config.folder.name}-{stage}",
+                     dir=config.folder, config=dataclasses.asdict(config),
                      id=sha256(json.dumps(first_line).encode()).hexdigest()[:16], resume="allow",
-                     config=dataclasses.asdict(config))
+                     reinit="finish_previous")  # train_ppo.py may run the earlier stages in the same process
     run.define_metric("*", step_metric="iter")  # wandb's own count would refuse iterations that are done again
     return run
 
@@ -144,8 +143,8 @@ def open_wandb(config, stage, first_line):
 # ---------------------------------------------------------------------------------------------------------------------
 # when a number says that something is wrong
 #
-# A rule is a function of `rows`: the header of a stage, then its lines so far, each with J. It may miss what is wrong, but
-# it must not cry over a healthy run: a metric that is noisy in one iteration is averaged over several.
+# A rule looks at `rows`: the header of a stage, then its lines so far, each with J. It may miss what is wrong, but it must
+# not cry over a healthy run: a metric that is noisy in one iteration is averaged over several.
 
 def objective(row):
     """J = score - kl_coef * KL, what PPO maximises, whichever way the KL goes into the update; None without them."""

@@ -160,10 +160,11 @@ def test_no_rule_breaks_in_a_healthy_run(seed):
 
 
 def from_40(**changes):
-    """Spoils a healthy run from iteration 40 to 65: a number replaces the metric, a function maps (value, iteration)."""
+    """Spoils a healthy run from iteration 40 to 65: a number replaces a metric, a function maps (value, iteration)."""
     def spoil(rows):
         for row in rows[40:]:
-            row |= {name: change(row[name], row["iter"]) if callable(change) else change for name, change in changes.items()}
+            row |= {name: change(row[name], row["iter"]) if callable(change) else change
+                    for name, change in changes.items()}
         return rows[:66]
     return spoil
 
@@ -217,7 +218,7 @@ def test_the_readme_names_each_rules_metric_and_flags_in_the_row_of_that_metric(
     table = [line for line in table.splitlines() if line.startswith("|")]
     for rule in HEALTH:
         row, = [line for line in table if f"`{rule.metric}`" in line.split("|", 2)[1]]
-        assert "**warns**" in row and all(f"--{name}" in row for name in re.findall(r"--(\w+)", rule.remedy)), rule.metric
+        assert "**warns**" in row and all(f"--{name}" in row for name in re.findall(r"--(\w+)", rule.remedy))
 
 
 @pytest.mark.parametrize("flags, cuda, warns", [
@@ -278,7 +279,7 @@ def test_tensorboard_and_wandb_get_every_number_and_a_resumed_run_goes_on_in_the
         def flush(self):
             scalars.append("flush")
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
-    run = types.SimpleNamespace(log=logged.append, finish=lambda: logged.append("finish"), define_metric=lambda *a, **k: 0)
+    run = types.SimpleNamespace(log=logged.append, define_metric=lambda *a, **k: 0)
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **flags: (runs.append(flags), run)[1]))
 
     config = Config(out_dir=str(tmp_path), max_iters=3, tensorboard=True, wandb=True)
@@ -287,7 +288,7 @@ def test_tensorboard_and_wandb_get_every_number_and_a_resumed_run_goes_on_in_the
     assert opened == [(tmp_path / "tensorboard" / "sft", 1), (tmp_path / "tensorboard" / "sft", 2)]
     assert [scalar for scalar in scalars if scalar[0] == "loss"] == [("loss", float(i), i) for i in (1, 2, 2, 3)]
     assert scalars.count("flush") == 4 and not [scalar for scalar in scalars if scalar[0] == "nothing"]
-    assert [row["loss"] for row in logged[:-1]] == [1.0, 2.0, 2.0, 3.0] and logged[-1] == "finish"
+    assert [row["loss"] for row in logged] == [1.0, 2.0, 2.0, 3.0]
     assert runs[0]["id"] == runs[1]["id"] and runs[0]["dir"] == tmp_path and runs[0]["config"]["max_iters"] == 3
     monkeypatch.setattr(metrics.time, "strftime", lambda form: "another time")
     write_metrics(tmp_path, "sft", [1], config=config)

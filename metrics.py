@@ -44,7 +44,7 @@ class Metrics:
             if "iter" in row:
                 self.warnings(row)  # what was said before the run was interrupted is not said again
         self.tensorboard = open_tensorboard(config, stage, start) if config.tensorboard else None
-        self.wandb = open_wandb(config, stage, ours[0]) if config.wandb else None
+        self.wandb = open_wandb(config, stage, (ours or [head])[0]) if config.wandb else None
         self.began = self.last = time.time()
 
     def write(self, iteration, metrics, show):
@@ -70,8 +70,8 @@ class Metrics:
 
         numbers = {name: value for name, value in row.items() if isinstance(value, (int, float))}
         if self.tensorboard:
-            for name in numbers.keys() - {"iter"}:
-                self.tensorboard.add_scalar(name, numbers[name], iteration)
+            for name, value in numbers.items():
+                self.tensorboard.add_scalar(name, value, iteration)
             self.tensorboard.flush()  # or a kill -9 would lose the last two minutes
         if self.wandb:
             self.wandb.log(numbers)
@@ -143,8 +143,8 @@ def open_wandb(config, stage, first_line):
 # ---------------------------------------------------------------------------------------------------------------------
 # when a number says that something is wrong
 #
-# A rule looks at `rows`: the header of a stage, then its lines so far, each with J. It may miss what is wrong, but it must
-# not cry over a healthy run: a metric that is noisy in one iteration is averaged over several.
+# A rule looks at `rows`: the header of a stage, then its lines so far, each with J. It may miss what is wrong, but it
+# must not cry over a healthy run: a metric that is noisy in one iteration is averaged over several.
 
 def objective(row):
     """J = score - kl_coef * KL, what PPO maximises, whichever way the KL goes into the update; None without them."""

@@ -32,8 +32,8 @@ PANELS = {  # metric: title of its panel, unit, what else is drawn there, where 
     "eos_rate": ("responses that end by themselves", "share of responses", (), (-0.02, 1.02))}
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # Okabe & Ito, for all eyes
 HEALTHY = "#009E73"
-# Flags in which the runs of a group may differ. A resumed run may spell its data and sizes in another way, but runs with
-# others are others.
+# Flags in which the runs of a group may differ. A resumed run may spell its data and sizes in another way, but runs
+# with others are others.
 SAME_GROUP = HARMLESS - {"data", "tokenizer", "n_layer", "n_head", "n_embd", "block_size"} | {"seed", "init_from"}
 
 

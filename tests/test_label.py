@@ -28,8 +28,8 @@ torch.set_num_threads(1)
 def sft(tmp_path_factory):
     """A tiny SFT checkpoint of the built-in task, whose answers look like answers."""
     folder = tmp_path_factory.mktemp("label")
-    train_sft.train(train_sft.Config(out_dir=str(folder), device="cpu", max_iters=150, batch_size=64, lr=5e-3, n_layer=1,
-                                     n_head=2, n_embd=32, block_size=48))
+    train_sft.train(train_sft.Config(out_dir=str(folder), device="cpu", max_iters=150, batch_size=64, lr=5e-3,
+                                     n_layer=1, n_head=2, n_embd=32, block_size=48))
     return str(folder / "sft.pt")
 
 
@@ -57,7 +57,8 @@ def test_each_key_does_what_it_says_and_a_wrong_one_waits(sft, tmp_path, monkeyp
     label.main(config(sft, tmp_path))
     screen = capsys.readouterr().out
     shown = [block.split("\n\n") for block in screen.split("quit ")[:-1]]
-    questions = [(parts[-3].strip("\n").split("\n")[-1], *(line[5:] for line in parts[-2].split("\n"))) for parts in shown]
+    questions = [(parts[-3].strip("\n").split("\n")[-1], *(line[5:] for line in parts[-2].split("\n")))
+                 for parts in shown]
     assert len(questions) == 5
     pairs, undecided = rows(tmp_path), rows(tmp_path, "pairs.undecided.jsonl")
     assert [(row["prompt"], row["chosen"], row["rejected"]) for row in pairs] == [
@@ -104,7 +105,7 @@ def test_what_a_terminal_would_obey_is_shown_as_text():
 
 
 @pytest.mark.parametrize("flags, says", [
-    ({"labeller": "atlas", "data": "{folder}/prompts.jsonl"}, "--labeller=atlas judges answers to atlas questions only"),
+    ({"labeller": "atlas", "data": "{folder}/p.jsonl"}, "--labeller=atlas judges answers to atlas questions only"),
     ({"labeller": "me"}, "--labeller=me must be one of you, atlas"), ({"n": 0}, "--n=0 must lie in"),
     ({"pairs": "pairs.txt"}, "--pairs=pairs.txt must end in .jsonl"),
     ({"init_from": "{folder}/nothing.pt"}, "nothing.pt is not there: train it first with train_sft.py")])
@@ -150,7 +151,8 @@ def test_an_interrupted_session_goes_on_with_the_next_question(sft, tmp_path, mo
 def test_no_pair_of_answers_to_a_prompt_is_asked_twice_whatever_the_seed(sft, tmp_path, capsys, monkeypatch):
     model, encoding, sha256 = label.load(sft, torch.device("cpu"))
     prompts = [data.encode_prompt(encoding, f"Where is {city}?") for city in ("Lima", "Oslo", "Rome")]
-    monkeypatch.setattr(label, "two_answers", lambda *args: [f" {n}." for n in torch.randperm(4, generator=args[-1])[:2]])
+    monkeypatch.setattr(label, "two_answers",
+                        lambda *args: [f" {n}." for n in torch.randperm(4, generator=args[-1])[:2]])
     for seed in 0, 1, 0:
         decisions, config = label.Decisions(tmp_path / "pairs.jsonl"), label.Config(labeller="atlas", n=100, seed=seed)
         label.label(model, encoding, prompts, config, decisions, sha256, None, None)
@@ -175,13 +177,13 @@ def test_a_line_cut_anywhere_is_cut_off_with_a_note_and_asked_again_and_the_othe
     assert by_atlas(sft, tmp_path, n=4) == whole
 
 
-@pytest.mark.parametrize("line", ["not json", '{"prompt": "p", "chosen": " a"}', "[]", '{"chosen": "a", "rejected": "b"}',
-                                  '{"prompt": 3, "chosen": "a", "rejected": "b"}'])
+@pytest.mark.parametrize("line", ["not json", "[]", '{"prompt": "p", "chosen": " a"}',
+                                  '{"chosen": "a", "rejected": "b"}', '{"prompt": 3, "chosen": "a", "rejected": "b"}'])
 def test_a_file_that_is_not_ours_is_refused_and_not_touched(line, tmp_path):
     path, good = tmp_path / "pairs.jsonl", '{"prompt": "p", "chosen": " a", "rejected": " b"}\n'
     for text in (good + line + "\n" + good, good + line.replace('{"prompt', '{ "prompt')):
         path.write_text(text)
-        with pytest.raises(UserError, match="pairs.jsonl:2 is no row with prompt, chosen, rejected: correct it, or give"):
+        with pytest.raises(UserError, match="pairs.jsonl:2 is no row with prompt, chosen, rejected: correct it"):
             label.Decisions(path)
         assert path.read_text() == text
 
@@ -269,7 +271,7 @@ def test_one_key_without_enter_is_a_choice_an_arrow_is_none_and_ctrl_c_ends_with
             assert child.seen == "" and not select.select([child.keyboard], [], [], 0)[0]  # no echo, no answer
             child.press("2")
     child.read("q quit ")
-    assert [bool(termios.tcgetattr(child.keyboard)[3] & flag) for flag in (termios.ICANON, termios.ECHO)] == [False, False]
+    assert not termios.tcgetattr(child.keyboard)[3] & (termios.ICANON | termios.ECHO)
     child.press("\x03")
     assert "has 2 of 5 pairs; ties: 1, skips: 0" in child.read()
     assert child.wait() == 130
@@ -320,5 +322,5 @@ def test_a_reward_model_learns_from_what_the_labeller_chose(sft, tmp_path):
     by_atlas(sft, tmp_path, n=1000)
     final = train_rm.train(train_rm.Config(data=str(tmp_path / "pairs.jsonl"), init_from=sft, device="cpu",
                                            out_dir=str(tmp_path / "rm"), max_iters=150, batch_size=16, lr=3e-3))
-    # Of 50 held-out pairs, a coin gets 32 or more right once in 30 times; the labeller itself is not always of one mind.
+    # Of 50 held-out pairs, a coin gets 32 right once in 30 times; the labeller itself is not always of one mind.
     assert final["heldout_accuracy"] >= 0.64 and final["heldout_loss"] < 0.66

@@ -73,8 +73,8 @@ def test_opening_the_metrics_file(start, then, expected, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-@pytest.mark.parametrize("left", [b'{"stage": "sft", "iter": 3, "lo', b'{"stage": "sft", "flags": {"lr": 1}', b"\0" * 40,
-                                  b"\xff\xfe", b"3", b"{}", b"null"])
+@pytest.mark.parametrize("left", [b'{"stage": "sft", "iter": 3, "lo', b'{"stage": "sft", "flags": {"lr": 1}',
+                                  b"\0" * 40, b"\xff\xfe", b"3", b"{}", b"null"])
 def test_what_a_crash_left_of_a_line_does_not_prevent_resuming(left, tmp_path):
     write_metrics(tmp_path, "sft", [1, 2])
     with open(tmp_path / "metrics.jsonl", "ab") as file:

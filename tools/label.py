@@ -81,8 +81,8 @@ class Decisions:
         self.counts[verdict] += 1
 
     def append(self, verdict, prompt, answers, **more):
-        """verdict: 0 or 1, the index of the better answer; "tie" or "skip". One line in one write, on the disk when this
-        returns: what a crash leaves is all of it, or a part without an end."""
+        """verdict: 0 or 1, the index of the better answer; "tie" or "skip". One line in one write, on the disk when
+        this returns: what a crash leaves is all of it, or a part without an end."""
         decided = verdict in (0, 1)
         row = {"prompt": prompt} | ({"chosen": answers[verdict], "rejected": answers[1 - verdict]} if decided else
                                     {"verdict": verdict, "first": answers[0], "second": answers[1]}) | more
@@ -97,8 +97,8 @@ class Decisions:
 
 
 def read_whole_lines(path, keys):
-    """The rows of a file, [] if there is none. What a crash left of its last line is cut off and printed: that choice was
-    not confirmed, so it is asked again. Raises UserError for a line that is no row with the keys: whose is the file?"""
+    """The rows of a file, [] if there is none. What a crash left of its last line is cut off and printed: that choice
+    was not confirmed, so it is asked again. Raises UserError for a line that is no row with the keys."""
     text = path.read_bytes() if path.exists() else b""
     whole, newline, rest = text.rpartition(b"\n")
     if rest and parse(rest, keys):  # a row, and only the end of its line is missing: an editor may leave it so
@@ -113,8 +113,8 @@ def read_whole_lines(path, keys):
                            "file with --pairs")
     if rest:
         begins_like_ours = rest.startswith(b'{"prompt": "'[:len(rest)])
-        common.require(begins_like_ours, f"{path}:{len(rows) + 1} is no row with {', '.join(keys)}: correct it, or give "
-                       "another file with --pairs")
+        common.require(begins_like_ours, f"{path}:{len(rows) + 1} is no row with {', '.join(keys)}: correct it, or "
+                       "give another file with --pairs")
         print(f"note: {path} ended in the middle of a line, which is cut off and will be asked again: "
               f"{rest.decode(errors='replace')}")
         os.truncate(path, len(text) - len(rest))
@@ -166,8 +166,8 @@ def printable(text):
 
 @contextmanager
 def keyboard():
-    """Two functions. key() waits for a key, without Enter at a terminal; elsewhere it is the first letter of a line, and
-    q at the end. discard() forgets what was typed so far. The terminal is put back on the way out, Ctrl-C included."""
+    """Two functions. key() waits for a key, without Enter at a terminal; elsewhere it is the first letter of a line,
+    and q at the end. discard() forgets what was typed so far. The terminal is put back in the end, Ctrl-C included."""
     if not sys.stdin.isatty():
         def key():
             line = sys.stdin.readline()

@@ -107,7 +107,8 @@ def load_latest(path, previous, stage):
 
 # Flags that may differ when a run is resumed: no number depends on them, or what they name is compared by content.
 HARMLESS = {"max_iters", "log_interval", "sample_interval", "save_interval", "resume", "overwrite", "out_dir", "device",
-            "tokenizer", "n_layer", "n_head", "n_embd", "block_size", "max_bad_steps", "rm", "data"}
+            "tokenizer", "n_layer", "n_head", "n_embd", "block_size", "max_bad_steps", "rm", "data",
+            "tensorboard", "wandb"}
 ROUNDING = {"micro_batch_size", "compile", "fsdp"}  # the same mathematics in another order, so all but the last bits
 
 
@@ -236,9 +237,9 @@ def memory_advice(config, stage):
         new_run = ", ".join(f"--{name}={getattr(config, name)}" for name in ("max_new_tokens", "batch_size",
                             "block_size", "n_layer", "n_embd") if getattr(config, name, None) is not None)
         said = (str(error) or "MemoryError").splitlines()[0][:120]
-        raise UserError(f"{script(stage)}: out of memory ({said}). Lower --micro_batch_size first, below what is printed "
-                        f"above: a resumed run may change it. Then, in a new run, {new_run}, or take a smaller model. "
-                        "The last checkpoint is untouched") from error
+        raise UserError(f"{script(stage)}: out of memory ({said}). Lower --micro_batch_size first, below what is "
+                        f"printed above: a resumed run may change it. Then, in a new run, {new_run}, or take a "
+                        "smaller model. The last checkpoint is untouched") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

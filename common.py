@@ -1,6 +1,6 @@
 """
-What the train scripts share and a reader of PPO may skip: flags, device and precision, the optimizer step, metrics.
-Nothing here knows what is being trained. Checkpoints are in checkpoint.py.
+What the train scripts share and a reader of PPO may skip: flags, device and precision, the optimizer step, whole files.
+Nothing here knows what is being trained. Checkpoints are in checkpoint.py, metrics in metrics.py.
 """
 
 import argparse
@@ -9,13 +9,10 @@ import difflib
 import hashlib
 import importlib.util
 import inspect
-import json
 import math
 import os
-import platform
 import re
 import shutil
-import subprocess
 import sys
 import time
 from contextlib import contextmanager, nullcontext
@@ -24,8 +21,6 @@ from numbers import Real
 from pathlib import Path
 from typing import ClassVar, Optional, get_args, get_type_hints
 
-import numpy
-import tiktoken
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -67,6 +62,8 @@ class Flags:
     resume: bool = False                # go on from this stage's checkpoint in out_dir
     overwrite: bool = False             # replace this stage's checkpoint in out_dir
     skip_bad: bool = False              # count rows of --data that cannot be read instead of stopping at the first
+    tensorboard: bool = False           # write the metrics to out_dir/tensorboard, too (pip install tensorboard)
+    wandb: bool = False                 # send the metrics to Weights & Biases, too (pip install wandb)
 
     # What a value may be: the allowed words, or an interval for numbers.
     DOMAINS: ClassVar[dict] = {
@@ -77,8 +74,13 @@ class Flags:
         "save_interval": "[1, inf)",
     }
 
+    # What train_ppo.py hands on to the earlier stages that it runs; the rest are their own defaults.
+    INHERITED: ClassVar[tuple] = ("data", "tokenizer", "out_dir", "seed", "device", "dtype", "fsdp", "n_layer", "n_head",
+                                  "n_embd", "block_size", "skip_bad", "tensorboard", "wandb")
+
     def check(self):
-        """Raises UserError for a value outside its domain, a missing data file, or --resume with --overwrite."""
+        """Raises UserError for a value outside its domain, a missing data file or package, or --resume with
+        --overwrite."""
         check_domains(self)
         require(self.data == "atlas" or Path(self.data).exists(), f"--data={self.data}: No such file or directory: "
                 "give a file that can be read")
@@ -89,6 +91,9 @@ class Flags:
         require(not (self.fsdp and self.compile), "--fsdp and --compile have not been made to work together: leave one "
                                                   "of them out")
         share_size(self.batch_size)
+        for package in ("tensorboard", "wandb"):
+            require(not getattr(self, package) or importlib.util.find_spec(package), f"--{package} needs the package "
+                    f"{package}: pip install {package}, or leave the flag out")
 
     @property
     def folder(self):
@@ -416,17 +421,20 @@ def share_size(rows):
     return rows // n
 
 
-def micro_batch_size(rows, given, floats_per_row, most=math.inf, budget=256e6):
+def micro_batch_size(rows, given, floats_per_row, by_length=False, budget=256e6):
     """Rows per forward pass, of each process's share of a step's rows: `given`, which must divide the share; or its
-    largest divisor up to `most` whose float32 logits (or activations, where there are no logits) stay under `budget`
-    bytes. A divisor, so that all passes are alike."""
+    largest divisor whose float32 logits (or activations, where there are no logits) stay under `budget` bytes. A
+    divisor, so that all passes are alike. Where rows are sorted into passes by_length, a quarter of them or 32 at the
+    most: a single pass would be as wide as the longest row of all."""
     rows = share_size(rows)
     if given is not None:
         whose = "a step" if distributed.size() == 1 else "a process in a step"
         require(rows % given == 0, f"--micro_batch_size={given} must divide the {rows} rows of {whose}: {rows} = "
                                    f"{rows // given} x {given} + {rows % given}")
         return given
-    fits = max(1, min(most, int(budget / (4 * floats_per_row))))
+    fits = max(1, int(budget / (4 * floats_per_row)))
+    if by_length:
+        fits = min(fits, max(32, rows // 4))
     return max(n for n in range(1, rows + 1) if rows % n == 0 and n <= fits)
 
 
@@ -456,72 +464,3 @@ def replacing(path, previous=None):
                       "untouched") from error
     finally:
         temporary.unlink(missing_ok=True)  # still there after a failure only, Ctrl-C among them
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# metrics
-
-class Metrics:
-    """metrics.jsonl, one line per iteration, and one aligned line on the screen every log_interval iterations.
-
-    The file is shared by the stages of an out_dir. Opening it drops this stage's lines past `start`, the iteration
-    of the checkpoint that is resumed (0 for a fresh start, which drops all of them), and writes the header line."""
-
-    def __init__(self, config, stage, start=0):
-        self.config, self.stage, self.start, self.began = config, stage, start, time.time()
-        self.path, self.last = config.folder / "metrics.jsonl", self.began
-        lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
-        rows = [(line, parse(line)) for line in lines]
-        kept = [line for line, row in rows
-                if row and (row["stage"] != stage or (start > 0 and row.get("iter", 0) <= start))]
-        if start == 0:
-            kept.append(json.dumps(header(config, stage)))
-        if distributed.is_first():
-            with replacing(self.path) as file:
-                file.write("".join(line + "\n" for line in kept).encode())
-
-    def write(self, iteration, metrics, show):
-        """Appends {stage, iter, seconds, **metrics}. `show` names those for the screen with their formats."""
-        now = time.time()
-        row = {"stage": self.stage, "iter": iteration, "seconds": round(now - self.last, 4)}
-        row |= {name: clean(value) for name, value in metrics.items()}
-        self.last = now
-        try:
-            with open(self.path if distributed.is_first() else os.devnull, "a") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            raise OSError(f"could not write {self.path} ({error.strerror or error})") from error
-        if iteration % self.config.log_interval == 0 or iteration in (self.start + 1, self.config.max_iters):
-            left = (now - self.began) / (iteration - self.start) * (self.config.max_iters - iteration)
-            columns = [f"{name} {format(row[name], spec)}" for name, spec in show.items() if row.get(name) is not None]
-            print(f"{self.stage} {iteration:>{len(str(self.config.max_iters))}}/{self.config.max_iters}  "
-                  + "  ".join(columns) + f"  eta {left // 60:.0f}:{left % 60:02.0f}", flush=True)
-        return row
-
-
-def parse(line):
-    """The row of a line of metrics.jsonl; None for what a crash left of one."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and "stage" in row else None
-
-
-def clean(value):
-    """A Python number for JSON; None for NaN and inf, which JSON cannot say."""
-    value = value.item() if isinstance(value, torch.Tensor) else value
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def header(config, stage):
-    """The line that says what made the lines after it: flags, versions, device, commit."""
-    here = Path(__file__).parent
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True) \
-        if (here / ".git").exists() else None
-    cuda = torch.cuda.is_available() and config.device != "cpu"
-    return {"stage": stage, "flags": dataclasses.asdict(config), "torch": torch.__version__,
-            "numpy": numpy.__version__, "tiktoken": tiktoken.__version__, "python": platform.python_version(),
-            "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(), "processes": distributed.size(),
-            "commit": git.stdout.strip() if git and git.returncode == 0 else None}

@@ -27,6 +27,7 @@ import distributed
 import train_rm
 import train_sft
 from checkpoint import load_checkpoint, open_run
+from metrics import Metrics
 from model import GPT, GPTConfig
 from ppo import (OBJECTIVES, KLController, PenaltyController, explained_variance, kl_estimate, log_ratio, masked_mean,
                  shape_rewards, surrogate_loss, token_advantages, value_loss, whiten)
@@ -127,8 +128,7 @@ class Config(common.Flags):
 
 def make_missing_stages(config):
     """Trains sft.pt and rm.pt in out_dir where they are missing or unfinished, with those stages' own defaults."""
-    names = "data tokenizer out_dir seed device dtype fsdp n_layer n_head n_embd block_size skip_bad".split()
-    inherited = {name: getattr(config, name) for name in names}
+    inherited = {name: getattr(config, name) for name in config.INHERITED}
     for name, stage, needed in (("sft", train_sft, config.init_from is None),
                                 ("rm", train_rm, config.rm is None and config.reward == "rm")):
         path = config.folder / f"{name}.pt"
@@ -191,9 +191,7 @@ def loop(config, run):
     block_size = common.resolve_sizes(config, sft and sft["model_config"])["block_size"]
     split = data.load_prompts(config.data, encoding, block_size, config.max_new_tokens, config.skip_bad)
     eos, V = encoding.eot_token, encoding.n_vocab
-    # Rows of like length go through the model together, so where there are many, not all go at once.
-    micro = common.micro_batch_size(minibatch_size, config.micro_batch_size, config.max_new_tokens * V,
-                                    most=max(32, minibatch_size // 4))
+    micro = common.micro_batch_size(minibatch_size, config.micro_batch_size, config.max_new_tokens * V, by_length=True)
     if config.rm:
         load_reward_model(config, tokenizer, block_size, "cpu")
     make_missing_stages(config)
@@ -260,7 +258,7 @@ def loop(config, run):
 
     heldout = split.heldout or split.train
     questions = heldout[::max(1, len(heldout) // 10)][:10]
-    metrics, row = common.Metrics(config, "ppo", start), {}
+    metrics, row = Metrics(config, "ppo", start), {}
     for iteration in range(start + 1, config.max_iters + 1):
         clock = common.Clock(device)
 
@@ -358,8 +356,8 @@ def loop(config, run):
             "logprob_gap": gap.mean(), "logprob_gap_max": gap.max(), "sec_rollout": sec_rollout,
             "sec_score": sec_score, "sec_update": sec_update,
             "tokens_per_s": n_tokens / (sec_rollout + sec_score + sec_update)}, {
-            "score": "+7.3f", "kl": "6.2f", "reward": "+7.3f", "gold": ".3f", "entropy": ".2f", "clip_frac": ".3f",
-            "explained_variance": "+5.2f", "response_len": "5.1f", "eos_rate": ".2f", "gold_heldout": ".3f"})
+            "score": "+7.3f", "kl": "6.2f", "reward": "+7.3f", "gold": ".3f", "entropy": "5.2f", "clip_frac": ".3f",
+            "explained_variance": "+6.2f", "response_len": "6.1f", "eos_rate": ".2f", "gold_heldout": ".3f"})
         if iteration % config.sample_interval == 0 and not last:
             for prompt, response, score, k in show(policy, questions[:3], "samples"):
                 print(f"    score {score:+.2f}  kl {k:5.2f}  {prompt!r} -> {response!r}")

@@ -25,6 +25,7 @@ import common
 import data
 import distributed
 from checkpoint import load_checkpoint, open_run
+from metrics import Metrics
 from model import GPT, GPTConfig
 from reward_model import RewardModel, bradley_terry_loss, calibration_table
 from rollout import generate
@@ -159,7 +160,7 @@ def loop(config, run):
 
     order = data.BatchOrder([len(row.prompt) + max(map(len, row.responses)) for row in train_rows], config.batch_size,
                             config.seed, window=20)
-    metrics, row = common.Metrics(config, "rm", start), {}
+    metrics, row = Metrics(config, "rm", start), {}
     for iteration in range(start + 1, config.max_iters + 1):
         batch = [train_rows[i] for i in order.order(iteration - 1)]
         n_batch, loss, accuracy = sum(len(row.pairs) for row in batch), 0.0, 0.0
@@ -193,7 +194,7 @@ def loop(config, run):
             average.calibrate(raw)
         row = metrics.write(iteration, {"loss": loss, "accuracy": accuracy, **heldout_stats, "lr": lr,
                                         "grad_norm": grad_norm, "skipped_steps": optimizer.skipped},
-                            show={"loss": ".4f", "accuracy": ".3f", "heldout_loss": ".4f", "heldout_accuracy": ".3f"})
+                            show={"loss": "7.4f", "accuracy": ".3f", "heldout_loss": "7.4f", "heldout_accuracy": ".3f"})
         if run.due(iteration):
             run.save(iteration)
 

@@ -21,6 +21,7 @@ import common
 import data
 import distributed
 from checkpoint import open_run
+from metrics import Metrics
 from model import GPT, GPTConfig
 from ppo import masked_mean
 from rollout import score_response
@@ -126,7 +127,7 @@ def loop(config, run):
 
     order = data.BatchOrder([len(row.prompt) + len(row.response) for row in split.train], config.batch_size,
                             config.seed, window=50)
-    metrics, row = common.Metrics(config, "sft", start), {}
+    metrics, row = Metrics(config, "sft", start), {}
     model.train()
     for iteration in range(start + 1, config.max_iters + 1):
         batch = [split.train[i] for i in order.order(iteration - 1)]
@@ -144,7 +145,7 @@ def loop(config, run):
         look = last or iteration % config.log_interval == 0
         row = metrics.write(iteration, {"loss": loss, "heldout_loss": heldout_loss() if look else None, "lr": lr,
                                         "grad_norm": grad_norm, "skipped_steps": optimizer.skipped},
-                            show={"loss": ".4f", "heldout_loss": ".4f", "grad_norm": ".2f"})
+                            show={"loss": "7.4f", "grad_norm": "6.2f", "heldout_loss": "7.4f"})
         if run.due(iteration):
             run.save(iteration)
     if config.data == "atlas":

@@ -34,6 +34,7 @@ import torch
 
 import common
 import data
+import metrics
 import train_ppo
 from checkpoint import load_checkpoint
 from rollout import generate
@@ -294,7 +295,7 @@ def main(config):
     common.require(set(names) <= known, f"--contenders={config.contenders}: choose from {', '.join(sorted(known))}")
     require_peers()
     size, device = bench.Config(preset=config.preset, device=config.device).size(), common.pick_device(config)
-    header, rows = common.header(config, "against_trl"), {}
+    header, rows = metrics.header(config, "against_trl"), {}
     print(f"{config.preset}: {size}\n{bench.machine(device)}, torch {header['torch']}, commit {header['commit']}, "
           f"{time.strftime('%Y-%m-%d')}, {config.rounds} rounds after a warm-up\n")
     with tempfile.TemporaryDirectory() as folder:

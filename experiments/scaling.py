@@ -24,6 +24,7 @@ from typing import ClassVar, Optional
 import numpy as np
 
 import common
+import metrics
 from tools import bench
 from tools.plot import import_pyplot
 
@@ -166,7 +167,7 @@ def main(config):
             ahead = results[name]["expected"]
             print(f"| {name} {x[0]} to {x[-1]} | {stage} | {seconds[stage][0]:.3f} to {seconds[stage][-1]:.3f} | "
                   f"{results[name]['slope'][stage]:.2f} | {f'{ahead[stage]:.2f}' if ahead else ''} |", flush=True)
-    made_by = {"device": line["device"], "commit": common.header(bench.Config(), "scaling")["commit"]}
+    made_by = {"device": line["device"], "commit": metrics.header(bench.Config(), "scaling")["commit"]}
     Path(f"{config.save}.json").write_text(json.dumps({"config": asdict(config), "start": asdict(START), **made_by,
                                                        "sweeps": results}) + "\n")
     draw(results, config.save)

@@ -25,6 +25,7 @@ import data
 import distributed
 import train_ppo
 from checkpoint import load_checkpoint, open_run
+from metrics import Metrics
 from ppo import cpi_loss, explained_variance, gae, kl_estimate, masked_mean, shape_rewards, value_loss, whiten
 from rollout import generate, response_states, score_response, score_values, wide
 
@@ -197,7 +198,7 @@ def loop(config, run):
                          {"sft": sft["sha256"], "rm": rm["sha256"]})
     order, eos = data.BatchOrder([1] * len(split.train), config.batch_size, config.seed), encoding.eot_token
     print(f"trpo: {policy.n_params:,} parameters; {config.data}: {'; '.join(split.report)}")
-    metrics, row = common.Metrics(config, "trpo", start), {}
+    metrics, row = Metrics(config, "trpo", start), {}
     for iteration in range(start + 1, config.max_iters + 1):
         clock, last = common.Clock(device), iteration == config.max_iters
 
@@ -257,8 +258,8 @@ def loop(config, run):
             "explained_variance": explained_variance(old_values, returns, mask), "response_len": n_tokens / B,
             "eos_rate": ended.float().mean(), "kl_coef": config.kl_coef, "lr": lr, "skipped_steps": optimizer.skipped,
             "sec_rollout": sec_rollout, "sec_score": sec_score, "sec_update": sec_update}, {
-            "score": "+.3f", "kl": ".2f", "reward": "+.3f", "gold": ".3f", "gold_heldout": ".3f", "entropy": ".2f",
-            "approx_kl": ".4f", "surrogate_gain": ".3f", "step_fraction": ".2f", "explained_variance": "+.2f"})
+            "score": "+7.3f", "kl": "6.2f", "reward": "+7.3f", "gold": ".3f", "entropy": "5.2f", "approx_kl": ".4f",
+            "surrogate_gain": ".3f", "step_fraction": ".2f", "explained_variance": "+6.2f", "gold_heldout": ".3f"})
         if run.due(iteration):
             run.save(iteration)
     print(f"trpo: wrote {run.path}")

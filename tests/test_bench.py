@@ -162,9 +162,9 @@ def test_time_spent_between_iterations_is_in_no_iteration(tmp_path):
             raise bench.Enough
         time.sleep(1.0)
 
-    metrics = common.Metrics
+    metrics = train_ppo.Metrics
     bench.run_iterations(bench.train_config(tmp_path, SIZE, device="cpu", critic="shared"), after)
-    assert max(row["seconds"] for row in rows[1:]) < 1.0 and common.Metrics is metrics
+    assert max(row["seconds"] for row in rows[1:]) < 1.0 and train_ppo.Metrics is metrics
     assert [row["optimizer_steps"] for row in rows] == [4, 4, 4] and {row["response_len"] for row in rows} == {6.0}
 
 

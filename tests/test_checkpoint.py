@@ -32,6 +32,7 @@ import train_rm
 import train_sft
 from checkpoint import Damaged, digest, load_checkpoint, save_checkpoint
 from common import UserError
+from metrics import Metrics
 from test_common import Config, make_optimizer, take_step
 from test_train import ROOT, SIZES, metrics, pairs, run, shrink, tiny_flags, weights, write_jsonl
 
@@ -486,13 +487,13 @@ class Child:
 
 def after_metrics(act):
     """In a child: calls act(iteration) whenever a line of metrics is written, which is before the checkpoint."""
-    real = common.Metrics.write
+    real = Metrics.write
 
     def write(self, iteration, *args, **kwargs):
         row = real(self, iteration, *args, **kwargs)
         act(iteration)
         return row
-    common.Metrics.write = write
+    Metrics.write = write
 
 
 def send(number, iteration, times=1):
@@ -510,7 +511,7 @@ def kill_at_line(n):
         return on_line
 
     def on_call(frame, event, arg):
-        ours = Path(frame.f_code.co_filename).name in ("common.py", "checkpoint.py")
+        ours = Path(frame.f_code.co_filename).name in ("common.py", "metrics.py", "checkpoint.py")
         return on_line if ours and frame.f_code.co_name in functions else None
     sys.settrace(on_call)
 

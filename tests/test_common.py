@@ -1,11 +1,11 @@
 """
-Tests of common.py: flags from the command line, the guarded optimizer step, the metrics file. What a train
-script makes of them is in test_train.py, checkpoints are in test_checkpoint.py.
+Tests of common.py: flags from the command line, the guarded optimizer step. What a train script makes of them is in
+test_train.py, checkpoints are in test_checkpoint.py, metrics in test_metrics.py.
 """
 
 import dataclasses
-import json
 import math
+import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +113,15 @@ def test_the_ends_of_a_domain(name, bad, good):
 def test_resume_and_overwrite_together_are_refused():
     with pytest.raises(UserError, match="give one of them"):
         Config(max_iters=1, batch_size=1, resume=True, overwrite=True).check()
+
+
+@pytest.mark.parametrize("package", ["tensorboard", "wandb"])
+def test_a_package_that_is_asked_for_and_missing_is_said_in_a_sentence(package, monkeypatch):
+    Config(max_iters=1, batch_size=1).check()  # nobody needs it who did not ask
+    monkeypatch.setitem(sys.modules, package, None)
+    Config(max_iters=1, batch_size=1).check()
+    with pytest.raises(UserError, match=f"--{package} needs the package {package}: pip install {package}, or leave"):
+        Config(max_iters=1, batch_size=1, **{package: True}).check()
 
 
 @pytest.mark.parametrize("data, folder",
@@ -344,79 +353,13 @@ def test_micro_batch_is_what_was_asked_for_or_the_largest_divisor_in_the_budget(
     assert common.micro_batch_size(rows, given, logits) == size
 
 
-def test_a_default_micro_batch_is_at_most_what_the_caller_wants():
-    assert common.micro_batch_size(128, None, 1, most=32) == 32
-    assert common.micro_batch_size(90, None, 1, most=32) == 30
-    assert common.micro_batch_size(128, 64, 1, most=32) == 64  # but a flag is a flag
+@pytest.mark.parametrize("rows, given, logits, size", [(128, None, 1, 32), (90, None, 1, 30), (24, None, 1, 24),
+                                                        (512, None, 1, 128), (512, None, 1e6, 64), (128, 64, 1, 64)])
+def test_rows_that_are_sorted_by_length_make_four_passes_where_they_are_many(rows, given, logits, size):
+    assert common.micro_batch_size(rows, given, logits, by_length=True) == size
 
 
 def test_a_micro_batch_that_does_not_divide_is_refused_with_the_arithmetic():
     with pytest.raises(UserError,
                        match=r"--micro_batch_size=5 must divide the 12 rows of a step: 12 = 2 x 5 \+ 2"):
         common.micro_batch_size(12, 5, 1)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# metrics
-
-def write_metrics(folder, stage, iterations, start=0, **metrics):
-    out = common.Metrics(Config(out_dir=str(folder), max_iters=9, log_interval=5), stage, start)
-    return [out.write(i, {"loss": float(i)} | metrics, {"loss": ".2f"}) for i in iterations]
-
-
-def lines(folder):
-    def refuse(literal):
-        raise ValueError(f"{literal} is not JSON")
-    text = (folder / "metrics.jsonl").read_text()
-    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
-
-
-def outline(folder):
-    return [(line["stage"], line.get("iter", "header")) for line in lines(folder)]
-
-
-def test_each_stage_begins_with_a_header_that_says_what_made_the_lines(tmp_path):
-    write_metrics(tmp_path, "sft", [1])
-    header, line = lines(tmp_path)
-    assert header.keys() >= {"stage", "flags", "torch", "device", "commit"} and "iter" not in header
-    assert header["torch"] == torch.__version__ and header["flags"]["log_interval"] == 5
-    assert line.keys() == {"stage", "iter", "seconds", "loss"} and line["seconds"] >= 0
-
-
-def test_nan_and_infinity_become_null_and_tensors_numbers(tmp_path):
-    write_metrics(tmp_path, "sft", [1], nan=math.nan, inf=torch.tensor(-math.inf), none=None,
-                  n=torch.tensor(3), x=torch.tensor(0.5))
-    line = lines(tmp_path)[1]
-    assert (line["nan"], line["inf"], line["none"], line["n"], line["x"]) == (None, None, None, 3, 0.5)
-
-
-H = "header"
-
-
-@pytest.mark.parametrize("start, then, expected", [
-    (0, [1], [("rm", H), ("rm", 1), ("sft", H), ("sft", 1)]),
-    (2, [3, 4], [("sft", H), ("sft", 1), ("sft", 2), ("rm", H), ("rm", 1), ("sft", 3), ("sft", 4)])],
-    ids=["a fresh start drops this stage's lines alone",
-         "resuming drops this stage's lines past the checkpoint"])
-def test_opening_the_metrics_file(start, then, expected, tmp_path):
-    write_metrics(tmp_path, "sft", [1, 2, 3]), write_metrics(tmp_path, "rm", [1])
-    write_metrics(tmp_path, "sft", then, start)
-    assert outline(tmp_path) == expected
-    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
-
-
-@pytest.mark.parametrize("left", [b'{"stage": "sft", "iter": 3, "lo', b'{"stage": "sft", "flags": {"lr": 1}', b"\0" * 40,
-                                  b"\xff\xfe", b"3", b"{}", b"null"])
-def test_what_a_crash_left_of_a_line_does_not_prevent_resuming(left, tmp_path):
-    write_metrics(tmp_path, "sft", [1, 2])
-    with open(tmp_path / "metrics.jsonl", "ab") as file:
-        file.write(left)
-    write_metrics(tmp_path, "sft", [3], start=2)
-    assert outline(tmp_path) == [("sft", H), ("sft", 1), ("sft", 2), ("sft", 3)]
-
-
-def test_the_screen_gets_the_first_the_last_and_every_log_intervalth_line_and_the_file_all(tmp_path, capsys):
-    write_metrics(tmp_path, "sft", range(1, 10))
-    screen = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[:2] for line in screen] == [[f"sft {i}/9", f"loss {i}.00"] for i in (1, 5, 9)]
-    assert [line["iter"] for line in lines(tmp_path)[1:]] == list(range(1, 10))

@@ -1,16 +1,22 @@
 """Tests of tools/plot.py: the curves are those of metrics.jsonl, and what is missing is said in a sentence."""
 
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from common import UserError
+from metrics import HEALTH
 from tools import plot
 
+ROOT = Path(__file__).parents[1]
 
-def write_run(folder, gold, stage="ppo"):
-    folder.mkdir()
-    rows = [{"stage": "sft", "iter": 1, "loss": 1.0}, {"stage": stage, "flags": {}}]
+
+def write_run(folder, gold, stage="ppo", **flags):
+    folder.mkdir(parents=True)
+    rows = [{"stage": "sft", "iter": 1, "loss": 1.0}, {"stage": stage, "flags": flags | {"out_dir": str(folder)}}]
     rows += [{"stage": stage, "iter": i, "score": 2.0, "kl": 10.0, "kl_coef": 0.05, "entropy": 1.0, "gold": g}
              | ({"gold_heldout": g} if i == 1 else {}) for i, g in enumerate(gold, 1)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -24,24 +30,80 @@ def test_a_run_is_read_with_what_ppo_maximises_and_with_the_iterations_of_sparse
     assert [x.tolist() for x in run["gold_heldout"]] == [[1], [0.25]]
 
 
+def test_a_line_that_is_being_written_is_left_for_the_next_look(tmp_path):
+    folder = write_run(tmp_path / "run", [0.25, 0.5])
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"stage": "ppo", "iter": 3, "sco')
+    assert plot.read_run(folder)["gold"][0].tolist() == [1, 2]
+
+
 @pytest.mark.parametrize("stage", ["ppo", "trpo"])
 def test_only_the_stage_that_was_asked_for_is_read(stage, tmp_path):
     folder = write_run(tmp_path / "run", [0.25], stage)
+    other = "trpo" if stage == "ppo" else "ppo"
     assert "loss" not in plot.read_run(folder, stage)
-    with pytest.raises(SystemExit, match="no PPO iterations"):
-        plot.read_run(folder, "trpo" if stage == "ppo" else "ppo")
+    with pytest.raises(UserError, match=f"no {other.upper()} iterations"):
+        plot.read_run(folder, other)
 
 
-def test_a_missing_run_or_matplotlib_is_said_in_a_sentence(tmp_path, monkeypatch):
-    with pytest.raises(SystemExit, match="nowhere.metrics.jsonl is not there: give the out_dir of a finished run"):
+def test_a_missing_run_or_matplotlib_or_panel_is_said_in_a_sentence(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="nowhere.metrics.jsonl is not there: give the out_dir of a run"):
         plot.read_run(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="--save=a.jpeg2 must end in .png, .svg or .pdf"):
+        plot.draw([], "a.jpeg2")
+    with pytest.raises(UserError, match="--metrics has no panel loss: choose from gold, objective, score, kl, "):
+        plot.draw([], "a.png", ["kl", "loss"])
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(SystemExit, match="pip install matplotlib"):
+    with pytest.raises(UserError, match="pip install matplotlib"):
         plot.import_pyplot()
 
 
-def test_runs_of_different_length_are_drawn_over_the_iterations_that_all_have(tmp_path):
-    pytest.importorskip("matplotlib")
-    runs = [write_run(tmp_path / "a", [0.1, 0.2, 0.3]), write_run(tmp_path / "b", [0.3, 0.4])]
-    plot.draw(runs, tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+def test_the_command_exits_2_with_one_sentence_when_there_is_no_run(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "tools.plot", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("plot: ") and done.stderr.count("\n") == 1
+
+
+def test_runs_that_differ_in_the_seed_are_one_group_and_others_are_named_by_what_differs(tmp_path):
+    runs = [write_run(tmp_path / f"{seed}{kl_coef}{critic}", [0.1], seed=seed, kl_coef=kl_coef, critic=critic, lr=1e-3)
+            for seed in (0, 1) for kl_coef, critic in ((0.0, None), (0.2, "shared"))]
+    groups = plot.group_runs(runs)
+    assert {name: len(group) for name, group in groups.items()} == {"kl_coef=0.0": 2, "critic=shared kl_coef=0.2": 2}
+    assert [*plot.group_runs(runs[::2])] == [""]  # there is nothing to tell apart
+
+
+def test_the_band_reaches_from_the_lowest_to_the_highest_run_over_the_iterations_that_all_have(tmp_path):
+    runs = [plot.read_run(write_run(tmp_path / name, gold))
+            for name, gold in (("a", [0.1, 0.2, 0.3]), ("b", [0.3, 0.4]), ("c", [0.5, 0.3]))]
+    iterations, *curves = plot.mean_and_band(runs, "gold")
+    assert iterations == [1, 2]
+    assert [curve.round(9).tolist() for curve in curves] == [[0.3, 0.3], [0.1, 0.2], [0.5, 0.4]]
+    assert plot.mean_and_band(runs, "utility") is None
+
+
+def test_the_healthy_range_is_the_one_that_the_rules_warn_outside_of():
+    assert plot.healthy_range("kl") == (-0.1, 10.0) and plot.healthy_range("score") == (None, None)
+    assert plot.healthy_range("clip_frac") == (None, next(rule.high for rule in HEALTH if rule.metric == "clip_frac"))
+
+
+@pytest.mark.parametrize("name, begins", [("curves.png", b"\x89PNG"), ("curves.svg", b"<?xml")])
+def test_the_picture_has_a_panel_for_each_metric_that_there_is_and_the_names_of_the_groups(name, begins, tmp_path,
+                                                                                        monkeypatch):
+    plt, panels, texts, shaded = pytest.importorskip("matplotlib.pyplot"), [], [], []
+    runs = [write_run(tmp_path / "a", [0.1, 0.2, 0.3], clip=0.1), write_run(tmp_path / "b", [0.3, 0.4], clip=0.2)]
+    close = plt.close
+
+    def look(figure):
+        for axis in figure.axes:
+            panels.append(axis.get_title())
+            texts.extend(text.get_text() for text in axis.texts)
+            shaded.extend([axis.get_title()] * len(axis.patches))
+        close(figure)
+    monkeypatch.setattr(plt, "close", look)
+    plot.draw(runs, tmp_path / name)
+    assert (tmp_path / name).read_bytes().startswith(begins)
+    assert panels == [plot.PANELS[metric][0] for metric in ("gold", "objective", "score", "kl", "entropy")] + [""] * 3
+    assert sorted(texts) == ["clip=0.1", "clip=0.2"] and shaded == [plot.PANELS["kl"][0]]
+    panels.clear()
+    plot.draw(runs, tmp_path / name, ["entropy", "gold"])
+    assert panels == [plot.PANELS["entropy"][0], plot.PANELS["gold"][0]]

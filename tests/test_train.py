@@ -568,6 +568,8 @@ def observe(stage, folder, monkeypatch, capsys, flags, context):
                                                      save(path, c, *previous)))
         patch.setattr(torch, "compile", lambda function, dynamic: (print("compiled"), function)[1])
         patch.setattr(torch.cuda, "is_available", lambda: False)
+        for package in ("tensorboard", "wandb"):
+            patch.setitem(sys.modules, package, None)
         if nan:
             patch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: torch.tensor(math.nan))
         capsys.readouterr()
@@ -576,7 +578,7 @@ def observe(stage, folder, monkeypatch, capsys, flags, context):
         except (UserError, data.DataError, FloatingPointError) as error:
             refused = str(error)
     screen = capsys.readouterr().out.replace(str(folder), "")
-    screen = re.sub(r"  eta .*|^.*batch_size=.*$", "", screen, flags=re.MULTILINE)  # PPO prints all its flags
+    screen = re.sub(r"  eta +[\d:]+|^.*batch_size=.*$", "", screen, flags=re.MULTILINE)  # PPO prints all its flags
     rows = metrics(base, stage) if (base / "metrics.jsonl").exists() and not refused else None
     return {"refused": refused, "metrics": rows, "screen": screen, "saves": saves}
 
@@ -594,6 +596,7 @@ COMMON = {  # flag: (another value, what must differ, what else holds for both r
     "log_interval": (1, "screen", {}), "save_interval": (1, "saves", {}), "resume": (True, "refused", {}),
     "overwrite": (True, "refused", {"occupied": True}),
     "skip_bad": (True, "refused", {"data": "{folder}/bad.jsonl"}),
+    "tensorboard": (True, "refused", {}), "wandb": (True, "refused", {}),  # in observe they are not installed
     "data": ("{folder}/other.jsonl", "metrics", {}), "tokenizer": ("atlas", "refused", {}),
     "init_from": ("{folder}/other.pt", "metrics", {})}
 ROWS = {

@@ -43,6 +43,7 @@ from torch.utils._pytree import tree_leaves
 
 import common
 import data
+import metrics
 import train_ppo
 from checkpoint import load_checkpoint, save_checkpoint
 from model import GPT, GPTConfig
@@ -159,15 +160,15 @@ class Enough(Exception):
 def run_iterations(config, after):
     """Runs train_ppo.train(config), whose loop calls after(row) with each iteration's row of metrics.jsonl, until that
     raises Enough. The time that `after` takes is in no row. What the run prints is shown only if it fails."""
-    class Metrics(common.Metrics):
+    class Metrics(train_ppo.Metrics):
         def write(self, *args, **kwargs):
             row = super().write(*args, **kwargs)
             after(row)
             self.last = time.time()
             return row
 
-    metrics, screen = common.Metrics, io.StringIO()
-    common.Metrics = Metrics
+    plain, screen = train_ppo.Metrics, io.StringIO()
+    train_ppo.Metrics = Metrics
     try:
         with contextlib.redirect_stdout(screen):
             train_ppo.train(config)
@@ -177,7 +178,7 @@ def run_iterations(config, after):
         print(screen.getvalue())
         raise
     finally:
-        common.Metrics = metrics
+        train_ppo.Metrics = plain
 
 
 def peak_memory(device):
@@ -384,7 +385,7 @@ def bench(config):
     rows, peak, summary = measure(config, size)  # before the ceilings, whose buffers would count as memory
     bf16 = config.dtype == "bfloat16" or config.dtype == "auto" and device.type == "cuda"
     micro = common.micro_batch_size(size.batch_size // size.minibatches, config.micro_batch_size,
-                                    size.response_len * size.vocab_size)
+                                    size.response_len * size.vocab_size, by_length=True)
     rate, setting = matrix_rate(size, micro, torch.bfloat16 if bf16 else torch.float32, device)
     bandwidths = {}
 
@@ -415,7 +416,7 @@ def json_line(config, result):
 
 def print_table(config, result):
     size, device, seconds, floors = (result[name] for name in ("size", "device", "seconds", "floors"))
-    header = common.header(config, "bench")
+    header = metrics.header(config, "bench")
     print(f"{config.preset}: {size.n_layer} layers, {size.n_head} heads, {size.n_embd} wide, {size.vocab_size:,} ids; "
           f"{size.batch_size} responses, prompt {size.prompt_len}, response {size.response_len}; {size.epochs} epochs "
           f"x {size.minibatches} minibatches; {config.critic} critic")
@@ -442,7 +443,7 @@ def print_estimate(config):
     sizes = {name: Size(*shape, **flags) for name, shape in GPT2_FAMILY.items()}
     first = sizes["gpt2"]
     micro = common.micro_batch_size(first.batch_size // first.minibatches, config.micro_batch_size,
-                                    first.response_len * first.vocab_size)
+                                    first.response_len * first.vocab_size, by_length=True)
     print(f"computed from allocations, not measured: batch {first.batch_size}, prompt {first.prompt_len}, response "
           f"{first.response_len}, {micro} responses per forward pass, {'bfloat16 autocast' if bf16 else 'float32'}; "
           "GB\n")

@@ -33,6 +33,7 @@ import torch
 
 import common
 import data
+import metrics
 import train_ppo
 from checkpoint import load_checkpoint, save_checkpoint
 from model import GPT
@@ -383,7 +384,7 @@ def describe_token(encoding, token):
 
 def digits(x):
     """A number for JSON, with no more digits than a page shows; None where it is not finite."""
-    return None if common.clean(x) is None else float(f"{x:.6g}")
+    return None if metrics.clean(x) is None else float(f"{x:.6g}")
 
 
 def describe_response(side, numbers, i, prompt, response, origin):

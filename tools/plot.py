@@ -1,42 +1,92 @@
 """
-Draws the PPO curves of one or several runs from their metrics.jsonl.
+Draws the curves of PPO from metrics.jsonl, of one run or of several on top of each other.
 
-    python -m tools.plot out/atlas                                    one run -> out/atlas/curves.png
-    python -m tools.plot out/seed0 out/seed1 --save docs/curve.png    their mean, and a band from lowest to highest
+    python -m tools.plot out/atlas                                   one run, also while it runs -> out/atlas/curves.png
+    python -m tools.plot out/seed0 out/seed1 --save seeds.svg       seeds: their mean, and a band from lowest to highest
+    python -m tools.plot out/low/* out/high/* --metrics kl score     runs whose flags differ: a colour for each group
 
-Needs matplotlib, which nothing else does.
+Runs that differ in nothing but the seed and where they lie are one group; a group is named by the flags in which it
+differs from the others. Where metrics.HEALTH gives a metric a range, the range is green. Needs matplotlib, which
+nothing else does.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
 
-PANELS = (  # title, metrics drawn in it
-    ("share of answers that are right", ("gold", "gold_heldout")),
-    ("score - kl_coef * KL, what PPO maximises", ("objective",)),
-    ("KL to the SFT policy, nats per response", ("kl",)),
-    ("entropy, nats per token", ("entropy",)),
-)
+from checkpoint import HARMLESS
+from common import UserError, require
+from metrics import HEALTH, objective, parse
+
+PANELS = {  # metric: title of its panel, unit, what else is drawn there, where the axis ends (None: where the data do)
+    "gold": ("share of answers that are right", "share of responses", ("gold_heldout",), (-0.02, 1.02)),
+    "objective": ("J = score - kl_coef * KL", "units of score", (), (None, None)),
+    "score": ("score, before the KL is paid for", "units of score", (), (None, None)),
+    "kl": ("KL to the SFT policy", "nats per response", (), (None, None)),
+    "entropy": ("entropy", "nats per token", (), (0, None)),
+    "clip_frac": ("clip fraction", "share of tokens", (), (0, None)),
+    "explained_variance": ("explained variance of the critic", "share of the returns' variance", (), (-1, None)),
+    "response_len": ("length of a response", "tokens", (), (None, None)),
+    "eos_rate": ("responses that end by themselves", "share of responses", (), (-0.02, 1.02))}
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # Okabe & Ito, for all eyes
+HEALTHY = "#009E73"
+# Flags in which the runs of a group may differ. A resumed run may spell its data and sizes in another way, but runs
+# with others are others.
+SAME_GROUP = HARMLESS - {"data", "tokenizer", "n_layer", "n_head", "n_embd", "block_size"} | {"seed", "init_from"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is drawn
+
+def read_lines(folder, stage="ppo"):
+    """(flags, rows) of a stage: those of its header, {} if that is gone, and a dict per iteration."""
+    path = Path(folder) / "metrics.jsonl"
+    require(path.is_file(), f"{path} is not there: give the out_dir of a run")
+    lines = [row for row in map(parse, path.read_text(errors="replace").splitlines()) if row and row["stage"] == stage]
+    rows = [row for row in lines if "iter" in row]
+    require(rows, f"{path} has no {stage.upper()} iterations yet")
+    return next((row["flags"] for row in lines if "flags" in row), {}), rows
 
 
 def read_run(folder, stage="ppo"):
-    """{metric: (iterations, values)} of a PPO stage; `objective` is score - kl_coef * kl."""
-    path = Path(folder) / "metrics.jsonl"
-    if not path.is_file():
-        sys.exit(f"{path} is not there: give the out_dir of a finished run")
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    rows = [row for row in rows if row["stage"] == stage and "iter" in row]
-    if not rows:
-        sys.exit(f"{path} has no PPO iterations yet")
-    for row in rows:
-        row["objective"] = row["score"] - row["kl_coef"] * row["kl"]
+    """{metric: (iterations, values)} of a stage; `objective` is score - kl_coef * kl."""
+    rows = [row | {"objective": objective(row)} for row in read_lines(folder, stage)[1]]
     names = {name for row in rows for name, value in row.items() if isinstance(value, (int, float))}
     return {name: tuple(np.array(column) for column in zip(*[(row["iter"], row[name]) for row in rows
                                                              if row.get(name) is not None])) for name in names}
 
+
+def group_runs(folders):
+    """{name: [read_run, ...]}: runs with the same flags together, named by the flags that tell the groups apart."""
+    groups = {}
+    for folder in folders:
+        flags = {name: value for name, value in read_lines(folder)[0].items() if name not in SAME_GROUP}
+        groups.setdefault(tuple(sorted(flags.items())), []).append(read_run(folder))
+    differ = {name for flags in groups for name, value in flags
+              if any(dict(other).get(name) != value for other in groups)}
+    return {" ".join(f"{name}={value}" for name, value in flags if name in differ and value is not None)
+            or "default" * (len(groups) > 1): runs for flags, runs in groups.items()}
+
+
+def mean_and_band(runs, metric):
+    """Iterations, mean, lowest, highest over the runs that have the metric, where all of those have it; else None."""
+    curves = [run[metric] for run in runs if metric in run]
+    iterations = sorted(set.intersection(*(set(x.tolist()) for x, _ in curves))) if curves else []
+    values = np.array([[y[x.tolist().index(i)] for i in iterations] for x, y in curves])
+    return (iterations, values.mean(0), values.min(0), values.max(0)) if iterations else None
+
+
+def healthy_range(metric):
+    """(low, high) from the rules that bound the metric; None where it has no bound."""
+    lows, highs = ([getattr(rule, side) for rule in HEALTH if rule.metric == metric and getattr(rule, side) is not None]
+                   for side in ("low", "high"))
+    return max(lows, default=None), min(highs, default=None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# drawing
 
 def import_pyplot():
     try:
@@ -44,30 +94,74 @@ def import_pyplot():
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
     except ImportError:
-        sys.exit("drawing needs matplotlib: pip install matplotlib")
+        raise UserError("drawing needs matplotlib: pip install matplotlib") from None
     return plt
 
 
-def draw(folders, save):
-    plt = import_pyplot()
-    runs = [read_run(folder) for folder in folders]
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(4 * len(PANELS), 3.2), constrained_layout=True)
-    for axis, (title, names) in zip(axes, PANELS):
-        for name in names:
-            curves = [run[name] for run in runs if name in run]
-            if not curves:
+def draw_panel(axis, groups, metric):
+    """Draws a panel of PANELS. Returns [(where its main curve ends, colour, name)] of the groups."""
+    title, unit, others, ends_of_axis = PANELS[metric]
+    ends = []
+    for n, (name, runs) in enumerate(groups.items()):
+        colour = COLOURS[n % len(COLOURS)]
+        for curve, style in zip((metric, *others), ("-", ":")):
+            drawn = mean_and_band(runs, curve)
+            if drawn is None:
                 continue
-            # Runs of different length are compared over the iterations that all of them have.
-            iterations = sorted(set.intersection(*(set(x.tolist()) for x, _ in curves)))
-            values = np.array([[y[x.tolist().index(i)] for i in iterations] for x, y in curves])
-            line, = axis.plot(iterations, values.mean(0), label=name.replace("_", " "),
-                              marker="." if len(iterations) < 10 else None)
-            axis.fill_between(iterations, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("iteration")
-        axis.grid(alpha=0.3)
-        if len(names) > 1:
-            axis.legend(fontsize=9, loc="lower right")
+            x, mean, low, high = drawn
+            axis.plot(x, mean, style, color=colour, label=curve.replace("_", " ") if n == 0 else None,
+                      marker="." if len(x) < 10 else None)
+            axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+            if curve == metric:
+                ends.append((mean[-1], colour, name))
+    axis.set_ylim(*ends_of_axis)
+    bottom, top = axis.get_ylim()
+    low, high = healthy_range(metric)
+    if (low, high) != (None, None):
+        axis.axhspan(max(bottom, bottom if low is None else low), min(top, top if high is None else high),
+                     color=HEALTHY, alpha=0.07, linewidth=0, zorder=0)
+    axis.set_title(title, fontsize=10)
+    axis.set_ylabel(unit, fontsize=9)
+    axis.grid(alpha=0.3)
+    if others and len(axis.lines) > len(groups):
+        axis.legend(fontsize=9, loc="lower right", frameon=False)
+    return ends
+
+
+def name_groups(axis, ends):
+    """Each group's name to the right of the panel, where its curve ends, and not on top of another name."""
+    bottom, top = axis.get_ylim()
+    place = -1.0
+    for value, colour, name in sorted(ends):
+        place = max((value - bottom) / (top - bottom), place + 0.075)
+        axis.annotate(name, (1.0, place), xycoords="axes fraction", xytext=(4, 0), textcoords="offset points",
+                      color=colour, fontsize=9, verticalalignment="center", annotation_clip=False)
+
+
+def draw(folders, save, metrics=None):
+    """Draws the panels of `metrics` (default: those of PANELS that a run has) into a .png, .svg or .pdf file."""
+    require(Path(save).suffix in (".png", ".svg", ".pdf"), f"--save={save} must end in .png, .svg or .pdf")
+    unknown = [metric for metric in metrics or () if metric not in PANELS]
+    require(not unknown, f"--metrics has no panel {', '.join(unknown)}: choose from {', '.join(PANELS)}")
+    plt, groups = import_pyplot(), group_runs(folders)
+    metrics = metrics or [metric for metric in PANELS if any(metric in run for runs in groups.values() for run in runs)]
+    columns = len(metrics) if len(metrics) <= 4 else 3 if len(metrics) % 3 == 0 else 4
+    rows = -(-len(metrics) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 2.7 * rows + 0.5), squeeze=False,
+                                constrained_layout=True)
+    for n, (axis, metric) in enumerate(zip(axes.flat, metrics)):
+        ends = draw_panel(axis, groups, metric)
+        if len(groups) > 1 and n == columns - 1:
+            name_groups(axis, ends)
+    for axis in axes.flat[len(metrics):]:
+        axis.set_axis_off()
+    note = "iteration"
+    if any(len(runs) > 1 for runs in groups.values()):
+        note += "     line and band: mean, lowest and highest of " + " and ".join(
+            sorted({f"{len(runs)} runs" for runs in groups.values()}))
+    if any(healthy_range(metric) != (None, None) for metric in metrics):
+        note += "     green: where no rule in metrics.py warns"
+    figure.supxlabel(note, fontsize=9)
     figure.savefig(save, dpi=110)
     plt.close(figure)
     print(f"wrote {save}")
@@ -76,6 +170,11 @@ def draw(folders, save):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="out_dir of each run")
-    parser.add_argument("--save", help="the picture to write; default: curves.png in the first run's folder")
+    parser.add_argument("--save", help="the picture, .png, .svg or .pdf; default: curves.png in the first run's folder")
+    parser.add_argument("--metrics", nargs="+", help=f"the panels: {', '.join(PANELS)}; default: all of them")
     options = parser.parse_args()
-    draw(options.runs, options.save or Path(options.runs[0]) / "curves.png")
+    try:
+        draw(options.runs, options.save or Path(options.runs[0]) / "curves.png", options.metrics)
+    except (UserError, OSError) as error:
+        print(f"plot: {error}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, UserError) else 1) from None

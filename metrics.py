@@ -1,0 +1,263 @@
+"""
+What a run says of itself: metrics.jsonl, a line on the screen, TensorBoard and Weights & Biases where asked for, and
+a warning when a number says that something is wrong. README, "What the numbers mean", explains each metric.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import subprocess
+import time
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Callable, Optional
+
+import numpy
+import tiktoken
+import torch
+
+import distributed
+from common import replacing
+
+
+class Metrics:
+    """metrics.jsonl, one line per iteration, and one aligned line on the screen every log_interval iterations.
+
+    The file is shared by the stages of an out_dir. Opening it drops this stage's lines past `start`, the iteration
+    of the checkpoint that is resumed (0 for a fresh start, which drops all of them), and writes the header line."""
+
+    def __init__(self, config, stage, start=0):
+        self.config, self.stage, self.start, self.path = config, stage, start, config.folder / "metrics.jsonl"
+        lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
+        rows, head = [(line, parse(line)) for line in lines], header(config, stage)
+        kept = [(line, row) for line, row in rows
+                if row and (row["stage"] != stage or (start > 0 and row.get("iter", 0) <= start))]
+        if start == 0:
+            kept.append((json.dumps(head), head))
+        first = distributed.is_first()  # the other processes count along in silence
+        if first:
+            with replacing(self.path) as file:
+                file.write("".join(line + "\n" for line, _ in kept).encode())
+
+        ours = [row for _, row in kept if row["stage"] == stage]
+        self.rows, self.warned, self.widths = [head], set(), {}
+        for row in ours:
+            if "iter" in row:
+                self.warnings(row)  # what was said before the run was interrupted is not said again
+        self.tensorboard = open_tensorboard(config, stage, start) if first and config.tensorboard else None
+        self.wandb = open_wandb(config, stage, (ours or [head])[0]) if first and config.wandb else None
+        self.began = self.last = time.time()
+
+    def write(self, iteration, metrics, show):
+        """Appends {stage, iter, seconds, **metrics}. `show` names those for the screen with their formats; what is not
+        measured in every iteration comes last there. Prints the warnings of HEALTH, each once in a run."""
+        now = time.time()
+        row = {"stage": self.stage, "iter": iteration, "seconds": round(now - self.last, 4)}
+        row |= {name: clean(value) for name, value in metrics.items()}
+        self.last = now
+        try:
+            with open(self.path if distributed.is_first() else os.devnull, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise OSError(f"could not write {self.path} ({error.strerror or error})") from error
+        if iteration % self.config.log_interval == 0 or iteration in (self.start + 1, self.config.max_iters):
+            left = (now - self.began) / (iteration - self.start) * (self.config.max_iters - iteration)
+            columns = [self.column(name, format(row[name], spec)) for name, spec in show.items()
+                       if row.get(name) is not None]
+            print(f"{self.stage} {iteration:>{len(str(self.config.max_iters))}}/{self.config.max_iters}  eta "
+                  f"{int(left) // 60:3}:{int(left) % 60:02}  " + "  ".join(columns), flush=True)
+        for warning in self.warnings(row):
+            print(warning, flush=True)
+
+        numbers = {name: value for name, value in row.items() if isinstance(value, (int, float))}
+        if self.tensorboard:
+            for name, value in numbers.items():
+                self.tensorboard.add_scalar(name, value, iteration)
+            self.tensorboard.flush()  # or a kill -9 would lose the last two minutes
+        if self.wandb:
+            self.wandb.log(numbers)
+        return row
+
+    def column(self, name, number):
+        """A number that is wider than any before it widens its column from here on."""
+        self.widths[name] = max(self.widths.get(name, 0), len(number))
+        return f"{name} {number:>{self.widths[name]}}"
+
+    def warnings(self, row):
+        """Takes note of the next line of the stage. Returns a sentence for each rule that breaks for the first time."""
+        self.rows.append(row | {"J": objective(row)})
+        broken = [rule for rule in HEALTH if rule not in self.warned and rule.broken(self.rows)]
+        self.warned.update(broken)
+        return [f"warning: {rule.sentence(self.rows)}" for rule in broken]
+
+
+def parse(line):
+    """The row of a line of metrics.jsonl; None for what a crash left of one."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and "stage" in row else None
+
+
+def clean(value):
+    """A Python number for JSON; None for NaN and inf, which JSON cannot say."""
+    value = value.item() if isinstance(value, torch.Tensor) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def header(config, stage):
+    """The line that says what made the lines after it: flags, versions, device, commit."""
+    here = Path(__file__).parent
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True) \
+        if (here / ".git").exists() else None
+    cuda = torch.cuda.is_available() and config.device != "cpu"
+    return {"stage": stage, "flags": dataclasses.asdict(config), "torch": torch.__version__,
+            "numpy": numpy.__version__, "tiktoken": tiktoken.__version__, "python": platform.python_version(),
+            "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+            "cuda": cuda, "threads": torch.get_num_threads(), "processes": distributed.size(),
+            "began": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+            "commit": git.stdout.strip() if git and git.returncode == 0 else None}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the same numbers elsewhere; common.Flags.check has seen that the packages are there
+
+def open_tensorboard(config, stage, start):
+    """A SummaryWriter in out_dir/tensorboard/<stage>. TensorBoard forgets what earlier files there say of iterations
+    after `start`: a run that is resumed goes on in the same curve, and one that replaces another begins it anew."""
+    from torch.utils.tensorboard import SummaryWriter
+    return SummaryWriter(config.folder / "tensorboard" / stage, purge_step=start + 1)
+
+
+def open_wandb(config, stage, first_line):
+    """A run of Weights & Biases, its files under out_dir. Its id is made from the stage's header line, which a resumed
+    run keeps, so that it goes on in the same run. wandb's own environment variables apply (WANDB_MODE=offline)."""
+    import wandb
+    run = wandb.init(project="rlhf-ppo", group=config.folder.name, name=f"{config.folder.name}-{stage}",
+                     dir=config.folder, config=dataclasses.asdict(config),
+                     id=sha256(json.dumps(first_line).encode()).hexdigest()[:16], resume="allow",
+                     reinit="finish_previous")  # train_ppo.py may run the earlier stages in the same process
+    run.define_metric("*", step_metric="iter")  # wandb's own count would refuse iterations that are done again
+    return run
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# when a number says that something is wrong
+#
+# A rule looks at `rows`: the header of a stage, then its lines so far, each with J. It may miss what is wrong, but it
+# must not cry over a healthy run: a metric that is noisy in one iteration is averaged over several.
+
+def objective(row):
+    """J = score - kl_coef * KL, what PPO maximises, whichever way the KL goes into the update; None without them."""
+    parts = [row.get(name) for name in ("score", "kl_coef", "kl")]
+    return None if None in parts else parts[0] - parts[1] * parts[2]
+
+
+def mean(values):
+    return sum(values) / len(values) if values else math.nan
+
+
+def recent(rows, metric, n, skip=0):
+    """The metric in the last n lines, after leaving out the `skip` newest; [] if one of them lacks it."""
+    values = [row.get(metric) for row in rows[max(0, len(rows) - n - skip):len(rows) - skip]]
+    return [] if None in values or len(values) < n else values
+
+
+def at_start(rows, metric):
+    """Its mean over the first 5 iterations."""
+    return mean([row[metric] for row in rows[1:6] if row.get(metric) is not None])
+
+
+def moved(rows, metric):
+    """Its mean over the last 10 iterations minus that over the 10 before, in standard errors of the difference."""
+    parts = recent(rows, metric, 10, skip=10), recent(rows, metric, 10)
+    variance = sum(sum((x - mean(part)) ** 2 for x in part) / 9 / 10 for part in parts)
+    return (mean(parts[1]) - mean(parts[0])) / max(math.sqrt(variance), 1e-12)
+
+
+def flag(rows, name):
+    return rows[0]["flags"].get(name)
+
+
+def exact(rows):
+    """Whether two passes over the same tokens must agree to the last bit: float32 on a CPU, not compiled."""
+    return not (rows[0]["cuda"] or flag(rows, "dtype") == "bfloat16" or flag(rows, "compile"))
+
+
+def entropy_collapsed(rows):
+    """A policy that has learned is sure as well, so low entropy alone proves nothing. It was given away for nothing if
+    J has gained less than half of the most that it had gained before, or, with a reward model, whose unit is the spread
+    of the SFT policy's answers, less than half of that unit."""
+    if not mean(recent(rows, "entropy", 5)) < 0.1 * at_start(rows, "entropy"):
+        return False
+    J = [row["J"] for row in rows[1:] if row["J"] is not None]
+    means = [mean(J[i:i + 5]) for i in range(len(J) - 4)]
+    return bool(means) and means[-1] - means[0] < 0.5 * max(max(means) - means[0], flag(rows, "reward") == "rm")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Broken where the mean of `metric` over its last n values lies outside [low, high], if given, and `when(rows)`
+    holds, if given."""
+    metric: str
+    what: str    # what is wrong, with {value} for that mean
+    cause: str   # the likeliest one
+    remedy: str  # the flag to try
+    n: int = 1
+    low: Optional[float] = None
+    high: Optional[float] = None
+    when: Optional[Callable] = None
+
+    def broken(self, rows):
+        values = recent(rows, self.metric, self.n)
+        if not values:
+            return False
+        inside = (self.low is None or self.low <= mean(values)) and (self.high is None or mean(values) <= self.high)
+        bounded = self.low is not None or self.high is not None
+        return not (bounded and inside) and (self.when is None or self.when(rows))
+
+    def sentence(self, rows):
+        value = mean(recent(rows, self.metric, self.n))
+        return f"{self.what.format(value=value)}. Likely cause: {self.cause}. Try {self.remedy}"
+
+
+HEALTH = (
+    Rule("kl", "kl is {value:.2f} nats over 5 iterations, though no KL is below 0",
+         "the log-probs are not those of the distribution that was sampled, or a rollout is too small to tell",
+         "--dtype=float32, then a larger --batch_size", n=5, low=-0.1),
+    Rule("kl", "kl is {value:.1f} nats over 5 iterations, more than one per token",
+         "the policy has left the text that the reward model can judge", "a higher --kl_coef, and read the samples",
+         n=5, high=10.0, when=lambda rows: mean(recent(rows, "kl", 5)) > mean(recent(rows, "response_len", 5))),
+    Rule("score", "score rises to {value:+.2f} while J = score - kl_coef * kl falls",
+         "the KL costs more than the score gains, so the update does not follow J", "a lower --lr, or fewer --epochs",
+         n=10, when=lambda rows: moved(rows, "score") > 2 and moved(rows, "J") < -2),
+    Rule("eos_rate", "eos_rate has fallen to {value:.2f}, less than half of what it was",
+         "longer answers score higher, or stopping is not learned", "a higher --eos_penalty, or --max_new_tokens", n=5,
+         when=lambda rows: mean(recent(rows, "eos_rate", 5)) < at_start(rows, "eos_rate") / 2 > 0.05),
+    Rule("entropy", "entropy has fallen to {value:.3f} nats per token and J has not gained by it",
+         "the policy became sure of an answer before it had tried others", "a lower --lr, or --ent_coef=0.01", n=5,
+         when=entropy_collapsed),
+    Rule("ratio_first", "ratio_first is {value:.1e}: the ratio was not 1 before any update",
+         "the old log-probs are computed otherwise (temperature, dropout, shape of the passes) than the new ones",
+         "--dtype=float32, and no --compile", when=lambda rows: rows[-1]["ratio_first"] > (0 if exact(rows) else 0.05)),
+    Rule("logprob_gap", "logprob_gap is {value:.1e}: sampling and training disagree about the same tokens",
+         "the passes with the KV cache compute something else than the whole ones", "--dtype=float32",
+         when=lambda rows: rows[-1]["logprob_gap"] > (1e-4 if exact(rows) else 0.05)),
+    Rule("clip_frac", "clip_frac is {value:.2f} over 5 iterations", "the steps are too long for the clip",
+         "a lower --lr, or fewer --epochs", n=5, high=0.3),
+    Rule("approx_kl", "approx_kl is {value:.2f} nats per token over 5 iterations",
+         "the updates end far from the policy that sampled their data", "a lower --lr, fewer --epochs, or "
+         "--target_kl=0.03", n=5, high=0.1),
+    Rule("explained_variance", "explained_variance is {value:.2f} over 20 iterations: the critic misleads",
+         "the critic learns too slowly", "a higher --lr, more --epochs, or --advantage=group, which needs none", n=20,
+         low=0.0, when=lambda rows: flag(rows, "critic") and mean(recent(rows, "explained_variance", 5)) < 0),
+    Rule("grad_norm", "grad_norm is {value:.1f} over 5 iterations, more than 10 times --grad_clip",
+         "the loss is steep where the weights are: their steps are too long", "a lower --lr", n=5,
+         when=lambda rows: mean(recent(rows, "grad_norm", 5)) > 10 * flag(rows, "grad_clip")),
+    Rule("skipped_steps", "skipped_steps is {value:.0f}: a loss or a gradient was not finite",
+         "weights, rewards or a ratio have grown too large", "a lower --lr, or --dtype=float32", high=0.0),
+)

@@ -78,7 +78,8 @@ def test_the_two_answers_differ_have_ended_and_come_in_a_random_order_that_the_s
     first = pairs(0, 8)
     assert first == pairs(0, 8) != pairs(1, 8) and all(a != b for a, b in filter(None, first))
     assert pairs(0, 3, temperature=0.01) == [None] * 3  # all samples alike
-    short = [answer for pair in pairs(0, 20, max_new_tokens=5) if pair for answer in pair]
+    short = [answer for pair in pairs(0, 20, max_new_tokens=5) if pair for answer in pair
+             if "\ufffd" not in answer]  # half a character is shown as a whole one, which has more bytes
     assert short and not [answer for answer in short if len(data.encode_response(encoding, answer)) > 5]
 
 

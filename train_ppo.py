@@ -40,13 +40,13 @@ class Config(common.Flags):
     init_from: Optional[str] = None  # the SFT checkpoint, start and reference of the policy; default: out_dir/sft.pt
     rm: Optional[str] = None         # the reward model's checkpoint; default: out_dir/rm.pt
     reward: str = "rm"               # rm, or path/to/file.py:function, f(prompts, responses) -> list of floats
-    max_iters: int = 120             # rollouts; enough once score - kl_coef * kl is flat
+    max_iters: int = 100             # rollouts; enough once score - kl_coef * kl is flat
     batch_size: int = 256            # responses per rollout; more is steadier
     samples_per_prompt: int = 1      # responses to each prompt of a rollout; --advantage=group needs 2 or more
     objective: str = "clip"          # or reinforce, reward_to_go, baseline, gae, cpi, kl_penalty: docs/derivation.md
     advantage: str = "gae"           # gae, or group: the score above that of a prompt's other responses, and no critic
-    minibatches: Optional[int] = None  # optimizer steps per epoch; default 2; up to --objective=gae there is one
-    epochs: Optional[int] = None     # passes over a rollout; default 2; more reuses it farther from its policy
+    minibatches: Optional[int] = None  # optimizer steps per epoch; default 4; up to --objective=gae there is one
+    epochs: Optional[int] = None     # passes over a rollout; default 1; more reuses it farther from its policy
     max_new_tokens: int = 16         # longest response; one that is cut there gets eos_penalty
     temperature: float = 1.0         # of the sampled distribution, and so of every log-prob
     lr: float = 4e-4                 # at width 128; 1e-5 at 124M parameters, 3e-6 at 1B
@@ -78,7 +78,7 @@ class Config(common.Flags):
     # What only some objectives use, with the defaults: a rung of the ladder adds to the one before it.
     CRITIC: ClassVar[dict] = {"critic": "separate", "vf_coef": 0.1, "value_clip": None}
     GAE: ClassVar[dict] = CRITIC | {"lam": 0.95}
-    REUSE: ClassVar[dict] = GAE | {"epochs": 2, "minibatches": 2, "target_kl": None}
+    REUSE: ClassVar[dict] = GAE | {"epochs": 1, "minibatches": 4, "target_kl": None}
     USES: ClassVar[dict] = {"reinforce": {}, "reward_to_go": {}, "baseline": CRITIC, "gae": GAE, "cpi": REUSE,
                             "kl_penalty": REUSE | {"penalty_target": 0.01}, "clip": REUSE | {"clip": 0.2}}
 
@@ -316,7 +316,9 @@ def loop(config, run):
                 pg_loss, pg_stats = surrogate_loss(config.objective, logprobs, old_logprobs[i], advantages[i], mask[i],
                                                    config.clip, penalty and penalty.value)
                 vf_loss, vf_stats = value_loss(values, old_values[i], returns[i], mask[i], config.value_clip)
-                loss = pg_loss + (config.vf_coef or 0.0) * vf_loss - config.ent_coef * masked_mean(ent, mask[i])
+                loss = pg_loss + (config.vf_coef or 0.0) * vf_loss
+                if config.ent_coef:  # else its gradient, as large as all the logits, would be computed to be weighed 0
+                    loss = loss - config.ent_coef * masked_mean(ent, mask[i])
                 if config.kl_in == "loss":
                     kl_loss = masked_mean(kl_estimate(logprobs, ref_logprobs[i], config.kl_kind or "k2"), mask[i])
                     loss = loss + kl_coef * kl_loss

@@ -68,7 +68,7 @@ def train_proxy(folder, seed, rm_iters, candidates):
 
 def train_at(folder, seed, kl_coef, max_iters):
     train(folder, seed, f"kl_coef {kl_coef}", rm=str(folder / "proxy" / "rm.pt"), kl_coef=kl_coef,
-          max_iters=max_iters)
+          max_iters=max_iters, epochs=2, minibatches=2)
 
 
 def best_of_n_weights(n, total):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import traceback
+from contextlib import nullcontext
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -18,15 +19,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import atlas
 import common
 import data
 import distributed
 import train_ppo
+import train_rm
 from checkpoint import digest, load_checkpoint
 from common import UserError
 from experiments import trpo
+from model import GPT, GPTConfig
 from rollout import Rollout
-from test_train import CLOCKS, ROOT, STAGES, metrics, pairs, reward_file, settings, weights, write_jsonl
+from test_train import CLOCKS, ROOT, SIZES, STAGES, metrics, pairs, reward_file, settings, weights, write_jsonl
 
 torch.set_num_threads(1)
 
@@ -179,7 +183,8 @@ def gradients_of(folder, flags):
     ids=["default", "shared", "group"])
 def test_gradients_advantages_and_metrics_on_the_same_ragged_rollouts_do_not_depend_on_the_number_of_processes(
         flags, world, in_processes, tmp_path):
-    flags = {"max_iters": 2, "reward": reward_file(tmp_path, "[len(r) * 0.5 + r.count('e') for r in responses]")} | flags
+    reward = reward_file(tmp_path, "[len(r) * 0.5 + r.count('e') for r in responses]")
+    flags = {"max_iters": 2, "reward": reward} | flags
     alone, = in_processes(1, gradients_of, world("ppo"), flags)
     assert alone[2]["ratio_first"] == 0 and len(alone[0]) > 2
     for n in (2, 4):
@@ -191,7 +196,7 @@ def test_gradients_advantages_and_metrics_on_the_same_ragged_rollouts_do_not_dep
 
 
 def test_the_epochs_end_by_the_kl_over_the_tokens_of_all_processes(world, in_processes, tmp_path):
-    flags = {"max_iters": 1, "epochs": 1, "reward": reward_file(tmp_path, "[len(r) for r in responses]")}
+    flags = {"max_iters": 1, "epochs": 1, "reward": reward_file(tmp_path, "list(map(len, responses))")}
     (_, _, row), = in_processes(1, gradients_of, world("ppo"), flags)
     target = 0.7 * 2 * row["approx_kl"]  # a mean over two minibatches, of which the first has none
     for _, _, row in in_processes(4, gradients_of, world("ppo"), flags | {"target_kl": target}):
@@ -242,6 +247,20 @@ def test_gathered_rollouts_stand_in_order_of_rank_and_are_padded_and_a_share_is_
         assert whole["response_lens"].tolist() == [1, 1, 1, 2]
         assert texts == ["text 0"] * 2 + ["text 1"] * 2
         assert all(torch.equal(mine[name], whole[name][2 * r:2 * r + 2]) for name in whole)
+
+
+def comparisons():
+    torch.manual_seed(0)
+    encoding = data.get_tokenizer("atlas")
+    policy = GPT(GPTConfig(vocab_size=encoding.n_vocab, **SIZES)).eval()
+    config = train_rm.Config(candidates=3, max_new_tokens=4)
+    rows = train_rm.atlas_comparisons(policy, encoding, config, torch.device("cpu"), nullcontext, "heldout")
+    return [(row.prompt, row.responses, row.pairs) for row in rows]
+
+
+def test_processes_share_the_sampling_of_candidates_and_agree_on_every_comparison(in_processes):
+    first, second = in_processes(2, comparisons)
+    assert first == second and len(first) == len(atlas.prompts("heldout"))
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -430,11 +430,12 @@ def collate_prompts(prompts, pad_id):
     return pad(prompts, pad_id)
 
 
-def like_lengths(lens, rows, size):
+def like_lengths(lens, rows, size, device="cpu"):
     """[(indices, T)]: rows (indices into lens) sorted by length and cut into passes of `size`, each with its longest
-    length T, a Python int. A pass over tokens[indices, :T] computes little padding. All on the CPU: no device waits."""
+    length T, a Python int. A pass over tokens[indices, :T] computes little padding. lens and rows are on the CPU, so
+    that nothing waits for the device, which the indices go to."""
     rows = rows[lens[rows].argsort(stable=True)]
-    return [(i, int(lens[i].max())) for i in rows.split(size)]
+    return [(i.to(device), int(lens[i].max())) for i in rows.split(size)]
 
 
 class BatchOrder:

@@ -244,7 +244,7 @@ def loop(config, run):
         round differently for another number of rows, and then the first ratio would not be exactly 1."""
         lens, R = rollout.lens.cpu(), rollout.mask.size(1)
         passes = [part for rows in torch.arange(len(lens)).split(common.share_size(minibatch_size))
-                  for part in data.like_lengths(lens, rows, micro)]
+                  for part in data.like_lengths(lens, rows, micro, device)]
         with autocast():
             parts = [score(model, rollout.tokens[i, :T], rollout.prompt_lens[i], R) for i, T in passes]
         place = torch.cat([i for i, _ in passes]).argsort()  # back to the order of the rollout
@@ -308,7 +308,7 @@ def loop(config, run):
         stats, peaks, steps, grad_norms = defaultdict(float), defaultdict(float), 0, 0.0
         for n, minibatch in enumerate(torch.cat(epochs).split(minibatch_size), start=1):
             n_minibatch, approx_kl, minibatch_loss = mask[minibatch].sum(), 0.0, 0.0
-            for i, T in data.like_lengths(lens, distributed.share(minibatch), micro):
+            for i, T in data.like_lengths(lens, distributed.share(minibatch), micro, device):
                 with autocast():
                     logprobs, values, ent = score_tokens(policy, tokens[i, :T], prompt_lens[i], R)
                     if critic:

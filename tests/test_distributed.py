@@ -437,12 +437,12 @@ def test_a_signal_to_any_process_ends_all_after_the_same_iteration_and_the_run_c
     run = torchrun("ppo", folder, max_iters=10**6, log_interval=1)
     wait_for_iteration(folder, "ppo", 2, run)
     os.kill(workers(run)[1], signal.SIGTERM)
-    out, err = run.communicate(timeout=120)
+    out, err = run.communicate(timeout=300)
     saved = load_checkpoint(folder / "ppo.pt", "ppo")
     assert run.returncode != 0 and saved["iter"] == metrics(folder, "ppo")[-1]["iter"] and not saved["finished"]
     assert len([line for line in out.splitlines() if line.startswith("ppo ")]) == saved["iter"]  # one process prints
     run = torchrun("ppo", folder, max_iters=saved["iter"] + 1, resume=True)
-    out, err = run.communicate(timeout=60)
+    out, err = run.communicate(timeout=300)
     assert run.returncode == 0, err
     assert out.count("going on after iteration") == 1 and metrics(folder, "ppo")[-1]["iter"] == saved["iter"] + 1
 
@@ -452,7 +452,7 @@ def test_torchrun_forwards_its_signal_and_all_leave_in_good_order(world, torchru
     run = torchrun("sft", folder, max_iters=10**6)
     wait_for_iteration(folder, "sft", 2, run)
     run.send_signal(signal.SIGINT)
-    out, err = run.communicate(timeout=60)
+    out, err = run.communicate(timeout=300)
     assert run.returncode != 0 and "Connection closed" not in err
     assert load_checkpoint(folder / "sft.pt", "sft")["iter"] == metrics(folder, "sft")[-1]["iter"]
 
@@ -460,6 +460,6 @@ def test_torchrun_forwards_its_signal_and_all_leave_in_good_order(world, torchru
 def test_an_error_in_one_process_is_told_by_that_one_and_ends_all(world, torchrun, tmp_path):
     body = "[float('nan') if __import__('os').environ['LOCAL_RANK'] == '1' else 1.0 for r in responses]"
     run = torchrun("ppo", world("ppo"), reward=reward_file(tmp_path, body))
-    out, err = run.communicate(timeout=60)
+    out, err = run.communicate(timeout=300)
     assert run.returncode != 0 and "process 1: the reward function returned nan for the prompt" in err
     assert "process 0: another process is gone" in err

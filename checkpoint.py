@@ -109,7 +109,8 @@ def load_latest(path, previous, stage):
 HARMLESS = {"max_iters", "log_interval", "sample_interval", "save_interval", "resume", "overwrite", "out_dir", "device",
             "tokenizer", "n_layer", "n_head", "n_embd", "block_size", "max_bad_steps", "rm", "data",
             "tensorboard", "wandb"}
-ROUNDING = {"micro_batch_size", "compile", "fsdp"}  # the same mathematics in another order, so all but the last bits
+# The same mathematics in another order, so all but the last bits.
+ROUNDING = {"micro_batch_size", "recompute", "compile", "fsdp"}
 
 
 def machine(device):

@@ -49,6 +49,7 @@ class Flags:
     max_iters: int = 0                  # iterations of this stage
     batch_size: int = 0                 # rows per iteration, of all processes together
     micro_batch_size: Optional[int] = None  # rows per forward pass; lower it when memory runs out
+    recompute: bool = False             # activation checkpointing: a fifth of the activations, a third more arithmetic
     lr: float = 0.0                     # AdamW's learning rate
     lr_decay_iters: Optional[int] = None  # lower lr linearly to 0 over this many iterations; default: constant
     grad_clip: float = 1.0              # gradients of a larger norm are scaled down to it
@@ -75,8 +76,8 @@ class Flags:
     }
 
     # What train_ppo.py hands on to the earlier stages that it runs; the rest are their own defaults.
-    INHERITED: ClassVar[tuple] = ("data", "tokenizer", "out_dir", "seed", "device", "dtype", "fsdp", "n_layer", "n_head",
-                                  "n_embd", "block_size", "skip_bad", "tensorboard", "wandb")
+    INHERITED: ClassVar[tuple] = ("data", "tokenizer", "out_dir", "seed", "device", "dtype", "fsdp", "recompute",
+                                  "n_layer", "n_head", "n_embd", "block_size", "skip_bad", "tensorboard", "wandb")
 
     def check(self):
         """Raises UserError for a value outside its domain, a missing data file or package, or --resume with
@@ -284,25 +285,30 @@ def setup(config):
         require(supported or not bf16, "--dtype=bfloat16 was asked for, but this GPU has none: use --dtype=float32")
         bf16 = supported and config.dtype != "float32"
         torch.set_float32_matmul_precision("high")  # TF32 for what stays float32; on a CPU float32 is exact
+    # On a CPU torch's flash attention multiplies bfloat16 block by small block: half the speed of the plain kernel. What
+    # is recomputed in the backward pass would not know of that choice, and be other tensors than the forward pass had.
+    plain = bf16 and device.type == "cpu"
+    require(not (plain and config.recompute), "--recompute and --dtype=bfloat16 do not go together on a CPU: leave one "
+                                              "of them out")
     torch.manual_seed(config.seed)
 
     @contextmanager
     def autocast():
-        # On a CPU torch's flash attention multiplies bfloat16 block by small block: half the speed of the plain kernel.
-        plain = sdpa_kernel(SDPBackend.MATH) if bf16 and device.type == "cpu" else nullcontext()
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16), plain:
+        attention = sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16), attention:
             yield
 
     return device, autocast
 
 
-def describe(device, autocast):
-    """One line for the screen: what --device=auto and --dtype=auto came to."""
+def describe(device, autocast, recompute=False):
+    """One line for the screen: what --device=auto and --dtype=auto came to, and --recompute."""
     with autocast():
         dtype = "bfloat16 autocast" if torch.is_autocast_enabled(device.type) else "float32"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     processes = f"{distributed.size()} processes on " if distributed.size() > 1 else ""
-    return f"{processes}{device.type} ({name}), {dtype}, torch {torch.__version__}"
+    activations = ", activations recomputed" if recompute else ""
+    return f"{processes}{device.type} ({name}), {dtype}{activations}, torch {torch.__version__}"
 
 
 def maybe_compile(function, enabled):

@@ -207,6 +207,8 @@ def loop(config, run):
         critic = reward_model.as_critic() if reward_model else load_policy(sft, "cpu")
     distributed.place(device, config.fsdp, policy, reference, reward_model, critic)
     modules = {"model": policy} | ({"critic": critic} if critic else {})
+    for module in modules.values():
+        module.trunk.recompute = config.recompute
     optimizer = common.Optimizer([p for module in modules.values() for p in module.parameters()], config)
     start, saved = run.begin(optimizer, modules, tokenizer, {"sft": sft["sha256"], "rm": rm.get("sha256")})
     controller = KLController(saved.get("kl_coef", config.kl_coef), config.kl_target)
@@ -216,8 +218,8 @@ def loop(config, run):
     order = data.BatchOrder([1] * len(split.train), config.batch_size // config.samples_per_prompt, config.seed)
 
     n_steps, logits_mb = config.epochs * config.minibatches, 4e-6 * micro * config.max_new_tokens * V
-    print(f"train_ppo: {policy.n_params:,} parameters on {common.describe(device, autocast)}, tokenizer "
-          f"{encoding.name} ({V:,} ids)")
+    print(f"train_ppo: {policy.n_params:,} parameters on {common.describe(device, autocast, config.recompute)}, "
+          f"tokenizer {encoding.name} ({V:,} ids)")
     print(f"{config.data}: {'; '.join(split.report)}")
     print(f"{config.batch_size} responses per rollout, {config.epochs} epochs x {config.minibatches} minibatches of "
           f"{minibatch_size} = {n_steps} optimizer steps per rollout, {micro} responses per forward pass "

@@ -129,6 +129,7 @@ def loop(config, run):
     policy.load_state_dict(sft["model"], strict=True)
     model = RewardModel.from_policy(policy)
     average = copy.deepcopy(model).requires_grad_(False)  # what is evaluated, calibrated and saved as the reward model
+    model.trunk.recompute = config.recompute
     distributed.place(device, config.fsdp, model, average)
     optimizer = common.Optimizer(model.parameters(), config)
     start, _ = run.begin(optimizer, {"model": average, "weights": model}, tokenizer, {"sft": sft["sha256"]})
@@ -137,8 +138,8 @@ def loop(config, run):
     eos, block_size = encoding.eot_token, policy.config.block_size
 
     n_params = sum(p.numel() for p in model.parameters())
-    print(f"train_rm: {n_params:,} parameters on {common.describe(device, autocast)}, tokenizer {encoding.name} "
-          f"({encoding.n_vocab:,} ids)")
+    print(f"train_rm: {n_params:,} parameters on {common.describe(device, autocast, config.recompute)}, tokenizer "
+          f"{encoding.name} ({encoding.n_vocab:,} ids)")
     if config.data == "atlas":
         train_rows, heldout = (atlas_comparisons(policy, encoding, config, device, autocast, split)
                                for split in ("train", "heldout"))

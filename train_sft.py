@@ -97,13 +97,14 @@ def loop(config, run):
         model = starting_model(config, encoding.n_vocab)
     split = data.load_demonstrations(config.data, encoding, model.config.block_size, config.skip_bad, config.seed)
     average = copy.deepcopy(model).requires_grad_(False).eval()  # what is evaluated, and saved as the SFT model
+    model.trunk.recompute = config.recompute
     distributed.place(device, config.fsdp, model, average)
     optimizer = common.Optimizer(model.parameters(), config)
     start, _ = run.begin(optimizer, {"model": average, "weights": model}, tokenizer)
     score = common.maybe_compile(score_response, config.compile)
 
-    print(f"train_sft: {model.n_params:,} parameters on {common.describe(device, autocast)}, tokenizer "
-          f"{encoding.name} ({encoding.n_vocab:,} ids)")
+    print(f"train_sft: {model.n_params:,} parameters on {common.describe(device, autocast, config.recompute)}, "
+          f"tokenizer {encoding.name} ({encoding.n_vocab:,} ids)")
     longest = max(len(row.response) for row in split.train)
     micro = common.micro_batch_size(config.batch_size, config.micro_batch_size, longest * encoding.n_vocab)
     print(f"{config.data}: {'; '.join(split.report)}; evaluation reads {min(len(split.heldout), EVAL_ROWS)} held-out "

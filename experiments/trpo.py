@@ -159,6 +159,8 @@ class Config(common.Flags):
         common.require(self.fisher_rows <= self.batch_size, f"{rows} must be --fisher_rows={self.fisher_rows} or more")
         common.require(not distributed.joined(), "TRPO runs in a single process: start it without torchrun")
         common.require(not self.compile, "--compile is not for TRPO: a compiled pass cannot be differentiated twice")
+        common.require(not self.recompute, "--recompute is not for TRPO, which differentiates a pass twice: lower "
+                       "--batch_size when memory runs out")
         common.require(self.micro_batch_size is None, "--micro_batch_size is not for TRPO, which reads a rollout "
                        "whole: lower --batch_size when memory runs out")
 

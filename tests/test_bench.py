@@ -183,12 +183,12 @@ def test_sizes_that_cannot_be_are_refused_in_a_sentence(flags, sentence):
         bench.main(bench.Config(device="cpu", **flags))
 
 
-@pytest.mark.parametrize("critic", [False, True])
-def test_the_memory_of_a_training_pass_is_what_the_allocator_hands_out(critic):
+@pytest.mark.parametrize("critic, recompute", [(False, False), (True, False), (False, True)])
+def test_the_memory_of_a_training_pass_is_what_the_allocator_hands_out(critic, recompute):
     """The estimate runs on fake tensors. Here the same pass is real, and the profiler records each allocation."""
     size = replace(SIZE, n_embd=64, response_len=30, vocab_size=2000)
     model, lens = GPT(size.model).eval(), torch.full((2,), 5)
-    tokens = torch.randint(2000, (2, 35))
+    tokens, model.trunk.recompute = torch.randint(2000, (2, 35)), recompute
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     with torch.profiler.profile(profile_memory=True) as profiler:
@@ -198,7 +198,15 @@ def test_the_memory_of_a_training_pass_is_what_the_allocator_hands_out(critic):
         (logprobs.sum() + values.sum() + entropy.sum()).backward()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
-    assert bench.pass_bytes(size, 2, bf16=False, critic=critic) == pytest.approx(held.max(), rel=0.1)
+    assert bench.pass_bytes(size, 2, False, critic, recompute) == pytest.approx(held.max(), rel=0.1)
+
+
+def test_recomputing_keeps_one_layers_activations_and_the_inputs_of_all():
+    """Of 12 layers in float32: 12 x 16 or so numbers per token and channel without, 12 + 16 with it. The rest is of the
+    policy head, whose width is small here."""
+    size = replace(SIZE, n_layer=12, n_embd=64, prompt_len=40, response_len=20)
+    plain, recomputed = (bench.pass_bytes(size, 4, False, recompute=recompute) for recompute in (False, True))
+    assert recomputed < 0.3 * plain
 
 
 def test_the_estimate_adds_up_sixteen_bytes_a_trained_weight_and_four_a_frozen_one():

@@ -247,6 +247,7 @@ def test_resume_takes_flags_that_no_number_depends_on(tmp_path):
 
 
 @pytest.mark.parametrize("change, says", [({"micro_batch_size": 1}, "--micro_batch_size was None and is 1"),
+                                          ({"recompute": True}, "--recompute was False and is True"),
                                           ({"compile": True}, "--compile was False and is True"), ({}, "threads was")])
 def test_resume_says_what_moves_the_last_bits_and_goes_on(change, says, tmp_path, monkeypatch, capsys):
     """Who ran out of memory must be able to go on with a smaller micro-batch."""

@@ -213,6 +213,11 @@ def test_bfloat16_on_a_cpu_goes_without_torchs_slow_flash_attention_and_leaves_n
     assert torch.backends.cuda.flash_sdp_enabled() and not torch.is_autocast_enabled("cpu")
 
 
+def test_recompute_with_bfloat16_on_a_cpu_is_refused_as_the_second_pass_would_take_another_attention():
+    with pytest.raises(UserError, match="--recompute and --dtype=bfloat16 do not go together on a CPU"):
+        common.setup(Config(dtype="bfloat16", device="cpu", recompute=True))
+
+
 @pytest.mark.parametrize("error", [
     torch._dynamo.exc.BackendCompilerFailed("inductor", RuntimeError("no C++ compiler"), None),
     torch._dynamo.exc.TorchDynamoException("no compiler")])

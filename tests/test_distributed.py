@@ -330,8 +330,8 @@ def train_sharded(stage, folder, flags):
 @pytest.mark.parametrize("stage, flags", [
     ("sft", {"log_interval": 1}), ("rm", {"log_interval": 1, "micro_batch_size": 1}),
     ("ppo", {"sample_interval": 1, "micro_batch_size": 1, "target_kl": 1e-4, "epochs": 4}),
-    ("ppo", {"critic": "shared"})],
-    ids=["sft", "rm", "ppo", "shared"])
+    ("ppo", {"critic": "shared"}), ("ppo", {"recompute": True})],
+    ids=["sft", "rm", "ppo", "shared", "recompute"])
 def test_sharded_models_train_to_the_same_weights_and_metrics_and_hold_half_each(stage, flags, world, in_processes):
     plain, sharded, flags = world(stage), world(stage), flags | {"lr": 1e-4}
     (whole, n), _ = in_processes(2, train_sharded, stage, plain, flags)

@@ -119,6 +119,29 @@ def test_block_size_is_the_longest_sequence():
         gpt(torch.full((1, BLOCK + 1), 10 ** 6))
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_recomputed_activations_give_the_same_gradients_to_the_last_bit(dropout):
+    gpt, gradients = make_gpt(torch.float32, dropout=dropout), []
+    for gpt.trunk.recompute in (False, True):
+        torch.manual_seed(0)
+        gpt.policy_head(gpt(ids(3, 9))).logsumexp(-1).square().sum().backward()
+        gradients.append([p.grad for p in gpt.trunk.parameters()])
+        gpt.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_nothing_is_recomputed_without_gradients_or_with_a_cache(monkeypatch):
+    gpt, again = make_gpt(), []
+    monkeypatch.setattr(model, "checkpoint", lambda block, x, use_reentrant: again.append(block) or block(x))
+    gpt.trunk.recompute = True
+    with torch.no_grad():
+        gpt(ids(3, 9))
+        gpt(ids(3, 9), cache=KVCache(gpt.config, 3, 9, "cpu", torch.float64))
+    assert not again
+    gpt(ids(3, 9))
+    assert again == list(gpt.trunk.blocks)
+
+
 # -----------------------------------------------------------------------------
 # the KV cache
 

@@ -25,6 +25,7 @@ import atlas
 import checkpoint
 import common
 import data
+import model
 import train_ppo
 import train_rm
 import train_sft
@@ -268,6 +269,27 @@ def test_gradients_and_weights_do_not_depend_on_the_micro_batch(stage, splits, w
     for gradient, final in zip(first[1:], finals[1:]):
         assert (gradient - first[0]).norm() < 1e-6 * first[0].norm()
         assert ((final - finals[0]).abs() > 1e-5).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("stage, flags", [("sft", {"dropout": 0.2}), ("rm", {}), ("ppo", {}),
+                                          ("ppo", {"critic": "shared"})], ids=str)
+def test_recomputed_activations_change_no_bit_of_a_run_and_are_recomputed_in_every_module_that_is_trained(
+        stage, flags, world, monkeypatch):
+    again, finals = Spy(monkeypatch, "checkpoint", model), []
+    for recompute in (False, True):
+        folder = world(stage)
+        assert not again.calls
+        run(stage, folder, recompute=recompute, **flags)
+        finals.append((digest(weights(folder, stage)), metrics(folder, stage)))
+    assert finals[0] == finals[1]
+    modules = 2 if stage == "ppo" and not flags else 1
+    assert len({id(args[0]) for args, _ in again.calls}) == modules * SIZES["n_layer"]
+
+
+def test_train_ppo_hands_recompute_on_to_the_stages_that_it_runs_first(tmp_path, capsys):
+    write_jsonl(tmp_path / "pairs.jsonl", pairs())
+    run("ppo", tmp_path, max_iters=1, recompute=True, **SIZES)
+    assert capsys.readouterr().out.count("float32, activations recomputed") == 3
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -589,7 +611,7 @@ COMMON = {  # flag: (another value, what must differ, what else holds for both r
     "dtype": ("bfloat16", "metrics", {}), "compile": (True, "screen", {}), "fsdp": (True, "refused", {}),
     "max_iters": (2, "metrics", {}),
     "batch_size": (6, "metrics", {}), "micro_batch_size": (5, "refused", {}), "lr": (1e-4, "metrics", {}),
-    "lr_decay_iters": (4, "metrics", {}), "grad_clip": (1e-9, "metrics", {}),
+    "recompute": (True, "screen", {}), "lr_decay_iters": (4, "metrics", {}), "grad_clip": (1e-9, "metrics", {}),
     "max_bad_steps": (1, "refused", {"nan": True}),
     "n_layer": (2, "refused", {}), "n_head": (4, "refused", {}), "n_embd": (64, "refused", {}),
     "block_size": (80, "refused", {}),

@@ -472,7 +472,8 @@ def test_without_a_policy_or_a_reward_model_it_says_who_makes_them_and_exits_2(m
 
 @pytest.mark.parametrize("flags, word", [
     (["--fisher_rows=300"], "--fisher_rows"), (["--batch_size=10"], "--minibatches"), (["--compile"], "--compile"),
-    (["--micro_batch_size=8"], "--micro_batch_size"), (["--dtype=bfloat16"], "--dtype"), (["--delta=0"], "--delta"),
+    (["--micro_batch_size=8"], "--micro_batch_size"), (["--recompute"], "--recompute"),
+    (["--dtype=bfloat16"], "--dtype"), (["--delta=0"], "--delta"),
     (["--damping=-1"], "--damping"), (["--cg_iters=0"], "--cg_iters"), (["--resume", "--overwrite"], "--resume"),
     (["--clip=0.2"], "--clip"), (["--data=nowhere.jsonl"], "nowhere.jsonl")])
 def test_flags_that_make_no_sense_end_in_a_sentence_and_exit_2(flags, word, world, tmp_path, monkeypatch, capsys):

@@ -83,6 +83,7 @@ class Config:
     device: str = "auto"                # auto (cuda if there is one), cpu or cuda
     dtype: str = "auto"                 # auto (bfloat16 on cuda, float32 on cpu), float32 or bfloat16 (autocast)
     compile: bool = False               # torch.compile the training passes; give it more warm-up
+    recompute: bool = False             # activation checkpointing, in --estimate as well
     critic: str = "shared"              # shared with the policy's trunk, or separate
     iters: int = 5                      # iterations that the medians are over
     warmup: int = 1                     # iterations before those
@@ -212,7 +213,7 @@ def measure(config, size):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         run_iterations(train_config(Path(folder), size, device=config.device, dtype=config.dtype,
-                                    compile=config.compile, critic=config.critic,
+                                    compile=config.compile, recompute=config.recompute, critic=config.critic,
                                     micro_batch_size=config.micro_batch_size), after)
     return rows[config.warmup:], peak_memory(device), summary
 
@@ -337,11 +338,12 @@ class LiveBytes(TorchDispatchMode):
         return out
 
 
-def pass_bytes(size, rows, bf16, critic=False):
+def pass_bytes(size, rows, bf16, critic=False, recompute=False):
     """The most that a training pass over `rows` responses holds beyond weights and gradients, forward and backward, as
     the allocations of score_response itself add up on fake tensors, which take no memory."""
     with FakeTensorMode():
         model, live = GPT(size.model).eval(), LiveBytes()
+        model.trunk.recompute = recompute
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
         tokens = torch.zeros(rows, size.prompt_len + size.response_len, dtype=torch.long)
@@ -355,7 +357,7 @@ def pass_bytes(size, rows, bf16, critic=False):
         return live.peak
 
 
-def estimate(size, critic, micro, bf16):
+def estimate(size, critic, micro, bf16, recompute=False):
     """{what: bytes} of a run, all of it on one device at the same time, except that the peak of the rollout and that of
     the update exclude each other: the larger one counts."""
     N, T = n_params(size), size.prompt_len + size.response_len
@@ -363,7 +365,7 @@ def estimate(size, critic, micro, bf16):
     kv = 2 * size.n_layer * size.n_embd * T * size.batch_size * (2 if bf16 else 4)
     parts = {"weights": 4 * N * trained, "gradients": 4 * N * trained, "AdamW": 8 * N * trained,
              "reference": 4 * N, "reward model": 4 * N}
-    return parts | {"KV cache": kv, "training pass": pass_bytes(size, micro, bf16, critic == "separate")}
+    return parts | {"KV cache": kv, "training pass": pass_bytes(size, micro, bf16, critic == "separate", recompute)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -445,11 +447,11 @@ def print_estimate(config):
     micro = common.micro_batch_size(first.batch_size // first.minibatches, config.micro_batch_size,
                                     first.response_len * first.vocab_size, by_length=True)
     print(f"computed from allocations, not measured: batch {first.batch_size}, prompt {first.prompt_len}, response "
-          f"{first.response_len}, {micro} responses per forward pass, {'bfloat16 autocast' if bf16 else 'float32'}; "
-          "GB\n")
+          f"{first.response_len}, {micro} responses per forward pass, {'bfloat16 autocast' if bf16 else 'float32'}"
+          f"{', activations recomputed' if config.recompute else ''}; GB\n")
     for n, (name, size) in enumerate(sizes.items()):
         for critic in ("shared", "separate"):
-            parts = estimate(size, critic, micro, bf16)
+            parts = estimate(size, critic, micro, bf16, config.recompute)
             total = sum(parts.values()) - min(parts["KV cache"], parts["training pass"])
             if n == 0 and critic == "shared":
                 print(f"{'model':<13}{'parameters':>14}  {'critic':<10}" + "".join(f"{part:>15}" for part in parts)

@@ -135,11 +135,12 @@ def sum_gradients(params):
 # ---------------------------------------------------------------------------------------------------------------------
 # models that are sharded
 
-def place(device, fsdp, *modules):
-    """Moves modules (or None) to the device; with fsdp only a shard of each parameter, whose other parts are gathered
-    block by block as a pass comes to them [FSDP2, torch.distributed.fsdp.fully_shard]."""
+def place(device, config, *modules):
+    """Moves modules (or None) to the device; with --fsdp only a shard of each parameter, whose other parts are gathered
+    block by block as a pass comes to them [FSDP2, torch.distributed.fsdp.fully_shard]. Sets what --recompute says."""
     for module in filter(None, modules):
-        if not fsdp:
+        module.trunk.recompute = config.recompute
+        if not config.fsdp:
             module.to(device)
             continue
         from torch.distributed.device_mesh import init_device_mesh

@@ -205,10 +205,8 @@ def loop(config, run):
     critic = None
     if config.critic == "separate":
         critic = reward_model.as_critic() if reward_model else load_policy(sft, "cpu")
-    distributed.place(device, config.fsdp, policy, reference, reward_model, critic)
+    distributed.place(device, config, policy, reference, reward_model, critic)
     modules = {"model": policy} | ({"critic": critic} if critic else {})
-    for module in modules.values():
-        module.trunk.recompute = config.recompute
     optimizer = common.Optimizer([p for module in modules.values() for p in module.parameters()], config)
     start, saved = run.begin(optimizer, modules, tokenizer, {"sft": sft["sha256"], "rm": rm.get("sha256")})
     controller = KLController(saved.get("kl_coef", config.kl_coef), config.kl_target)

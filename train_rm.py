@@ -129,8 +129,7 @@ def loop(config, run):
     policy.load_state_dict(sft["model"], strict=True)
     model = RewardModel.from_policy(policy)
     average = copy.deepcopy(model).requires_grad_(False)  # what is evaluated, calibrated and saved as the reward model
-    model.trunk.recompute = config.recompute
-    distributed.place(device, config.fsdp, model, average)
+    distributed.place(device, config, model, average)
     optimizer = common.Optimizer(model.parameters(), config)
     start, _ = run.begin(optimizer, {"model": average, "weights": model}, tokenizer, {"sft": sft["sha256"]})
     average.reset_calibration()

@@ -97,8 +97,7 @@ def loop(config, run):
         model = starting_model(config, encoding.n_vocab)
     split = data.load_demonstrations(config.data, encoding, model.config.block_size, config.skip_bad, config.seed)
     average = copy.deepcopy(model).requires_grad_(False).eval()  # what is evaluated, and saved as the SFT model
-    model.trunk.recompute = config.recompute
-    distributed.place(device, config.fsdp, model, average)
+    distributed.place(device, config, model, average)
     optimizer = common.Optimizer(model.parameters(), config)
     start, _ = run.begin(optimizer, {"model": average, "weights": model}, tokenizer)
     score = common.maybe_compile(score_response, config.compile)

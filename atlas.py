@@ -182,6 +182,7 @@ def answer(prompt: str, kind: str, rng: np.random.Generator) -> str:
     raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
 
 
+@functools.lru_cache(maxsize=2 ** 16)  # each answer is compared with all others to its question
 def kind_of(prompt: str, response: str) -> str:
     """
     Return which of KINDS any response text is, by exact comparison with the sentences above.

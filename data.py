@@ -430,6 +430,13 @@ def collate_prompts(prompts, pad_id):
     return pad(prompts, pad_id)
 
 
+def like_lengths(lens, rows, size):
+    """[(indices, T)]: rows (indices into lens) sorted by length and cut into passes of `size`, each with its longest
+    length T, a Python int. A pass over tokens[indices, :T] computes little padding. All on the CPU: no device waits."""
+    rows = rows[lens[rows].argsort(stable=True)]
+    return [(i, int(lens[i].max())) for i in rows.split(size)]
+
+
 class BatchOrder:
     """Which rows make up the batch of a step: a pure function of (seed, step), all that resuming needs.
 

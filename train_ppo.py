@@ -15,6 +15,7 @@ sampling in rollout.py. There is no trainer class: to change the algorithm, chan
 
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import ClassVar, Optional
 
 import torch
@@ -189,7 +190,9 @@ def loop(config, run):
     block_size = common.resolve_sizes(config, sft and sft["model_config"])["block_size"]
     split = data.load_prompts(config.data, encoding, block_size, config.max_new_tokens, config.skip_bad)
     eos, V = encoding.eot_token, encoding.n_vocab
-    micro = common.micro_batch_size(minibatch_size, config.micro_batch_size, config.max_new_tokens * V)
+    # Rows of like length go through the model together, so where there are many, not all go at once.
+    micro = common.micro_batch_size(minibatch_size, config.micro_batch_size, config.max_new_tokens * V,
+                                    most=max(32, minibatch_size // 4))
     if config.rm:
         load_reward_model(config, tokenizer, block_size, "cpu")
     make_missing_stages(config)
@@ -208,7 +211,8 @@ def loop(config, run):
     start, saved = run.begin(optimizer, modules, tokenizer, {"sft": sft["sha256"], "rm": rm.get("sha256")})
     controller = KLController(saved.get("kl_coef", config.kl_coef), config.kl_target)
     penalty = PenaltyController(config.penalty_target, saved.get("penalty", 1.0)) if config.penalty_target else None
-    score_tokens, value_tokens = (common.maybe_compile(f, config.compile) for f in (score_response, score_values))
+    score_tokens, value_tokens = (common.maybe_compile(f, config.compile) for f in
+                                  (partial(score_response, temperature=config.temperature), score_values))
     order = data.BatchOrder([1] * len(split.train), config.batch_size // config.samples_per_prompt, config.seed)
 
     n_steps, logits_mb = config.epochs * config.minibatches, 4e-6 * micro * config.max_new_tokens * V
@@ -236,13 +240,16 @@ def loop(config, run):
         return rollout, texts, common.require_finite(torch.cat(scores), texts)
 
     @torch.no_grad()
-    def rescore(model, rollout):
-        """score_response of a whole rollout, in passes of the update's own shape: a matrix product may round
-        differently for another number of rows, and then the first ratio would not be exactly 1."""
-        rows, R = zip(rollout.tokens.split(micro), rollout.prompt_lens.split(micro)), rollout.mask.size(1)
+    def rescore(model, rollout, score=score_tokens):
+        """What `score` gives for a whole rollout, in the very passes that the first epoch makes: a matrix product may
+        round differently for another number of rows, and then the first ratio would not be exactly 1."""
+        lens, R = (rollout.prompt_lens + rollout.response_lens).cpu(), rollout.mask.size(1)
+        passes = [part for rows in torch.arange(len(lens)).split(minibatch_size)
+                  for part in data.like_lengths(lens, rows, micro)]
         with autocast():
-            parts = [score_tokens(model, tokens, lens, R, config.temperature) for tokens, lens in rows]
-        return [torch.cat(part) for part in zip(*parts)]
+            parts = [score(model, rollout.tokens[i, :T], rollout.prompt_lens[i], R) for i, T in passes]
+        place = torch.cat([i for i, _ in passes]).argsort()  # back to the order of the rollout
+        return [torch.cat(part)[place] for part in zip(*parts)]
 
     def show(model, prompts, purpose):
         """[(prompt, response, score, KL)] of sampled answers, from a generator of its own: looking changes nothing."""
@@ -260,7 +267,7 @@ def loop(config, run):
         prompts = [split.train[i] for i in order.order(iteration - 1) for _ in range(config.samples_per_prompt)]
         rollout, texts, scores = roll_out(policy, prompts, common.generator(device, config.seed, "rollout", iteration))
         tokens, prompt_lens, mask = rollout.tokens, rollout.prompt_lens, rollout.mask
-        (B, R), n_tokens = mask.shape, mask.sum()
+        (B, R), n_tokens, lens = mask.shape, mask.sum(), (prompt_lens + rollout.response_lens).cpu()
         ended = tokens.gather(1, (prompt_lens + rollout.response_lens - 1).unsqueeze(1)).squeeze(1) == eos
         sec_rollout = clock.lap()
 
@@ -277,9 +284,7 @@ def loop(config, run):
         old_logprobs, old_values, entropy = rescore(policy, rollout)
         ref_logprobs = rescore(reference, rollout)[0]
         if critic:
-            with torch.no_grad(), autocast():
-                old_values = torch.cat([value_tokens(critic, *rows, R) for rows in
-                                        zip(tokens.split(micro), prompt_lens.split(micro))])
+            old_values, = rescore(critic, rollout, lambda *rows: (value_tokens(*rows),))
         kl = masked_mean(kl_estimate(old_logprobs, ref_logprobs), mask) * n_tokens / B  # nats per response
         sec_score = clock.lap()
 
@@ -300,13 +305,13 @@ def loop(config, run):
         rng = common.generator("cpu", config.seed, "minibatches", iteration)
         epochs = [torch.arange(B)] + [torch.randperm(B, generator=rng) for _ in range(config.epochs - 1)]
         stats, steps = defaultdict(float), 0
-        for n, minibatch in enumerate(torch.cat(epochs).to(device).split(minibatch_size), start=1):
+        for n, minibatch in enumerate(torch.cat(epochs).split(minibatch_size), start=1):
             n_minibatch, approx_kl, minibatch_loss = mask[minibatch].sum(), 0.0, 0.0
-            for i in minibatch.split(micro):
+            for i, T in data.like_lengths(lens, minibatch, micro):
                 with autocast():
-                    logprobs, values, ent = score_tokens(policy, tokens[i], prompt_lens[i], R, config.temperature)
+                    logprobs, values, ent = score_tokens(policy, tokens[i, :T], prompt_lens[i], R)
                     if critic:
-                        values = value_tokens(critic, tokens[i], prompt_lens[i], R)
+                        values = value_tokens(critic, tokens[i, :T], prompt_lens[i], R)
                 pg_loss, pg_stats = surrogate_loss(config.objective, logprobs, old_logprobs[i], advantages[i], mask[i],
                                                    config.clip, penalty and penalty.value)
                 vf_loss, vf_stats = value_loss(values, old_values[i], returns[i], mask[i], config.value_clip)

@@ -95,16 +95,6 @@ def labeller_entropy(comparisons, encoding):
 
 
 @torch.no_grad()
-def follow(average, model, iteration):
-    """Moves the average's weights towards the model's: polynomial-decay averaging [Shamir & Zhang 2013, 1212.1824],
-    whose memory is about the last tenth of the iterations, however many there are. The first one copies.
-
-    The noise of the last steps hardly shows in the loss, but a policy finds exactly the answers that it overrates."""
-    for mean, weight in zip(average.parameters(), model.parameters()):
-        mean.lerp_(weight, 9 / (iteration + 8))
-
-
-@torch.no_grad()
 def margins_of(model, comparisons, micro, eos, device, autocast):
     """Score differences chosen - rejected (M,) of all pairs, on the CPU."""
     margins = [torch.empty(0)]
@@ -178,7 +168,7 @@ def loop(config, run):
             (part * share).backward()
             loss, accuracy = loss + part.item() * share, accuracy + stats["accuracy"].item() * share
         lr, grad_norm = optimizer.step(iteration, loss)
-        follow(average, model, iteration)
+        common.follow(average, model, iteration)
 
         last = iteration == config.max_iters
         heldout_stats = {}

@@ -10,6 +10,7 @@ The loss is the mean of -log pi over response tokens, EOS included; prompts are 
 is no pretraining, no packing and no chat template here.
 """
 
+import copy
 from dataclasses import asdict, dataclass, replace
 from typing import ClassVar, Optional
 
@@ -29,9 +30,9 @@ EVAL_ROWS = 256  # one evaluation reads at most this many held-out rows
 @dataclass
 class Config(common.Flags):
     init_from: Optional[str] = None  # a GPT-2 folder, weights file or name (gpt2 ... gpt2-xl); default: random weights
-    max_iters: int = 1000            # optimizer steps; facts are learned late, long after the sentences look right
-    batch_size: int = 128            # demonstrations per step
-    lr: float = 1e-3                 # from scratch at width 128; 1e-5 to 5e-5 from GPT-2 weights
+    max_iters: int = 700             # optimizer steps; facts are learned late, long after the sentences look right
+    batch_size: int = 96             # demonstrations per step
+    lr: float = 1.5e-3               # from scratch at width 128; 1e-5 to 5e-5 from GPT-2 weights
     log_interval: int = 100          # iterations between lines on the screen, each with a look at the held-out rows
     save_interval: int = 500         # iterations between checkpoints; the last iteration always saves
     dropout: float = 0.0             # helps when epochs are many; the reward model and PPO always run without
@@ -94,7 +95,8 @@ def loop(config, run):
         model = starting_model(config, encoding.n_vocab)
     split = data.load_demonstrations(config.data, encoding, model.config.block_size, config.skip_bad, config.seed)
     optimizer = common.Optimizer(model.to(device).parameters(), config)
-    start, _ = run.begin(optimizer, {"model": model}, tokenizer)
+    average = copy.deepcopy(model).requires_grad_(False).eval()  # what is evaluated, and saved as the SFT model
+    start, _ = run.begin(optimizer, {"model": average, "weights": model}, tokenizer)
     score = common.maybe_compile(score_response, config.compile)
 
     print(f"train_sft: {model.n_params:,} parameters on {common.describe(device, autocast)}, tokenizer "
@@ -104,7 +106,7 @@ def loop(config, run):
     print(f"{config.data}: {'; '.join(split.report)}; evaluation reads {min(len(split.heldout), EVAL_ROWS)} held-out "
           f"rows; {micro} rows per forward pass")
 
-    def loss_of(rows):
+    def loss_of(model, rows):
         """Mean -log pi over the response tokens of rows, and their number."""
         tokens, prompt_lens, _, mask = (x.to(device) for x in data.collate_demonstrations(rows, encoding.eot_token))
         with autocast():
@@ -113,26 +115,26 @@ def loop(config, run):
 
     @torch.no_grad()
     def heldout_loss():
-        model.eval()
         rows, total, count = split.heldout[:EVAL_ROWS], 0.0, 0
         for i in range(0, len(rows), micro):
-            loss, n = loss_of(rows[i:i + micro])
+            loss, n = loss_of(average, rows[i:i + micro])
             total, count = total + loss.item() * n.item(), count + n.item()
         return total / count if count else None
 
     order = data.BatchOrder([len(row.prompt) + len(row.response) for row in split.train], config.batch_size,
                             config.seed, window=50)
     metrics, row = common.Metrics(config, "sft", start), {}
+    model.train()
     for iteration in range(start + 1, config.max_iters + 1):
-        model.train()
         batch = [split.train[i] for i in order.order(iteration - 1)]
         n_tokens, loss = sum(len(row.response) for row in batch), 0.0
         for i in range(0, config.batch_size, micro):
             # Each part weighs by its tokens, so that the sum is the token mean of the batch however it is split.
-            part, n = loss_of(batch[i:i + micro])
+            part, n = loss_of(model, batch[i:i + micro])
             (part * n / n_tokens).backward()
             loss += (part.detach() * n / n_tokens).item()
         lr, grad_norm = optimizer.step(iteration, loss)
+        common.follow(average, model, iteration)
 
         last = iteration == config.max_iters
         look = last or iteration % config.log_interval == 0
@@ -141,9 +143,8 @@ def loop(config, run):
                             show={"loss": ".4f", "heldout_loss": ".4f", "grad_norm": ".2f"})
         if run.due(iteration):
             run.save(iteration)
-    model.eval()
     if config.data == "atlas":
-        row["knows_country"] = knows_country(model, encoding, device)
+        row["knows_country"] = knows_country(average, encoding, device)
         print(f"the right country is likelier than a wrong one on {row['knows_country']:.1%} of the held-out questions")
     print(f"train_sft: wrote {run.path}")
     return row

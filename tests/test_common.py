@@ -333,6 +333,12 @@ def test_micro_batch_is_what_was_asked_for_or_the_largest_divisor_in_the_budget(
     assert common.micro_batch_size(rows, given, logits) == size
 
 
+def test_a_default_micro_batch_is_at_most_what_the_caller_wants():
+    assert common.micro_batch_size(128, None, 1, most=32) == 32
+    assert common.micro_batch_size(90, None, 1, most=32) == 30
+    assert common.micro_batch_size(128, 64, 1, most=32) == 64  # but a flag is a flag
+
+
 def test_a_micro_batch_that_does_not_divide_is_refused_with_the_arithmetic():
     with pytest.raises(UserError,
                        match=r"--micro_batch_size=5 must divide the 12 rows of a step: 12 = 2 x 5 \+ 2"):

@@ -19,7 +19,7 @@ import torch
 import atlas
 from data import (BatchOrder, Comparison, DataError, Demonstration, collate_comparisons,
                   collate_demonstrations, collate_prompts, encode_prompt, encode_response, get_tokenizer,
-                  load_comparisons, load_demonstrations, load_prompts, pad, read_rows, run_tokenizer,
+                  like_lengths, load_comparisons, load_demonstrations, load_prompts, pad, read_rows, run_tokenizer,
                   split_rows, to_row, tokenizer_id)
 
 REAL = Path(os.environ.get("PPO_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -579,6 +579,13 @@ def test_window_groups_lengths_and_keeps_the_rows():
                 == sorted(np.concatenate([grouped.order(step) for step in steps])))
     means = np.array([LENGTHS[grouped.order(step)].mean() for step in range(100)]).reshape(10, 10)
     assert (np.diff(means) < 0).any(axis=1).all()  # shuffled: no run goes from short to long
+
+
+def test_like_lengths_uses_each_row_once_and_pads_only_within_a_pass():
+    lens, rows = torch.tensor([5, 2, 9, 2, 7, 4, 8]), torch.tensor([6, 0, 1, 3, 4])
+    passes = like_lengths(lens, rows, 2)
+    assert [(i.tolist(), T) for i, T in passes] == [([1, 3], 2), ([0, 4], 7), ([6], 8)]
+    assert like_lengths(lens, rows, 99)[0][1] == 8
 
 
 def test_epochs_are_shuffled_differently():

@@ -171,13 +171,13 @@ def test_the_reward_model_is_an_average_of_its_weights_over_about_the_last_tenth
     for iteration in range(1, 201):
         with torch.no_grad():
             model.weight.fill_(1.0 if iteration <= 100 else 0.0)
-        train_rm.follow(average, model, iteration)
+        common.follow(average, model, iteration)
         if iteration == 1:
             assert torch.equal(average.weight, model.weight) and torch.equal(average.bias, model.bias)
     assert (average.weight - math.prod(1 - 9 / (t + 8) for t in range(101, 201))).abs().max() < 1e-6
     assert 0 < average.weight.max() < 0.005
 
-    steps = Spy(monkeypatch, "follow", train_rm)
+    steps = Spy(monkeypatch, "follow", common)
     folder = world("rm")
     run("rm", folder)
     saved = weights(folder, "rm")
@@ -295,11 +295,13 @@ def test_old_logprobs_advantages_and_returns_are_made_once_and_reused_in_every_e
         order = []
         for (policy_args, _), (value_args, _) in zip(surrogate_loss.calls[calls], value_loss.calls[calls]):
             (_, _, old, adv, m, *_), ret = policy_args, value_args[2]
+            rows = []  # which a minibatch holds; inside it they stand by length
             for i in range(len(old)):
                 row, = [b for b in range(len(mask)) if torch.equal(old[i], logprobs[b])]
-                order.append(row)
+                rows.append(row)
                 assert torch.equal(ret[i], returns[row]) and torch.equal(m[i], mask[row])
                 torch.testing.assert_close(adv[i] * m[i], whitened[row], rtol=1e-5, atol=1e-5)
+            order += sorted(rows)
         assert sorted(order) == list(range(len(mask)))  # every response once per epoch
         places.append(order)
     assert places[0] == sorted(places[0]) and places[1] != places[0] and places[1] != places[2]

@@ -22,7 +22,7 @@ import os
 import re
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar, Optional
@@ -128,7 +128,7 @@ def fit_linear(features, labels, l2=1e-3):
     """Weights (V,) of a logistic regression on sparse features (N, V) for labels (N,) in {0, 1}, by LBFGS.
     l2: weight decay per example."""
     weights = torch.zeros(features.size(1), requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights], max_iter=60, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([weights], max_iter=60, tolerance_change=0, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
@@ -194,28 +194,28 @@ def ngrams(text, n):
 # ---------------------------------------------------------------------------------------------------------------------
 # stages: train_sft, train_rm and train_ppo do the training
 
-def settled(path, stage, config):
-    """Whether the checkpoint at path is there, finished, and of these flags."""
+def train_once(module, stage, config):
+    """Runs a stage, unless its checkpoint is there with these flags: then goes on with it, or leaves it if finished."""
+    path = config.folder / f"{stage}.pt"
     saved = load_checkpoint(path, stage) if path.exists() else None
-    return bool(saved and saved["finished"] and saved["flags"] == asdict(config))
+    same = bool(saved) and saved["flags"] | {"resume": False, "overwrite": False} == asdict(config)
+    if not (same and saved["finished"]):
+        module.train(replace(config, resume=same, overwrite=not same))
 
 
 def train_policy(folder, config):
     """The SFT policy: folder/sft.pt. Its context is longer than the reviews, for experiments/human_comparisons.py."""
-    sft = train_sft.Config(data=str(folder / "sft.jsonl"), tokenizer=str(folder / "tokenizer.tiktoken"),
-                           out_dir=str(folder), device="cpu", max_iters=config.sft_iters, batch_size=64, lr=2e-3, n_layer=config.n_layer, n_head=config.n_head,
-                           n_embd=config.n_embd, block_size=160, save_interval=100, overwrite=True)
-    if not settled(folder / "sft.pt", "sft", sft):
-        train_sft.train(sft)
+    train_once(train_sft, "sft", train_sft.Config(
+        data=str(folder / "sft.jsonl"), tokenizer=str(folder / "tokenizer.tiktoken"), out_dir=str(folder), device="cpu",
+        max_iters=config.sft_iters, batch_size=64, lr=2e-3, n_layer=config.n_layer, n_head=config.n_head,
+        n_embd=config.n_embd, block_size=160, save_interval=100))
 
 
 def train_reward_model(folder, config, seed):
     """folder/rm.pt, calibrated on whole reviews that the SFT policy writes."""
-    rm = train_rm.Config(data=str(folder.parent / "pairs.jsonl"), init_from=str(folder.parent / "sft.pt"), seed=seed,
-                         out_dir=str(folder), device="cpu", max_iters=config.rm_iters, lr=5e-4,
-                         max_new_tokens=config.text_tokens + 1, overwrite=True)
-    if not settled(folder / "rm.pt", "rm", rm):
-        train_rm.train(rm)
+    train_once(train_rm, "rm", train_rm.Config(
+        data=str(folder.parent / "pairs.jsonl"), init_from=str(folder.parent / "sft.pt"), seed=seed, out_dir=str(folder),
+        device="cpu", max_iters=config.rm_iters, lr=5e-4, max_new_tokens=config.text_tokens + 1))
 
 
 def run_ppo(folder, config, seed, kl_coef):
@@ -235,7 +235,7 @@ def run_ppo(folder, config, seed, kl_coef):
             continue
         path = run / "ppo.pt"
         if not path.exists() or load_checkpoint(path, "ppo")["iter"] < stop:
-            train_ppo.train(train_ppo.replace(ppo, max_iters=stop, resume=path.exists()))
+            train_ppo.train(replace(ppo, max_iters=stop, resume=path.exists()))
         curve.append(measure(path, "ppo") | {"iter": stop})
         (run / "curve.json").write_text(json.dumps(curve))
 

@@ -69,17 +69,21 @@ def texts_of(row):
     return " ".join(value for value in row.values() if isinstance(value, str))
 
 
-if __name__ == "__main__":
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="a .jsonl or .jsonl.gz file; all texts of a row are read")
     parser.add_argument("--vocab_size", type=int, default=4096, help="tokens, 256 bytes among them, less <|endoftext|>")
     parser.add_argument("--save", required=True, help="the .tiktoken file to write")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     try:
-        rows, _ = data.read_rows(options.data, convert=texts_of)
-        ranks = learn_bpe(rows, options.vocab_size)
+        texts, _ = data.read_rows(options.data, convert=texts_of)
+        ranks = learn_bpe(texts, options.vocab_size)
         write_ranks(options.save, ranks)
     except (data.DataError, OSError) as error:
         print(f"bpe.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    print(f"wrote {options.save}: {len(ranks):,} tokens from {len(rows):,} rows")
+    print(f"wrote {options.save}: {len(ranks):,} tokens from {len(texts):,} rows")
+
+
+if __name__ == "__main__":
+    main()

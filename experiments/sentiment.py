@@ -125,9 +125,10 @@ def prepare_texts(config):
 # the judge, and the same thing as a baseline for the reward model
 
 def fit_linear(features, labels, l2=1e-3):
-    """Weights (V,) of a logistic regression on sparse features (N, V) for labels (N,) in {0, 1}, by LBFGS.
-    l2: weight decay per example."""
-    weights = torch.zeros(features.size(1), requires_grad=True)
+    """Weights (V,) of a logistic regression on sparse features (N, V) for labels (N,) in {0, 1}: the minimum of the mean
+    loss + l2 / 2 * |weights|^2, by LBFGS in float64, whose line search float32 would end early."""
+    features, labels = features.double(), labels.double()
+    weights = torch.zeros(features.size(1), dtype=torch.double, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=60, tolerance_change=0, line_search_fn="strong_wolfe")
 
     def closure():
@@ -138,7 +139,7 @@ def fit_linear(features, labels, l2=1e-3):
         return loss
 
     optimizer.step(closure)
-    return weights.detach()
+    return weights.detach().float()
 
 
 def words_of(text):

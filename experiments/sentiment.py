@@ -60,7 +60,7 @@ class Config:
     n_layer: int = 2                # layers
     n_head: int = 4                 # attention heads
     n_embd: int = 128               # width
-    sft_iters: int = 400            # optimizer steps of the SFT policy, on 64 reviews each
+    sft_iters: int = 1200           # optimizer steps of the SFT policy, on 64 reviews each
     rm_iters: int = 200             # optimizer steps of the reward model, on 16 pairs each
     max_iters: int = 30             # rollouts of each PPO run, of 128 continuations each
     every: int = 6                  # rollouts between looks at the policy
@@ -196,11 +196,12 @@ def ngrams(text, n):
 # stages: train_sft, train_rm and train_ppo do the training
 
 def train_once(module, stage, config):
-    """Runs a stage, unless its checkpoint is there with these flags: then goes on with it, or leaves it if finished."""
+    """Runs a stage until its checkpoint stands at max_iters; goes on with one of the same flags that does not yet."""
     path = config.folder / f"{stage}.pt"
     saved = load_checkpoint(path, stage) if path.exists() else None
-    same = bool(saved) and saved["flags"] | {"resume": False, "overwrite": False} == asdict(config)
-    if not (same and saved["finished"]):
+    same = bool(saved) and saved["iter"] <= config.max_iters and asdict(config) == saved["flags"] | {
+        "max_iters": config.max_iters, "resume": False, "overwrite": False}
+    if not (same and saved["iter"] == config.max_iters):
         module.train(replace(config, resume=same, overwrite=not same))
 
 

@@ -60,7 +60,7 @@ class Config:
     n_layer: int = 2                # layers
     n_head: int = 4                 # attention heads
     n_embd: int = 128               # width
-    sft_iters: int = 1200           # optimizer steps of the SFT policy, on 64 reviews each
+    sft_iters: int = 800            # optimizer steps of the SFT policy, on 64 reviews each
     rm_iters: int = 200             # optimizer steps of the reward model, on 16 pairs each
     max_iters: int = 30             # rollouts of each PPO run, of 128 continuations each
     every: int = 6                  # rollouts between looks at the policy
@@ -264,6 +264,7 @@ class Measure:
                            generator=common.generator("cpu", "held-out openings"))
         return self.numbers(policy, rollout)
 
+    @torch.no_grad()
     def numbers(self, policy, rollout):
         """The measures of a Rollout, whose log-probs are computed again under `policy` and under the SFT policy."""
         tokens, lens, mask = rollout.tokens, rollout.prompt_lens, rollout.mask

@@ -154,7 +154,7 @@ def test_a_tiny_run_judges_every_policy_and_goes_on_where_it_stopped(config, mon
     prompts, lens = data.collate_prompts([data.encode_prompt(encoding, sentiment.PROMPT + " film plot")] * 8, eos)
     rollout = generate(measure.reference, prompts, lens, 6, eos=eos, generator=common.generator("cpu", 0))
     numbers = measure.numbers(measure.reference, rollout)
-    assert numbers["kl"] == 0 and numbers["length"] == pytest.approx(rollout.mask.sum() / 8, abs=1e-3)
+    assert numbers["kl"] == 0 and numbers["length"] == pytest.approx(rollout.mask.sum().item() / 8, abs=1e-3)
     assert numbers["perplexity"] == pytest.approx((-rollout.logprobs.sum() / rollout.mask.sum()).exp().item(), rel=1e-3)
 
 

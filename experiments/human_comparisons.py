@@ -1,14 +1,14 @@
 """
-Human comparisons: does a small reward model, from scratch or on the trunk of the review model, beat chance and the rule
-that the longer answer is better?
+Human comparisons: does a small reward model, from scratch or on the trunk of the review model, beat chance and the
+rule that the longer answer is better?
 
-    python -m experiments.sentiment ...                 first: its out_dir holds the tokenizer and the trunk
-    python -m experiments.human_comparisons --hh=hh_harmless_base_test.jsonl.gz --llmbar=... --hhh=...
+    python -m experiments.sentiment ...        first: its out_dir holds the tokenizer and the trunk
+    python -m experiments.human_comparisons --hh=hh.jsonl.gz --llmbar=llmbar.jsonl.gz --hhh=hhh.jsonl.gz
 
-Each file is split into folds by prompt, a reward model is trained by train_rm.py on all folds but one and judged on that
-one, and the judgements are pooled, so every pair is judged once by a model that never saw its prompt. Beside it stand the
-length rule, which learns nothing, and a bag of words trained on the same folds. The models read the last PROMPT_TOKENS
-of a prompt and the first RESPONSE_TOKENS of an answer; the rules and the bag of words read everything.
+Each file is split into folds by prompt, a reward model is trained by train_rm.py on all folds but one and judged on
+that one, and the judgements are pooled: every pair is judged once, by a model that never saw its prompt. Beside it
+stand the length rule, which learns nothing, and a bag of words trained on the same folds. The models read the last
+PROMPT_TOKENS of a prompt and the first RESPONSE_TOKENS of an answer; the rule and the bag of words read everything.
 
 What out_dir holds already is not repeated. Drawing needs matplotlib.
 """
@@ -47,12 +47,13 @@ class Config:
     sentiment: str = "out/sentiment"           # out_dir of experiments/sentiment.py
     out_dir: str = "out/human_comparisons"     # a folder per file, start, seed and fold
     seeds: int = 1                             # seeds 0, 1, ... of the folds and of the training
-    folds: int = 5                             # parts of a file; each is judged by a model of the others
-    max_epochs: float = 2.0                    # passes over the training pairs, 16 at a time
+    folds: int = 3                             # parts of a file; each is judged by a model of the others
+    max_epochs: float = 1.0                    # passes over the training pairs, 16 at a time
     workers: Optional[int] = None              # runs at a time, each on one thread; default: one per core
     save: str = "docs/human_comparisons"       # the figure and its numbers, less .png and .json
 
-    DOMAINS: ClassVar[dict] = {"seeds": "[1, inf)", "folds": "[2, inf)", "max_epochs": "(0, inf)", "workers": "[1, inf)"}
+    DOMAINS: ClassVar[dict] = {"seeds": "[1, inf)", "folds": "[2, inf)", "max_epochs": "(0, inf)",
+                               "workers": "[1, inf)"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -107,8 +108,8 @@ def scratch_trunk(folder, sentiment):
 
 
 def judge_fold(folder, path, trunk, tokenizer, seed, fold, config):
-    """Trains on the other folds and writes folder/margins.json: {row: score difference chosen - rejected}, uncalibrated,
-    which is what the Bradley-Terry model turns into a probability."""
+    """Trains on the other folds and writes folder/margins.json: {row: score difference chosen - rejected}, without the
+    calibration for PPO, because this is what the Bradley-Terry model turns into a probability."""
     if (folder / "margins.json").exists():
         return
     encoding, rows = data.get_tokenizer(tokenizer), read_pairs(path)
@@ -116,10 +117,10 @@ def judge_fold(folder, path, trunk, tokenizer, seed, fold, config):
     texts = [crop(encoding, row) for row in rows]
     write_rows(folder / "train.jsonl", [text for text, other in zip(texts, folds) if other != fold])
     n_iters = max(1, round(config.max_epochs * (folds != fold).sum() / 16))
-    # Calibration is for PPO and no use here, so its answers are short.
-    train_rm.train(train_rm.Config(data=str(folder / "train.jsonl"), init_from=str(trunk), out_dir=str(folder), seed=seed,
-                                   device="cpu", max_iters=n_iters, lr=3e-4, max_new_tokens=1, overwrite=True,
-                                   save_interval=10**6))
+    # The answers that calibration samples are no use here, so they are short.
+    train_rm.train(train_rm.Config(data=str(folder / "train.jsonl"), init_from=str(trunk), out_dir=str(folder),
+                                   seed=seed, device="cpu", max_iters=n_iters, lr=3e-4, max_new_tokens=1,
+                                   overwrite=True, save_interval=10**6))
     sft = load_checkpoint(trunk, "sft")
     flags = train_ppo.Config(rm=str(folder / "rm.pt"), max_new_tokens=1)
     model, _ = train_ppo.load_reward_model(flags, sft["tokenizer"], sft["model_config"]["block_size"], "cpu")
@@ -177,11 +178,12 @@ def results_of(path, folder, config):
 def print_table(results):
     print("\n| pairs | judge | accuracy (95 %) | minus longer-is-better (95 %) | seeds |\n|---|---|---|---|---|")
     for file, judges in results.items():
+        pairs = f"{file}, {judges['rows']:,} of {judges['prompts']:,} prompts"
         for name, numbers in judges.items():
             if isinstance(numbers, dict):
-                accuracy, over = ("{:.3f} ({:.3f} to {:.3f})".format(*numbers[key]) for key in ("accuracy", "over_length"))
-                seeds = " ".join(f"{x:.3f}" for x in numbers["seeds"])
-                print(f"| {file}, {judges['rows']:,} of {judges['prompts']:,} prompts | {name} | {accuracy} | {over} | {seeds} |")
+                cells = ["{:.3f} ({:.3f} to {:.3f})".format(*numbers[key]) for key in ("accuracy", "over_length")]
+                cells.append(" ".join(f"{x:.3f}" for x in numbers["seeds"]))
+                print(f"| {pairs} | {name} | {' | '.join(cells)} |")
 
 
 def draw(results, save):
@@ -209,8 +211,9 @@ def main(config):
         read_pairs(path)  # a missing or damaged file is said before the training, not after
     run_jobs([(partial(scratch_trunk, sentiment=config.sentiment), root / "scratch", "sft")], workers)
     trunks = {"scratch": root / "scratch" / "sft.pt", "reviews": Path(config.sentiment) / "sft.pt"}
-    jobs = [(partial(judge_fold, path=path, trunk=trunks[start], tokenizer=str(Path(config.sentiment) / "tokenizer.tiktoken"),
-                     seed=seed, fold=fold, config=config), root / name / f"{start}{seed}{fold}", "rm")
+    tokenizer = str(Path(config.sentiment) / "tokenizer.tiktoken")
+    jobs = [(partial(judge_fold, path=path, trunk=trunks[start], tokenizer=tokenizer, seed=seed, fold=fold,
+                     config=config), root / name / f"{start}{seed}{fold}", "rm")
             for seed in range(config.seeds) for name, path in files.items() for start in STARTS
             for fold in range(config.folds)]
     run_jobs(jobs, workers)

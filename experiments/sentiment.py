@@ -1,20 +1,20 @@
 """
 Real reviews: a policy is made to continue the first words of a film review positively, and somebody else judges it.
 
-    python -m experiments.sentiment --labelled=imdb_train_20k.jsonl.gz --test=imdb_test_5k.jsonl.gz --unsup=imdb_unsup_25k.jsonl.gz
+    python -m experiments.sentiment --labelled=train.jsonl.gz --test=test.jsonl.gz --unsup=unsup.jsonl.gz
 
-Rows are {"text", "label"} (1 positive, 0 negative), of the unsup file {"text"}: the Large Movie Review Dataset [Maas et
-al. 2011] or any texts alike. Who sees what: the tokenizer and the SFT policy see `unsup`, the reward model the even rows
-of `labelled`, the judge the odd ones, PPO the openings of all rows of `test` but the last N_EVAL, and everything is
-measured on those last rows, so no text is seen by two of them.
+Rows are {"text", "label"} (1 positive, 0 negative), of the unsup file {"text"}: the Large Movie Review Dataset [Maas
+et al. 2011] or any texts alike. Who sees what: the tokenizer and the SFT policy see `unsup`, the reward model the even
+rows of `labelled`, the judge the odd ones, PPO the openings of all rows of `test` but the last N_EVAL, and everything
+is measured on those last rows. No text is seen by two of them.
 
 Every text is cut to its first `text_tokens` tokens and ends with EOS there. So the policy learns when to stop, and the
-reward model reads in PPO what it was trained on, an EOS at the usual place. PROMPT stands before every text, because the
-two reviews of a pair must share a prompt. The judge is a bag of words and never part of the training: where the reward
-model's score rises and the judge's does not, PPO has found the reward model's mistakes.
+reward model reads in PPO what it was trained on, an EOS at the usual place. PROMPT stands before every text, because
+the two reviews of a pair must share a prompt. The judge is a bag of words and never part of the training: where the
+reward model's score rises and the judge's does not, PPO has found the reward model's mistakes.
 
-One SFT policy is shared; seeds differ in the reward model and in PPO. What out_dir holds already is not repeated: delete
-it after changing the data or the sizes. Drawing needs matplotlib.
+One SFT policy is shared; seeds differ in the reward model and in PPO. What out_dir holds already is not repeated:
+delete it after changing the data or the sizes. Drawing needs matplotlib.
 """
 
 import json
@@ -45,7 +45,8 @@ KL_COEFS = (0.0, 0.05, 0.2)
 PROMPT = ">"
 OPENING = 4      # words of a review that the policy continues
 N_EVAL = 512     # held-out openings; one continuation of each is judged
-MEASURES = ("kl", "score", "judge", "positive", "perplexity", "repetition", "distinct_1", "distinct_2", "length", "eos_rate")
+MEASURES = ("kl", "score", "judge", "positive", "perplexity", "repetition", "distinct_1", "distinct_2", "length",
+            "eos_rate")
 
 
 @dataclass
@@ -116,7 +117,8 @@ def prepare_texts(config):
         texts = {who: [cut(encoding, row["text"], config.text_tokens) for row in rows] for who, rows in parts.items()}
         good, bad = ([text for text, row in zip(texts["rm"], parts["rm"]) if row["label"] == label] for label in (1, 0))
         write_rows(folder / "sft.jsonl", [{"prompt": PROMPT, "response": text} for text in texts["sft"]])
-        write_rows(folder / "pairs.jsonl", [{"prompt": PROMPT, "chosen": a, "rejected": b} for a, b in zip(good, bad)])
+        write_rows(folder / "pairs.jsonl",
+                   [{"prompt": PROMPT, "chosen": a, "rejected": b} for a, b in zip(good, bad)])
         write_rows(folder / "prompts.jsonl", [{"prompt": PROMPT + opening(row["text"])} for row in parts["prompts"]])
     return encoding, parts
 
@@ -125,8 +127,8 @@ def prepare_texts(config):
 # the judge, and the same thing as a baseline for the reward model
 
 def fit_linear(features, labels, l2=1e-3):
-    """Weights (V,) of a logistic regression on sparse features (N, V) for labels (N,) in {0, 1}: the minimum of the mean
-    loss + l2 / 2 * |weights|^2, by LBFGS in float64, whose line search float32 would end early."""
+    """Weights (V,) of a logistic regression on sparse features (N, V) for labels (N,) in {0, 1}: the minimum of the
+    mean loss + l2 / 2 * |weights|^2, by LBFGS in float64, because in float32 its line search ends early."""
     features, labels = features.double(), labels.double()
     weights = torch.zeros(features.size(1), dtype=torch.double, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=60, tolerance_change=0, line_search_fn="strong_wolfe")
@@ -216,18 +218,18 @@ def train_policy(folder, config):
 def train_reward_model(folder, config, seed):
     """folder/rm.pt, calibrated on whole reviews that the SFT policy writes."""
     train_once(train_rm, "rm", train_rm.Config(
-        data=str(folder.parent / "pairs.jsonl"), init_from=str(folder.parent / "sft.pt"), seed=seed, out_dir=str(folder),
-        device="cpu", max_iters=config.rm_iters, lr=5e-4, max_new_tokens=config.text_tokens + 1))
+        data=str(folder.parent / "pairs.jsonl"), init_from=str(folder.parent / "sft.pt"), seed=seed,
+        out_dir=str(folder), device="cpu", max_iters=config.rm_iters, lr=5e-4, max_new_tokens=config.text_tokens + 1))
 
 
 def run_ppo(folder, config, seed, kl_coef):
     """One PPO run in folder/kl_coef <x>, with a look at the policy every `every` rollouts: curve.json."""
     run = folder / f"kl_coef {kl_coef}"
     run.mkdir(exist_ok=True)
-    ppo = train_ppo.Config(data=str(folder.parent / "prompts.jsonl"), init_from=str(folder.parent / "sft.pt"), seed=seed,
-                           rm=str(folder / "rm.pt"), out_dir=str(run), device="cpu", batch_size=128, lr=4e-4,
-                           max_new_tokens=config.text_tokens + 1, kl_coef=kl_coef, save_interval=10**6,
-                           sample_interval=10**6)
+    ppo = train_ppo.Config(
+        data=str(folder.parent / "prompts.jsonl"), init_from=str(folder.parent / "sft.pt"), rm=str(folder / "rm.pt"),
+        seed=seed, out_dir=str(run), device="cpu", batch_size=128, lr=4e-4, max_new_tokens=config.text_tokens + 1,
+        kl_coef=kl_coef, save_interval=10**6, sample_interval=10**6)
     measure = Measure(config, folder / "rm.pt")
     curve = json.loads((run / "curve.json").read_text()) if (run / "curve.json").exists() else []
     if not curve:
@@ -242,6 +244,12 @@ def run_ppo(folder, config, seed, kl_coef):
         (run / "curve.json").write_text(json.dumps(curve))
 
 
+def reward_model_of(config, path):
+    sft = load_checkpoint(Path(config.out_dir) / "sft.pt", "sft")
+    flags = train_ppo.Config(rm=str(path), max_new_tokens=config.text_tokens + 1)
+    return train_ppo.load_reward_model(flags, sft["tokenizer"], sft["model_config"]["block_size"], "cpu")[0]
+
+
 class Measure:
     """measure(path, stage) -> {measure: number, "samples"} of the policy in a checkpoint, on the held-out openings."""
 
@@ -249,17 +257,15 @@ class Measure:
         folder = Path(config.out_dir)
         self.encoding, parts = prepare_texts(config)
         self.judge = Judge(*columns(parts["judge"]))
-        sft = load_checkpoint(folder / "sft.pt", "sft")
-        self.reference = train_ppo.load_policy(sft, "cpu")
-        flags = train_ppo.Config(rm=str(rm), max_new_tokens=config.text_tokens + 1)
-        self.reward_model, _ = train_ppo.load_reward_model(flags, sft["tokenizer"], sft["model_config"]["block_size"], "cpu")
-        self.openings, self.max_new_tokens = [opening(row["text"]) for row in parts["test"]], flags.max_new_tokens
+        self.reference = train_ppo.load_policy(load_checkpoint(folder / "sft.pt", "sft"), "cpu")
+        self.reward_model = reward_model_of(config, rm)
+        self.openings, self.max_new_tokens = [opening(row["text"]) for row in parts["test"]], config.text_tokens + 1
 
     @torch.no_grad()
     def __call__(self, path, stage):
         policy, eos = train_ppo.load_policy(load_checkpoint(path, stage), "cpu"), self.encoding.eot_token
-        prompts, lens = data.collate_prompts([data.encode_prompt(self.encoding, PROMPT + text) for text in self.openings],
-                                             eos)
+        prompts, lens = data.collate_prompts(
+            [data.encode_prompt(self.encoding, PROMPT + text) for text in self.openings], eos)
         rollout = generate(policy, prompts, lens, self.max_new_tokens, eos=eos,
                            generator=common.generator("cpu", "held-out openings"))
         return self.numbers(policy, rollout)
@@ -291,27 +297,24 @@ def columns(rows):
     return [row["text"] for row in rows], [row["label"] for row in rows]
 
 
-@torch.no_grad()
 def examine(config, folders):
-    """What the judges are worth: accuracies on the held-out reviews of the judge, of each seed's reward model and of a
-    bag of words trained on the reward model's own texts; and the measures of the real reviews."""
+    """What the judges are worth: accuracies on the held-out reviews of the judge, and over pairs of them of each seed's
+    reward model and of a bag of words trained on the reward model's own texts; and the measures of the real reviews."""
     encoding, parts = prepare_texts(config)
     full, labels = columns(parts["test"])
     short = [cut(encoding, text, config.text_tokens) for text in full]
-    with torch.enable_grad():
-        judge = Judge(*columns(parts["judge"]))
-        texts, rm_labels = columns(parts["rm"])
-        baseline = Judge([cut(encoding, text, config.text_tokens) for text in texts], rm_labels)
+    texts, rm_labels = columns(parts["rm"])
+    baseline = Judge([cut(encoding, text, config.text_tokens) for text in texts], rm_labels)
+    measure, good = Measure(config, folders[0] / "rm.pt"), torch.tensor(labels) == 1
     tokens, lens = data.pad([data.encode_prompt(encoding, PROMPT) + data.encode_response(encoding, text)
                              for text in short], encoding.eot_token)
-    good = torch.tensor(labels) == 1
-    result = {"judge, full texts": judge.accuracy(full, labels), "judge, cut texts": judge.accuracy(short, labels),
-              "bag of words, pairs": paired_accuracy(baseline.probabilities(short), good), "reward model, pairs": []}
-    for folder in folders:
-        measure = Measure(config, folder / "rm.pt")
-        result["reward model, pairs"].append(paired_accuracy(measure.reward_model(tokens, lens), good))
-    result["real reviews"] = real_reviews(measure, short)
-    return result
+    with torch.no_grad():
+        scores = [reward_model_of(config, folder / "rm.pt")(tokens, lens) for folder in folders]
+    return {"judge, full texts": measure.judge.accuracy(full, labels),
+            "judge, cut texts": measure.judge.accuracy(short, labels),
+            "bag of words, pairs of cut texts": paired_accuracy(baseline.probabilities(short), good),
+            "reward model, pairs of cut texts": [paired_accuracy(x, good) for x in scores]
+            }, real_reviews(measure, short)
 
 
 def paired_accuracy(scores, good):
@@ -319,6 +322,7 @@ def paired_accuracy(scores, good):
     return (scores[good][:, None] > scores[~good][None, :]).float().mean().item()
 
 
+@torch.no_grad()
 def real_reviews(measure, texts):
     """The measures that make sense for the reviews themselves, behind the same openings."""
     rows = [data.encode_prompt(measure.encoding, PROMPT + opening(text)) for text in texts]
@@ -328,7 +332,8 @@ def real_reviews(measure, texts):
     logprobs = score_response(measure.reference, tokens, prompt_lens, mask.size(1))[0]
     judged = measure.judge.probabilities(texts)
     return {"judge": judged.mean().item(), "positive": (judged > 0.5).float().mean().item(),
-            "perplexity": (-logprobs[mask].mean()).exp().item(), "repetition": float(np.mean(list(map(repetition, texts)))),
+            "perplexity": (-logprobs[mask].mean()).exp().item(),
+            "repetition": float(np.mean([repetition(text) for text in texts])),
             "distinct_1": distinct(texts, 1), "distinct_2": distinct(texts, 2)}
 
 
@@ -353,10 +358,10 @@ def print_table(results):
         f"kl_coef {kl_coef}": {name: [curve[-1] for curve in run[name]] for name in names}
         for kl_coef, run in results["ppo"].items()}
     for title, row in rows.items():
-        print(f"| {title} | " + " | ".join(f"{np.mean(x):.2f} ({min(x):.2f} to {max(x):.2f})" for x in row.values()) + " |")
-    real = results["accuracy"].pop("real reviews")
+        cells = [f"{np.mean(x):.2f} ({min(x):.2f} to {max(x):.2f})" for x in row.values()]
+        print(f"| {title} | {' | '.join(cells)} |")
+    real = results["real reviews"]
     print("| real reviews | " + " | ".join(f"{real[name]:.2f}" if name in real else "" for name in names) + " |\n")
-    results["real reviews"] = real
     for name, value in results["accuracy"].items():
         print(f"{name}: accuracy {np.round(value, 3)}")
 
@@ -394,7 +399,8 @@ def main(config):
               for seed, folder in enumerate(folders)], workers)
     run_jobs([(partial(run_ppo, config=config, seed=seed, kl_coef=kl_coef), folder, f"kl_coef {kl_coef}")
               for seed, folder in enumerate(folders) for kl_coef in KL_COEFS], workers)
-    results = {"ppo": collect(folders, KL_COEFS), "accuracy": examine(config, folders)}
+    accuracy, real = examine(config, folders)
+    results = {"ppo": collect(folders, KL_COEFS), "accuracy": accuracy, "real reviews": real}
     print_table(results)
     header = json.loads((folders[0] / "kl_coef 0.0" / "metrics.jsonl").read_text().splitlines()[0])
     made_by = {name: header[name] for name in ("commit", "torch", "device", "threads")}

@@ -69,8 +69,8 @@ def write_pairs(path, n, rng):
 def test_a_bag_of_words_learns_the_word_that_decides(tmp_path):
     write_pairs(tmp_path / "pairs.jsonl", 40, np.random.default_rng(0))
     rows = human_comparisons.read_pairs(tmp_path / "pairs.jsonl")
-    margins = human_comparisons.bag_of_words_margins(rows, human_comparisons.fold_of([row.prompt for row in rows], 4, 0))
-    assert (margins > 0).all()
+    folds = human_comparisons.fold_of([row.prompt for row in rows], 4, 0)
+    assert (human_comparisons.bag_of_words_margins(rows, folds) > 0).all()
 
 
 def test_a_tiny_run_judges_every_pair_once_by_a_model_that_did_not_see_its_prompt(tmp_path, monkeypatch, capsys):
@@ -81,7 +81,7 @@ def test_a_tiny_run_judges_every_pair_once_by_a_model_that_did_not_see_its_promp
     for name in ("hh", "llmbar", "hhh"):
         write_pairs(tmp_path / f"{name}.jsonl", 16, rng)
     reviews.mkdir()
-    sentiment.write_rows(reviews / "sft.jsonl", [{"prompt": ">", "response": f" yes well some words {i}"} for i in range(20)])
+    sentiment.write_rows(reviews / "sft.jsonl", [{"prompt": ">", "response": f" yes well, {i}"} for i in range(20)])
     write_ranks(reviews / "tokenizer.tiktoken", learn_bpe(["yes well some words question"], 270))
     train_sft.train(train_sft.Config(data=str(reviews / "sft.jsonl"), tokenizer=str(reviews / "tokenizer.tiktoken"),
                                      out_dir=str(reviews), device="cpu", max_iters=2, batch_size=4, n_layer=1, n_head=2,
@@ -91,8 +91,9 @@ def test_a_tiny_run_judges_every_pair_once_by_a_model_that_did_not_see_its_promp
                                       save=str(tmp_path / "out" / "h"))
     human_comparisons.main(config)
     results = json.loads((tmp_path / "out" / "h.json").read_text())["results"]
-    for name, judges in results.items():
+    for (name, judges), file in zip(results.items(), ("hh", "llmbar", "hhh")):
         assert judges["rows"] == 16 and judges["prompts"] == 8
+        rows = human_comparisons.read_pairs(tmp_path / f"{file}.jsonl")
         folder = tmp_path / "out" / name
         for start in human_comparisons.STARTS:
             assert 0 <= judges[f"reward model, {start}"]["accuracy"][0] <= 1
@@ -101,7 +102,6 @@ def test_a_tiny_run_judges_every_pair_once_by_a_model_that_did_not_see_its_promp
                 here = folder / f"{start}0{fold}"
                 trained = {json.loads(line)["prompt"] for line in (here / "train.jsonl").read_text().splitlines()}
                 mine = [int(i) for i in json.loads((here / "margins.json").read_text())]
-                rows = human_comparisons.read_pairs(tmp_path / f"{dict(zip(results, ('hh', 'llmbar', 'hhh')))[name]}.jsonl")
                 assert not trained & {rows[i].prompt for i in mine}
                 judged += mine
             assert sorted(judged) == list(range(16))

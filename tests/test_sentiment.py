@@ -21,7 +21,8 @@ torch.set_num_threads(1)
 DATA = Path(os.environ.get("PPO_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 FILES = {name: DATA / f"{file}.jsonl.gz" for name, file in
          (("labelled", "imdb_train_20k"), ("test", "imdb_test_5k"), ("unsup", "imdb_unsup_25k"))}
-GOOD, BAD, PLAIN = "great lovely superb".split(), "awful dull boring".split(), "film plot actor scene story music".split()
+GOOD, BAD = "great lovely superb".split(), "awful dull boring".split()
+PLAIN = "film plot actor scene story music".split()
 
 
 def review(rng, label=None):
@@ -108,7 +109,7 @@ def test_the_judge_tells_made_up_reviews_apart(config):
     assert good > 0.6 and bad < 0.4 and bad < neither < good
 
 
-@pytest.mark.parametrize("text, expected", [("a b c a b c", 0.25), ("a b c d", 0.0), ("x x x x x", 2 / 3), ("a b", 0.0)])
+@pytest.mark.parametrize("text, expected", [("a b c a b c", 1 / 4), ("a b c d", 0), ("x x x x x", 2 / 3), ("a b", 0)])
 def test_repetition_by_hand(text, expected):
     assert sentiment.repetition(text) == pytest.approx(expected)
 
@@ -128,7 +129,7 @@ def test_a_tiny_run_judges_every_policy_and_goes_on_where_it_stopped(config, mon
     monkeypatch.setattr(sentiment, "import_pyplot", lambda: None)  # drawing is for those who have matplotlib
     monkeypatch.setattr(sentiment, "draw", lambda results, save: None)
     monkeypatch.setattr(sentiment, "KL_COEFS", (0.0, 0.2))
-    monkeypatch.setattr(sentiment, "run_jobs", lambda jobs, workers: [function(make(folder)) for function, folder, _ in jobs])
+    monkeypatch.setattr(sentiment, "run_jobs", run_here)
     sentiment.main(config)
     results = json.loads(Path(f"{config.save}.json").read_text())
     for run in results["ppo"].values():
@@ -158,6 +159,7 @@ def test_a_tiny_run_judges_every_policy_and_goes_on_where_it_stopped(config, mon
     assert numbers["perplexity"] == pytest.approx((-rollout.logprobs.sum() / rollout.mask.sum()).exp().item(), rel=1e-3)
 
 
-def make(folder):
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def run_here(jobs, workers):
+    for function, folder, _ in jobs:
+        folder.mkdir(parents=True, exist_ok=True)
+        function(folder)

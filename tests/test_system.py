@@ -23,7 +23,8 @@ torch.set_num_threads(1)
 DATA = Path(os.environ.get("PPO_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 HH = DATA / "hh_harmless_base_test.jsonl.gz"
 BLOCK, NEW = 1024, 24
-ODD = ["<|endoftext|>", "\x00\x01\x7f", "\u202eright to left\u202c", "👩\u200d👩\u200d👧\u200d👦 🇨🇭", "\ufeffé e\u0301", "\t \r\n\u00a0\u2028", "𝔘𝔫𝔦"]
+ODD = ["<|endoftext|>", "\x00\x01\x7f", "\u202eright to left\u202c", "👩\u200d👩\u200d👧\u200d👦 🇨🇭",
+       "\ufeffé e\u0301", "\t \r\n\u00a0\u2028", "𝔘𝔫𝔦"]
 
 
 def hh_rows(encoding):

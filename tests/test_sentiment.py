@@ -141,6 +141,7 @@ def test_a_tiny_run_judges_every_policy_and_goes_on_where_it_stopped(config, mon
     before = (folder / "ppo.pt").stat().st_mtime_ns
     sentiment.main(config)
     assert (folder / "ppo.pt").stat().st_mtime_ns == before  # nothing ran again
+    assert json.loads(Path(f"{config.save}.json").read_text())["ppo"] == results["ppo"]
 
     # The run in two parts is the run in one: the same weights, to the last bit.
     flags = load_checkpoint(folder / "ppo.pt", "ppo")["flags"]
@@ -157,6 +158,13 @@ def test_a_tiny_run_judges_every_policy_and_goes_on_where_it_stopped(config, mon
     numbers = measure.numbers(measure.reference, rollout)
     assert numbers["kl"] == 0 and numbers["length"] == pytest.approx(rollout.mask.sum().item() / 8, abs=1e-3)
     assert numbers["perplexity"] == pytest.approx((-rollout.logprobs.sum() / rollout.mask.sum()).exp().item(), rel=1e-3)
+    other = train_ppo.load_policy(load_checkpoint(folder / "ppo.pt", "ppo"), "cpu")
+    with torch.no_grad():
+        other.trunk.wte.weight *= 20
+    rollout = generate(other, prompts, lens, 6, eos=eos, generator=common.generator("cpu", 0))
+    numbers = measure.numbers(other, rollout)
+    own, n = rollout.logprobs.sum().item() / 8, rollout.mask.sum().item() / 8
+    assert numbers["kl"] > 1 and numbers["kl"] == pytest.approx(own + n * math.log(numbers["perplexity"]), rel=1e-3)
 
 
 def run_here(jobs, workers):

@@ -34,7 +34,7 @@ def hh_rows(encoding):
     exact = encoding.decode(encoding.encode_ordinary("\n\nHuman:" + " long" * 2000)[:BLOCK - NEW])
     assert len(encoding.encode_ordinary(exact)) == BLOCK - NEW
     odd = [{"prompt": f"\n\nHuman: {text}\n\nAssistant:", "chosen": f" {text}", "rejected": ""} for text in ODD]
-    return rows[:24] + rows[-24:] + odd + [{"prompt": exact, "chosen": " yes", "rejected": " no"},
+    return rows[:12] + rows[-12:] + odd + [{"prompt": exact, "chosen": " yes", "rejected": " no"},
                                            {"prompt": exact + " more", "chosen": " yes", "rejected": " no"}]
 
 
@@ -48,9 +48,9 @@ def test_every_stage_runs_on_hh_at_1024_tokens_with_truncations_long_prompts_and
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     where = {"data": str(path), "out_dir": str(out), "device": "cpu"}
     stages = ((train_sft, train_sft.Config(**where, tokenizer="gpt2", n_layer=2, n_head=2, n_embd=32, block_size=BLOCK,
-                                           max_iters=6, batch_size=8, lr=3e-3)),
-              (train_rm, train_rm.Config(**where, max_iters=4, batch_size=8, max_new_tokens=NEW)),
-              (train_ppo, train_ppo.Config(**where, max_iters=4, batch_size=32, max_new_tokens=NEW)))
+                                           max_iters=3, batch_size=4, lr=3e-3)),
+              (train_rm, train_rm.Config(**where, max_iters=3, batch_size=4, max_new_tokens=NEW)),
+              (train_ppo, train_ppo.Config(**where, max_iters=3, batch_size=16, max_new_tokens=NEW)))
     costs = []
     for module, config in stages:
         began = time.process_time()
@@ -68,10 +68,10 @@ def test_every_stage_runs_on_hh_at_1024_tokens_with_truncations_long_prompts_and
     assert max(map(len, split.train + split.heldout)) == BLOCK - NEW
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     ppo = [row for row in metrics if row["stage"] == "ppo" and "iter" in row]
-    assert len(ppo) == 4 and all(row["ratio_first"] == 0 and row["skipped_steps"] == 0 for row in ppo)
+    assert len(ppo) == 3 and all(row["ratio_first"] == 0 and row["skipped_steps"] == 0 for row in ppo)
     assert all(row["logprob_gap_max"] < 1e-3 and row["score"] is not None for row in ppo)
     assert all(0 < row["response_len"] <= NEW for row in ppo) and min(row["eos_rate"] for row in ppo) < 1  # truncations
     assert load_checkpoint(out / "ppo.pt", "ppo")["model_config"]["block_size"] == BLOCK
-    order = data.BatchOrder([1] * len(split.train), 32, 0)
-    longest = max(len(split.train[i]) for step in range(4) for i in order.order(step))
+    order = data.BatchOrder([1] * len(split.train), 16, 0)
+    longest = max(len(split.train[i]) for step in range(3) for i in order.order(step))
     assert longest > 500  # long prompts were in the rollouts, in batches with prompts of a few tokens

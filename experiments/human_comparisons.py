@@ -1,0 +1,232 @@
+"""
+Human comparisons: does a small reward model, from scratch or on the trunk of the review model, beat chance and the
+rule that the longer answer is better?
+
+    python -m experiments.sentiment ...        first: its out_dir holds the tokenizer and the trunk
+    python -m experiments.human_comparisons --hh=hh.jsonl.gz --llmbar=llmbar.jsonl.gz --hhh=hhh.jsonl.gz
+
+Each file is split into folds by prompt, a reward model is trained by train_rm.py on all folds but one and judged on
+that one, and the judgements are pooled: every pair is judged once, by a model that never saw its prompt. Beside it
+stand the length rule, which learns nothing, and a bag of words trained on the same folds. The models read the last
+PROMPT_TOKENS of a prompt and the first RESPONSE_TOKENS of an answer; the rule and the bag of words read everything.
+
+What out_dir holds already is not repeated. Drawing needs matplotlib.
+"""
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import ClassVar, Optional
+
+import numpy as np
+import torch
+
+import common
+import data
+import train_ppo
+import train_rm
+import train_sft
+from checkpoint import load_checkpoint
+from experiments.ladder import run_jobs
+from experiments.sentiment import Vocabulary, fit_linear, train_once, write_rows
+from reward_model import calibration_table
+from tools.plot import import_pyplot
+
+PROMPT_TOKENS, RESPONSE_TOKENS = 56, 80
+STARTS = ("scratch", "reviews")  # where a reward model's trunk comes from
+
+
+@dataclass
+class Config:
+    hh: str = "data/hh_harmless_base_test.jsonl.gz"          # pairs or HH transcripts, as --data takes them
+    llmbar: str = "data/llmbar_mtbench_human_pairs.jsonl.gz"  # the same
+    hhh: str = "data/hhh_alignment_pairs.jsonl.gz"           # the same
+    sentiment: str = "out/sentiment"           # out_dir of experiments/sentiment.py
+    out_dir: str = "out/human_comparisons"     # a folder per file, start, seed and fold
+    seeds: int = 1                             # seeds 0, 1, ... of the folds and of the training
+    folds: int = 3                             # parts of a file; each is judged by a model of the others
+    max_epochs: float = 1.0                    # passes over the training pairs, 16 at a time
+    workers: Optional[int] = None              # runs at a time, each on one thread; default: one per core
+    save: str = "docs/human_comparisons"       # the figure and its numbers, less .png and .json
+
+    DOMAINS: ClassVar[dict] = {"seeds": "[1, inf)", "folds": "[2, inf)", "max_epochs": "(0, inf)",
+                               "workers": "[1, inf)"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pairs, folds, intervals
+
+def read_pairs(path):
+    """Usable rows (data.Row with two responses) of a file."""
+    rows, _ = data.read_rows(path, convert=lambda row: data.to_row(row, 2))
+    return [row for row in rows if not row.problem and row.responses[0] != row.responses[1]]
+
+
+def fold_of(keys, n_folds, seed):
+    """The fold (N,) of each row: rows with the same key are in the same one, and folds hold equally many keys."""
+    distinct = sorted(set(keys))
+    order = np.random.default_rng(seed).permutation(len(distinct))
+    fold = {distinct[i]: n % n_folds for n, i in enumerate(order)}
+    return np.array([fold[key] for key in keys])
+
+
+def interval(values, groups):
+    """(mean, low, high) of values (N,): 95 % by the normal approximation, where values of the same group may depend on
+    each other in any way and groups may not (the cluster-robust variance [Liang & Zeger 1986])."""
+    values = np.asarray(values, dtype=float)
+    _, group = np.unique(np.asarray(groups), return_inverse=True)
+    sums = np.bincount(group, values - values.mean())
+    error = 1.96 * np.sqrt((sums ** 2).sum()) / len(values)
+    return values.mean(), values.mean() - error, values.mean() + error
+
+
+def right(margins):
+    """1 where the chosen answer is ahead, 0 where it is behind, 0.5 for a tie."""
+    return (np.sign(np.asarray(margins)) + 1) / 2
+
+
+def crop(encoding, row):
+    """The row as the models read it: the end of the prompt and the beginning of each answer."""
+    ids = encoding.encode_ordinary(row.prompt)[-PROMPT_TOKENS:]
+    answers = [data.decode(encoding, encoding.encode_ordinary(text)[:RESPONSE_TOKENS]) for text in row.responses]
+    return {"prompt": data.decode(encoding, ids), "chosen": answers[0], "rejected": answers[1]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# jobs
+
+def scratch_trunk(folder, sentiment):
+    """folder/sft.pt: the review model's sizes, but the random weights that it started from. A learning rate of 0."""
+    sft = load_checkpoint(Path(sentiment) / "sft.pt", "sft")["model_config"]
+    train_once(train_sft, "sft", train_sft.Config(
+        data=str(Path(sentiment) / "sft.jsonl"), tokenizer=str(Path(sentiment) / "tokenizer.tiktoken"),
+        out_dir=str(folder), device="cpu", max_iters=1, batch_size=1, lr=0.0,
+        **{name: sft[name] for name in ("n_layer", "n_head", "n_embd", "block_size")}))
+
+
+def judge_fold(folder, path, trunk, tokenizer, seed, fold, config):
+    """Trains on the other folds and writes folder/margins.json: {row: score difference chosen - rejected}, without the
+    calibration for PPO, because this is what the Bradley-Terry model turns into a probability."""
+    if (folder / "margins.json").exists():
+        return
+    encoding, rows = data.get_tokenizer(tokenizer), read_pairs(path)
+    folds = fold_of([row.prompt for row in rows], config.folds, seed)
+    texts = [crop(encoding, row) for row in rows]
+    write_rows(folder / "train.jsonl", [text for text, other in zip(texts, folds) if other != fold])
+    n_iters = max(1, round(config.max_epochs * (folds != fold).sum() / 16))
+    # The answers that calibration samples are no use here, so they are short.
+    train_rm.train(train_rm.Config(data=str(folder / "train.jsonl"), init_from=str(trunk), out_dir=str(folder),
+                                   seed=seed, device="cpu", max_iters=n_iters, lr=3e-4, max_new_tokens=1,
+                                   overwrite=True, save_interval=10**6))
+    sft = load_checkpoint(trunk, "sft")
+    flags = train_ppo.Config(rm=str(folder / "rm.pt"), max_new_tokens=1)
+    model, _ = train_ppo.load_reward_model(flags, sft["tokenizer"], sft["model_config"]["block_size"], "cpu")
+    model.reset_calibration()
+    mine = [i for i, other in enumerate(folds) if other == fold]
+    pairs = [data.Comparison(data.encode_prompt(encoding, texts[i]["prompt"]),
+                             [data.encode_response(encoding, texts[i][name]) for name in ("chosen", "rejected")],
+                             [(0, 1)]) for i in mine]
+    margins = train_rm.margins_of(model, pairs, 64, encoding.eot_token, torch.device("cpu"), common.setup(flags)[1])
+    (folder / "margins.json").write_text(json.dumps(dict(zip(map(int, mine), margins.tolist()))))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what comes out
+
+def bag_of_words_margins(rows, folds):
+    """Out-of-fold margins (N,) of a logistic regression on the difference of two answers' words."""
+    margins = np.zeros(len(rows))
+    for fold in np.unique(folds):
+        parts = [[row for row, other in zip(rows, folds) if (other == fold) == held] for held in (False, True)]
+        vocabulary = Vocabulary([text for row in parts[0] for text in row.responses], min_count=3)
+        train, test = (vocabulary.features([row.responses[0] for row in part])
+                       - vocabulary.features([row.responses[1] for row in part]) for part in parts)
+        weights = fit_linear(train, torch.ones(len(parts[0])), l2=1e-2)
+        margins[folds == fold] = torch.sparse.mm(test, weights[:, None])[:, 0].numpy()
+    return margins
+
+
+def results_of(path, folder, config):
+    """{"rows", "prompts", "cropped", judge: {"accuracy", "over_length", "calibration"}} of one file. Seeds are averaged
+    pair by pair before the intervals are taken: another seed is another model, not another pair."""
+    rows = read_pairs(path)
+    keys = [row.prompt for row in rows]
+    longer = np.array([len(row.responses[0]) - len(row.responses[1]) for row in rows])
+    margins = {"longer is better": [longer], "shorter is better": [-longer]}
+    margins["bag of words"] = [bag_of_words_margins(rows, fold_of(keys, config.folds, seed))
+                               for seed in range(config.seeds)]
+    for start in STARTS:
+        margins[f"reward model, {start}"] = []
+        for seed in range(config.seeds):
+            pooled = {}
+            for fold in range(config.folds):
+                pooled |= json.loads((folder / f"{start}{seed}{fold}" / "margins.json").read_text())
+            margins[f"reward model, {start}"].append(np.array([pooled[str(i)] for i in range(len(rows))]))
+    results = {"rows": len(rows), "prompts": len(set(keys))}
+    for name, runs in margins.items():
+        correct = np.mean([right(run) for run in runs], axis=0)
+        results[name] = {"accuracy": interval(correct, keys), "over_length": interval(correct - right(longer), keys),
+                         "seeds": [float(right(run).mean()) for run in runs]}
+        if not name.endswith("better"):
+            results[name]["calibration"] = calibration_table(torch.tensor(np.concatenate(runs)))
+    return results
+
+
+def print_table(results):
+    print("\n| pairs | judge | accuracy (95 %) | minus longer-is-better (95 %) | seeds |\n|---|---|---|---|---|")
+    for file, judges in results.items():
+        pairs = f"{file}, {judges['rows']:,} of {judges['prompts']:,} prompts"
+        for name, numbers in judges.items():
+            if isinstance(numbers, dict):
+                cells = ["{:.3f} ({:.3f} to {:.3f})".format(*numbers[key]) for key in ("accuracy", "over_length")]
+                cells.append(" ".join(f"{x:.3f}" for x in numbers["seeds"]))
+                print(f"| {pairs} | {name} | {' | '.join(cells)} |")
+
+
+def draw(results, save):
+    plt = import_pyplot()
+    figure, axes = plt.subplots(1, len(results), figsize=(5 * len(results), 4.2), constrained_layout=True)
+    for axis, (file, judges) in zip(np.atleast_1d(axes), results.items()):
+        axis.plot([0.5, 1], [0.5, 1], "k:", linewidth=0.8)
+        for n, (name, numbers) in enumerate((name, x) for name, x in judges.items() if "calibration" in x):
+            _, _, count, predicted, observed = map(np.array, zip(*numbers["calibration"]))
+            error = 1.96 * np.sqrt(observed * (1 - observed) / count)
+            axis.errorbar(predicted, observed, error, fmt=".-", color=f"C{n}", linewidth=0.8, label=name)
+        axis.set(title=file, xlabel="how sure the model is", ylabel="how often the human agrees", ylim=(0, 1))
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.savefig(f"{save}.png", dpi=80)
+    plt.close(figure)
+
+
+def main(config):
+    common.check_domains(config)
+    import_pyplot()  # a missing matplotlib is said before the training, not after
+    workers, began, root = config.workers or os.cpu_count(), time.time(), Path(config.out_dir)
+    files = {"HH harmless": config.hh, "LLMBar and MT-Bench": config.llmbar, "HHH": config.hhh}
+    for path in files.values():
+        read_pairs(path)  # a missing or damaged file is said before the training, not after
+    run_jobs([(partial(scratch_trunk, sentiment=config.sentiment), root / "scratch", "sft")], workers)
+    trunks = {"scratch": root / "scratch" / "sft.pt", "reviews": Path(config.sentiment) / "sft.pt"}
+    tokenizer = str(Path(config.sentiment) / "tokenizer.tiktoken")
+    jobs = [(partial(judge_fold, path=path, trunk=trunks[start], tokenizer=tokenizer, seed=seed, fold=fold,
+                     config=config), root / name / f"{start}{seed}{fold}", "rm")
+            for seed in range(config.seeds) for name, path in files.items() for start in STARTS
+            for fold in range(config.folds)]
+    run_jobs(jobs, workers)
+    results = {name: results_of(path, root / name, config) for name, path in files.items()}
+    print_table(results)
+    header = json.loads((jobs[0][1] / "metrics.jsonl").read_text().splitlines()[0])
+    made_by = {name: header[name] for name in ("commit", "torch", "device", "threads")}
+    Path(config.save).parent.mkdir(parents=True, exist_ok=True)
+    Path(f"{config.save}.json").write_text(json.dumps({"config": asdict(config), **made_by, "results": results}) + "\n")
+    draw(results, config.save)
+    print(f"\nwrote {config.save}.png and .json; {(time.time() - began) / 60:.0f} minutes")
+    return results
+
+
+if __name__ == "__main__":
+    common.main(main, Config, __doc__, data.DataError)

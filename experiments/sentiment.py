@@ -1,0 +1,415 @@
+"""
+Real reviews: a policy is made to continue the first words of a film review positively, and somebody else judges it.
+
+    python -m experiments.sentiment --labelled=train.jsonl.gz --test=test.jsonl.gz --unsup=unsup.jsonl.gz
+
+Rows are {"text", "label"} (1 positive, 0 negative), of the unsup file {"text"}: the Large Movie Review Dataset [Maas
+et al. 2011] or any texts alike. Who sees what: the tokenizer and the SFT policy see `unsup`, the reward model the even
+rows of `labelled`, the judge the odd ones, PPO the openings of all rows of `test` but the last N_EVAL, and everything
+is measured on those last rows. No text is seen by two of them.
+
+Every text is cut to its first `text_tokens` tokens and ends with EOS there. So the policy learns when to stop, and the
+reward model reads in PPO what it was trained on, an EOS at the usual place. PROMPT stands before every text, because
+the two reviews of a pair must share a prompt. The judge is a bag of words and never part of the training: where the
+reward model's score rises and the judge's does not, PPO has found the reward model's mistakes.
+
+One SFT policy is shared; seeds differ in the reward model and in PPO. What out_dir holds already is not repeated:
+delete it after changing the data or the sizes. Drawing needs matplotlib.
+"""
+
+import json
+import os
+import re
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import ClassVar, Optional
+
+import numpy as np
+import torch
+
+import common
+import data
+import train_ppo
+import train_rm
+import train_sft
+from checkpoint import load_checkpoint
+from experiments.ladder import run_jobs
+from rollout import generate, score_response
+from tools.bpe import learn_bpe, write_ranks
+from tools.plot import import_pyplot
+
+KL_COEFS = (0.0, 0.05, 0.2)
+PROMPT = ">"
+OPENING = 4      # words of a review that the policy continues
+N_EVAL = 512     # held-out openings; one continuation of each is judged
+MEASURES = ("kl", "score", "judge", "positive", "perplexity", "repetition", "distinct_1", "distinct_2", "length",
+            "eos_rate")
+
+
+@dataclass
+class Config:
+    labelled: str = "data/imdb_train_20k.jsonl.gz"  # {"text", "label"}: reward model and judge
+    test: str = "data/imdb_test_5k.jsonl.gz"        # {"text", "label"}: openings, and what is measured
+    unsup: str = "data/imdb_unsup_25k.jsonl.gz"     # {"text"}: tokenizer and SFT policy
+    out_dir: str = "out/sentiment"  # the shared stages, and a folder per seed
+    seeds: int = 4                  # seeds 0, 1, ...
+    vocab_size: int = 2048          # tokens of the tokenizer, EOS not counted
+    text_tokens: int = 32           # tokens that a review is cut to
+    n_layer: int = 2                # layers
+    n_head: int = 4                 # attention heads
+    n_embd: int = 128               # width
+    sft_iters: int = 800            # optimizer steps of the SFT policy, on 64 reviews each
+    rm_iters: int = 200             # optimizer steps of the reward model, on 16 pairs each
+    max_iters: int = 30             # rollouts of each PPO run, of 128 continuations each
+    every: int = 6                  # rollouts between looks at the policy
+    workers: Optional[int] = None   # runs at a time, each on one thread; default: one per core
+    save: str = "docs/sentiment"    # the figure and its numbers, less .png and .json
+
+    DOMAINS: ClassVar[dict] = {name: "[1, inf)" for name in ("seeds", "text_tokens", "n_layer", "n_head", "n_embd",
+                               "sft_iters", "rm_iters", "max_iters", "every", "workers")} | {"vocab_size": "[256, inf)"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# texts
+
+def one_line(text):
+    """The words of a text, a space before each, so that a cut between words never changes how the rest is tokenized."""
+    return "".join(f" {word}" for word in text.split())
+
+
+def cut(encoding, text, n_tokens):
+    """The longest run of whole words at the beginning of one_line(text) that has at most n_tokens tokens."""
+    ids = encoding.encode_ordinary(one_line(text))
+    head, rest = encoding.decode_bytes(ids[:n_tokens]), encoding.decode_bytes(ids[n_tokens:])
+    return (head if not rest or rest.startswith(b" ") else head.rpartition(b" ")[0]).decode()
+
+
+def opening(text):
+    return one_line(" ".join(text.split()[:OPENING]))
+
+
+def split_texts(config):
+    """{who: rows}: which rows of the files each of them sees. No row is in two of them but those of `prompts`, which
+    are openings only and train nothing but the policy."""
+    labelled, test, unsup = (data.read_rows(path)[0] for path in (config.labelled, config.test, config.unsup))
+    openings = {opening(row["text"]) for row in test[-N_EVAL:]}
+    return {"sft": unsup, "rm": labelled[::2], "judge": labelled[1::2], "test": test[-N_EVAL:],
+            "prompts": [row for row in test[:-N_EVAL] if opening(row["text"]) not in openings]}
+
+
+def write_rows(path, rows):
+    with common.replacing(path) as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def prepare_texts(config):
+    """Writes tokenizer.tiktoken and the data files of the three stages into out_dir, unless they are there."""
+    folder, parts = Path(config.out_dir), split_texts(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    ranks = folder / "tokenizer.tiktoken"
+    if not ranks.exists():
+        write_ranks(ranks, learn_bpe([one_line(row["text"])[:200] for row in parts["sft"]], config.vocab_size))
+    encoding = data.get_tokenizer(ranks)
+    if not (folder / "prompts.jsonl").exists():
+        texts = {who: [cut(encoding, row["text"], config.text_tokens) for row in rows] for who, rows in parts.items()}
+        good, bad = ([text for text, row in zip(texts["rm"], parts["rm"]) if row["label"] == label] for label in (1, 0))
+        write_rows(folder / "sft.jsonl", [{"prompt": PROMPT, "response": text} for text in texts["sft"]])
+        write_rows(folder / "pairs.jsonl",
+                   [{"prompt": PROMPT, "chosen": a, "rejected": b} for a, b in zip(good, bad)])
+        write_rows(folder / "prompts.jsonl", [{"prompt": PROMPT + opening(row["text"])} for row in parts["prompts"]])
+    return encoding, parts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the judge, and the same thing as a baseline for the reward model
+
+def fit_linear(features, labels, l2=1e-3):
+    """Weights (V,) of a logistic regression on sparse features (N, V) for labels (N,) in {0, 1}: the minimum of the
+    mean loss + l2 / 2 * |weights|^2, by LBFGS in float64, because in float32 its line search ends early."""
+    features, labels = features.double(), labels.double()
+    weights = torch.zeros(features.size(1), dtype=torch.double, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=60, tolerance_change=0, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        logits = torch.sparse.mm(features, weights[:, None])[:, 0]
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels) + l2 * weights.square().sum() / 2
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return weights.detach().float()
+
+
+def words_of(text):
+    return set(re.findall(r"[\w']+", text.lower()))
+
+
+class Vocabulary:
+    """Which words a text has, as a sparse row: the words that min_count of `texts` have. Column 0 is 1 in every row."""
+
+    def __init__(self, texts, min_count=5):
+        counts = Counter(word for text in texts for word in words_of(text))
+        self.column = {word: i for i, word in enumerate(sorted(w for w in counts if counts[w] >= min_count), 1)}
+
+    def features(self, texts):
+        """texts -> sparse (N, V) of 0 and 1."""
+        where = [(i, j) for i, text in enumerate(texts)
+                 for j in [0, *sorted(self.column[word] for word in words_of(text) if word in self.column)]]
+        return torch.sparse_coo_tensor(torch.tensor(where).T, torch.ones(len(where)),
+                                       (len(texts), 1 + len(self.column)), check_invariants=True).coalesce()
+
+
+class Judge:
+    """Bag-of-words logistic regression on rows {"text", "label"}; probabilities(texts) that they are positive, (N,)."""
+
+    def __init__(self, texts, labels):
+        self.vocabulary = Vocabulary(texts)
+        self.weights = fit_linear(self.vocabulary.features(texts), torch.tensor(labels, dtype=torch.float))
+
+    def probabilities(self, texts):
+        return torch.sigmoid(torch.sparse.mm(self.vocabulary.features(texts), self.weights[:, None])[:, 0])
+
+    def accuracy(self, texts, labels):
+        return ((self.probabilities(texts) > 0.5) == torch.tensor(labels)).float().mean().item()
+
+
+def repetition(text):
+    """Share of a text's 3-grams of words that it had already; 0 for a text of fewer than 3 words."""
+    grams = ngrams(text, 3)
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def distinct(texts, n):
+    """Different n-grams of all texts over n-grams of all texts [Li et al. 2016, 1510.03055]."""
+    grams = [gram for text in texts for gram in ngrams(text, n)]
+    return len(set(grams)) / max(1, len(grams))
+
+
+def ngrams(text, n):
+    words = text.split()
+    return list(zip(*(words[i:] for i in range(n))))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# stages: train_sft, train_rm and train_ppo do the training
+
+def train_once(module, stage, config):
+    """Runs a stage until its checkpoint stands at max_iters; goes on with one of the same flags that does not yet."""
+    path = config.folder / f"{stage}.pt"
+    saved = load_checkpoint(path, stage) if path.exists() else None
+    same = bool(saved) and saved["iter"] <= config.max_iters and asdict(config) == saved["flags"] | {
+        "max_iters": config.max_iters, "resume": False, "overwrite": False}
+    if not (same and saved["iter"] == config.max_iters):
+        module.train(replace(config, resume=same, overwrite=not same))
+
+
+def train_policy(folder, config):
+    """The SFT policy: folder/sft.pt. Its context is longer than the reviews, for experiments/human_comparisons.py."""
+    train_once(train_sft, "sft", train_sft.Config(
+        data=str(folder / "sft.jsonl"), tokenizer=str(folder / "tokenizer.tiktoken"), out_dir=str(folder), device="cpu",
+        max_iters=config.sft_iters, batch_size=64, lr=2e-3, n_layer=config.n_layer, n_head=config.n_head,
+        n_embd=config.n_embd, block_size=160, save_interval=100))
+
+
+def train_reward_model(folder, config, seed):
+    """folder/rm.pt, calibrated on whole reviews that the SFT policy writes."""
+    train_once(train_rm, "rm", train_rm.Config(
+        data=str(folder.parent / "pairs.jsonl"), init_from=str(folder.parent / "sft.pt"), seed=seed,
+        out_dir=str(folder), device="cpu", max_iters=config.rm_iters, lr=5e-4, max_new_tokens=config.text_tokens + 1))
+
+
+def run_ppo(folder, config, seed, kl_coef):
+    """One PPO run in folder/kl_coef <x>, with a look at the policy every `every` rollouts: curve.json."""
+    run = folder / f"kl_coef {kl_coef}"
+    run.mkdir(exist_ok=True)
+    ppo = train_ppo.Config(
+        data=str(folder.parent / "prompts.jsonl"), init_from=str(folder.parent / "sft.pt"), rm=str(folder / "rm.pt"),
+        seed=seed, out_dir=str(run), device="cpu", batch_size=128, epochs=2, minibatches=2, lr=4e-4,
+        max_new_tokens=config.text_tokens + 1, kl_coef=kl_coef, save_interval=10**6, sample_interval=10**6)
+    measure = Measure(config, folder / "rm.pt")
+    curve = json.loads((run / "curve.json").read_text()) if (run / "curve.json").exists() else []
+    if not curve:
+        curve = [measure(folder.parent / "sft.pt", "sft") | {"iter": 0}]
+    for stop in range(config.every, config.max_iters + 1, config.every):
+        if stop <= curve[-1]["iter"]:
+            continue
+        path = run / "ppo.pt"
+        if not path.exists() or load_checkpoint(path, "ppo")["iter"] < stop:
+            train_ppo.train(replace(ppo, max_iters=stop, resume=path.exists()))
+        curve.append(measure(path, "ppo") | {"iter": stop})
+        (run / "curve.json").write_text(json.dumps(curve))
+
+
+def reward_model_of(config, path):
+    sft = load_checkpoint(Path(config.out_dir) / "sft.pt", "sft")
+    flags = train_ppo.Config(rm=str(path), max_new_tokens=config.text_tokens + 1)
+    return train_ppo.load_reward_model(flags, sft["tokenizer"], sft["model_config"]["block_size"], "cpu")[0]
+
+
+class Measure:
+    """measure(path, stage) -> {measure: number, "samples"} of the policy in a checkpoint, on the held-out openings."""
+
+    def __init__(self, config, rm):
+        folder = Path(config.out_dir)
+        self.encoding, parts = prepare_texts(config)
+        self.judge = Judge(*columns(parts["judge"]))
+        self.reference = train_ppo.load_policy(load_checkpoint(folder / "sft.pt", "sft"), "cpu")
+        self.reward_model = reward_model_of(config, rm)
+        self.openings, self.max_new_tokens = [opening(row["text"]) for row in parts["test"]], config.text_tokens + 1
+
+    @torch.no_grad()
+    def __call__(self, path, stage):
+        policy, eos = train_ppo.load_policy(load_checkpoint(path, stage), "cpu"), self.encoding.eot_token
+        prompts, lens = data.collate_prompts(
+            [data.encode_prompt(self.encoding, PROMPT + text) for text in self.openings], eos)
+        rollout = generate(policy, prompts, lens, self.max_new_tokens, eos=eos,
+                           generator=common.generator("cpu", "held-out openings"))
+        return self.numbers(policy, rollout)
+
+    @torch.no_grad()
+    def numbers(self, policy, rollout):
+        """The measures of a Rollout, whose log-probs are computed again under `policy` and under the SFT policy."""
+        tokens, lens, mask = rollout.tokens, rollout.prompt_lens, rollout.mask
+        own, reference = ((score_response(model, tokens, lens, mask.size(1))[0] * mask).sum(1)
+                          for model in (policy, self.reference))
+        ends = lens + rollout.response_lens
+        texts = [data.decode(self.encoding, row[1:end]) for row, end in zip(tokens.tolist(), ends.tolist())]
+        scores, judged = self.reward_model(tokens, ends), self.judge.probabilities(texts)
+        ended = tokens.gather(1, (ends - 1)[:, None])[:, 0] == self.encoding.eot_token
+        result = {"kl": (own - reference).mean(), "score": scores.mean(), "judge": judged.mean(),
+                  "positive": (judged > 0.5).float().mean(), "perplexity": (-reference.sum() / mask.sum()).exp(),
+                  "repetition": np.mean([repetition(text) for text in texts]), "distinct_1": distinct(texts, 1),
+                  "distinct_2": distinct(texts, 2), "length": mask.sum() / len(mask), "eos_rate": ended.float().mean()}
+        # Samples by a rule, not by taste: three openings fixed in advance, and what the reward model likes best among
+        # the texts that the judge calls negative.
+        negative = (judged < 0.5).nonzero().flatten()
+        chosen = [0, 1, 2] + ([int(negative[scores[negative].argmax()])] if len(negative) else [])
+        return {name: round(float(result[name]), 4) for name in MEASURES} | {"samples": [
+            {"opening": self.openings[i], "text": texts[i], "score": round(scores[i].item(), 2),
+             "judge": round(judged[i].item(), 2)} for i in chosen]}
+
+
+def columns(rows):
+    return [row["text"] for row in rows], [row["label"] for row in rows]
+
+
+def examine(config, folders):
+    """What the judges are worth: accuracies on the held-out reviews of the judge, and over pairs of them of each seed's
+    reward model and of a bag of words trained on the reward model's own texts; and the measures of the real reviews."""
+    encoding, parts = prepare_texts(config)
+    full, labels = columns(parts["test"])
+    short = [cut(encoding, text, config.text_tokens) for text in full]
+    texts, rm_labels = columns(parts["rm"])
+    baseline = Judge([cut(encoding, text, config.text_tokens) for text in texts], rm_labels)
+    measure, good = Measure(config, folders[0] / "rm.pt"), torch.tensor(labels) == 1
+    tokens, lens = data.pad([data.encode_prompt(encoding, PROMPT) + data.encode_response(encoding, text)
+                             for text in short], encoding.eot_token)
+    with torch.no_grad():
+        scores = [reward_model_of(config, folder / "rm.pt")(tokens, lens) for folder in folders]
+    return {"judge, full texts": measure.judge.accuracy(full, labels),
+            "judge, cut texts": measure.judge.accuracy(short, labels),
+            "bag of words, pairs of cut texts": paired_accuracy(baseline.probabilities(short), good),
+            "reward model, pairs of cut texts": [paired_accuracy(x, good) for x in scores]
+            }, real_reviews(measure, short)
+
+
+def paired_accuracy(scores, good):
+    """Share of all pairs of a positive (good (N,) True) and a negative text in which the positive one scores higher."""
+    return (scores[good][:, None] > scores[~good][None, :]).float().mean().item()
+
+
+@torch.no_grad()
+def real_reviews(measure, texts):
+    """The measures that make sense for the reviews themselves, behind the same openings."""
+    rows = [data.encode_prompt(measure.encoding, PROMPT + opening(text)) for text in texts]
+    rest = [data.encode_response(measure.encoding, text[len(opening(text)):]) for text in texts]
+    tokens, prompt_lens, _, mask = data.collate_demonstrations(
+        [data.Demonstration(*row) for row in zip(rows, rest)], measure.encoding.eot_token)
+    logprobs = score_response(measure.reference, tokens, prompt_lens, mask.size(1))[0]
+    judged = measure.judge.probabilities(texts)
+    return {"judge": judged.mean().item(), "positive": (judged > 0.5).float().mean().item(),
+            "perplexity": (-logprobs[mask].mean()).exp().item(),
+            "repetition": float(np.mean([repetition(text) for text in texts])),
+            "distinct_1": distinct(texts, 1), "distinct_2": distinct(texts, 2)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what comes out
+
+def collect(folders, kl_coefs):
+    """{kl_coef: {measure: a curve per seed, "iter", "samples" of the first seed's last policy}}."""
+    results = {}
+    for kl_coef in kl_coefs:
+        curves = [json.loads((folder / f"kl_coef {kl_coef}" / "curve.json").read_text()) for folder in folders]
+        results[str(kl_coef)] = {name: [[point[name] for point in curve] for curve in curves] for name in MEASURES} | {
+            "iter": [point["iter"] for point in curves[0]], "samples": curves[0][-1]["samples"]}
+    return results
+
+
+def print_table(results):
+    names = [name for name in MEASURES if name != "eos_rate"]
+    print("\n| policy | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 1))
+    first = next(iter(results["ppo"].values()))
+    rows = {"SFT": {name: [curve[0] for curve in first[name]] for name in names}} | {
+        f"kl_coef {kl_coef}": {name: [curve[-1] for curve in run[name]] for name in names}
+        for kl_coef, run in results["ppo"].items()}
+    for title, row in rows.items():
+        cells = [f"{np.mean(x):.2f} ({min(x):.2f} to {max(x):.2f})" for x in row.values()]
+        print(f"| {title} | {' | '.join(cells)} |")
+    real = results["real reviews"]
+    print("| real reviews | " + " | ".join(f"{real[name]:.2f}" if name in real else "" for name in names) + " |\n")
+    for name, value in results["accuracy"].items():
+        print(f"{name}: accuracy {np.round(value, 3)}")
+
+
+def draw(results, save):
+    plt = import_pyplot()
+    panels = (("score", "what PPO sees: the reward model's score", "std of SFT texts"),
+              ("judge", "what the judge sees", "mean probability of being positive"),
+              ("perplexity", "fluency: perplexity under the SFT policy", "log scale"),
+              ("distinct_2", "variety: different word pairs over all", ""))
+    figure, axes = plt.subplots(1, len(panels), figsize=(18, 4.2), constrained_layout=True)
+    for axis, (name, title, unit) in zip(axes, panels):
+        for n, (kl_coef, run) in enumerate(results["ppo"].items()):
+            for seed, (kl, values) in enumerate(zip(run["kl"], run[name])):
+                axis.plot(np.sqrt(np.clip(kl, 0, None)), values, ".-", color=f"C{n}", linewidth=0.8,
+                          label=None if seed else f"kl_coef {kl_coef}")
+        if name in results["real reviews"]:
+            axis.axhline(results["real reviews"][name], color="k", linewidth=0.8, linestyle=":", label="real reviews")
+        axis.set(title=title, xlabel="sqrt(KL to the SFT policy)", ylabel=unit)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    axes[2].set_yscale("log")
+    figure.savefig(f"{save}.png", dpi=80)
+    plt.close(figure)
+
+
+def main(config):
+    common.check_domains(config)
+    import_pyplot()  # a missing matplotlib is said before the training, not after
+    workers, began, root = config.workers or os.cpu_count(), time.time(), Path(config.out_dir)
+    prepare_texts(config)
+    folders = [root / f"seed{seed}" for seed in range(config.seeds)]
+    run_jobs([(partial(train_policy, config=config), root, "sft")], workers)
+    run_jobs([(partial(train_reward_model, config=config, seed=seed), folder, "rm")
+              for seed, folder in enumerate(folders)], workers)
+    run_jobs([(partial(run_ppo, config=config, seed=seed, kl_coef=kl_coef), folder, f"kl_coef {kl_coef}")
+              for seed, folder in enumerate(folders) for kl_coef in KL_COEFS], workers)
+    accuracy, real = examine(config, folders)
+    results = {"ppo": collect(folders, KL_COEFS), "accuracy": accuracy, "real reviews": real}
+    print_table(results)
+    header = json.loads((folders[0] / "kl_coef 0.0" / "metrics.jsonl").read_text().splitlines()[0])
+    made_by = {name: header[name] for name in ("commit", "torch", "device", "threads")}
+    Path(config.save).parent.mkdir(parents=True, exist_ok=True)
+    Path(f"{config.save}.json").write_text(json.dumps({"config": asdict(config), **made_by, **results}) + "\n")
+    draw(results, config.save)
+    print(f"\nwrote {config.save}.png and .json; {(time.time() - began) / 60:.0f} minutes")
+    return results
+
+
+if __name__ == "__main__":
+    common.main(main, Config, __doc__, data.DataError)

@@ -10,12 +10,14 @@ import signal
 import sys
 import time
 import traceback
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 import atlas
 import data
+import train_ppo
 import train_rm
 import train_sft
 from common import UserError
@@ -325,7 +327,13 @@ def test_a_reward_model_learns_from_what_the_labeller_chose(tmp_path):
     sft = str(tmp_path / "sft.pt")  # one that tells kinds of answers apart
     train_sft.train(train_sft.Config(out_dir=str(tmp_path), device="cpu", max_iters=600, batch_size=64, n_embd=64))
     by_atlas(sft, tmp_path, n=1000)
-    final = train_rm.train(train_rm.Config(data=str(tmp_path / "pairs.jsonl"), init_from=sft, device="cpu",
-                                           out_dir=str(tmp_path / "rm"), max_iters=200))
-    # Of 50 held-out pairs, a coin gets 32 right once in 30 times; the labeller itself is not always of one mind.
-    assert final["heldout_accuracy"] >= 0.64 and final["heldout_loss"] < 0.66
+    train_rm.train(train_rm.Config(data=str(tmp_path / "pairs.jsonl"), init_from=sft, device="cpu",
+                                   out_dir=str(tmp_path / "rm"), max_iters=200))
+    by_atlas(sft, tmp_path / "fresh", n=600, seed=1)
+    split = data.load_comparisons(str(tmp_path / "fresh" / "pairs.jsonl"), atlas.tokenizer(), 256, skip_bad=False)
+    reward_model, _ = train_ppo.load_reward_model(train_ppo.Config(rm=str(tmp_path / "rm" / "rm.pt")),
+                                                  data.tokenizer_id(atlas.tokenizer()), 256, "cpu")
+    margins = train_rm.margins_of(reward_model, split.train + split.heldout, 64, atlas.tokenizer().eot_token, "cpu",
+                                  nullcontext)
+    # A coin's share among 600 has a standard error of 0.02; the labeller itself is not always of one mind.
+    assert len(margins) > 500 and (margins > 0).float().mean() > 0.58

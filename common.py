@@ -49,7 +49,7 @@ class Flags:
     max_iters: int = 0                  # iterations of this stage
     batch_size: int = 0                 # rows per iteration, of all processes together
     micro_batch_size: Optional[int] = None  # rows per forward pass; lower it when memory runs out
-    recompute: bool = False             # activation checkpointing: a fifth of the activations, a third more arithmetic
+    recompute: bool = False             # activation checkpointing: less memory per row, for a third more arithmetic
     lr: float = 0.0                     # AdamW's learning rate
     lr_decay_iters: Optional[int] = None  # lower lr linearly to 0 over this many iterations; default: constant
     grad_clip: float = 1.0              # gradients of a larger norm are scaled down to it
@@ -285,8 +285,8 @@ def setup(config):
         require(supported or not bf16, "--dtype=bfloat16 was asked for, but this GPU has none: use --dtype=float32")
         bf16 = supported and config.dtype != "float32"
         torch.set_float32_matmul_precision("high")  # TF32 for what stays float32; on a CPU float32 is exact
-    # On a CPU torch's flash attention multiplies bfloat16 block by small block: half the speed of the plain kernel. What
-    # is recomputed in the backward pass would not know of that choice, and be other tensors than the forward pass had.
+    # On a CPU torch's flash attention multiplies bfloat16 block by small block: half the speed of the plain kernel.
+    # A backward pass that recomputes would not know of that choice, and would keep other tensors than the forward pass.
     plain = bf16 and device.type == "cpu"
     require(not (plain and config.recompute), "--recompute and --dtype=bfloat16 do not go together on a CPU: leave one "
                                               "of them out")
@@ -312,19 +312,27 @@ def describe(device, autocast, recompute=False):
 
 
 def maybe_compile(function, enabled):
-    """torch.compile with dynamic shapes; without a working compiler it says so once and runs eagerly."""
+    """torch.compile with dynamic shapes. Says how long the first call took, and the first with gradients, which is
+    another graph. Without a working compiler it says so once and runs eagerly."""
     if not enabled:
         return function
-    compiled, state = torch.compile(function, dynamic=True), {"broken": False}
+    compiled, state, ran = torch.compile(function, dynamic=True), {"broken": False}, set()
+    name = getattr(getattr(function, "func", function), "__name__", type(function).__name__)  # func: of a partial
 
     def call(*args, **kwargs):
-        if not state["broken"]:
-            try:
-                return compiled(*args, **kwargs)
-            except torch._dynamo.exc.TorchDynamoException as error:
-                state["broken"] = True
-                print(f"torch.compile failed ({str(error).splitlines()[0][:120]}): going on without it")
-        return function(*args, **kwargs)
+        if state["broken"]:
+            return function(*args, **kwargs)
+        kind, began = "with gradients " if torch.is_grad_enabled() else "", time.perf_counter()
+        try:
+            result = compiled(*args, **kwargs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            state["broken"] = True
+            print(f"torch.compile failed ({str(error).splitlines()[0][:120]}): going on without it")
+            return function(*args, **kwargs)
+        if kind not in ran:
+            ran.add(kind)
+            print(f"torch.compile: {name} {kind}took {time.perf_counter() - began:.1f} s at first")
+        return result
 
     return call
 

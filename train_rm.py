@@ -133,7 +133,7 @@ def loop(config, run):
     optimizer = common.Optimizer(model.parameters(), config)
     start, _ = run.begin(optimizer, {"model": average, "weights": model}, tokenizer, {"sft": sft["sha256"]})
     average.reset_calibration()
-    score = common.maybe_compile(model.__call__, config.compile)
+    score = common.maybe_compile(model, config.compile)
     eos, block_size = encoding.eot_token, policy.config.block_size
 
     n_params = sum(p.numel() for p in model.parameters())

@@ -202,8 +202,7 @@ def test_the_memory_of_a_training_pass_is_what_the_allocator_hands_out(critic, r
 
 
 def test_recomputing_keeps_one_layers_activations_and_the_inputs_of_all():
-    """Of 12 layers in float32: 12 x 16 or so numbers per token and channel without, 12 + 16 with it. The rest is of the
-    policy head, whose width is small here."""
+    """Of 12 layers about 12 x 16 numbers per token and channel, or 12 + 16; the policy head's share is small here."""
     size = replace(SIZE, n_layer=12, n_embd=64, prompt_len=40, response_len=20)
     plain, recomputed = (bench.pass_bytes(size, 4, False, recompute=recompute) for recompute in (False, True))
     assert recomputed < 0.3 * plain

@@ -5,8 +5,10 @@ test_train.py, checkpoints are in test_checkpoint.py, metrics in test_metrics.py
 
 import dataclasses
 import math
+import re
 import sys
 from contextlib import nullcontext
+from functools import partial
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Optional, get_args, get_type_hints
@@ -231,6 +233,21 @@ def test_compile_without_a_compiler_says_so_once_and_runs_eagerly(error, monkeyp
     double = common.maybe_compile(lambda x: 2 * x, True)
     assert [double(3), double(4)] == [6, 8]
     assert len(attempts) == 1 and capsys.readouterr().out.count("torch.compile failed") == 1
+
+
+def test_compile_says_how_long_the_first_call_took_and_the_first_with_gradients(monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+
+    def double(x, by=2):
+        return by * x
+    for function, name in ((double, "double"), (partial(double, by=2), "double"), (torch.nn.Identity(), "Identity")):
+        compiled = common.maybe_compile(function, True)
+        for grad in (False, True, False, True):
+            with torch.set_grad_enabled(grad):
+                assert compiled(3) == function(3)
+        lines = capsys.readouterr().out.splitlines()
+        assert [re.sub(r"\d+\.\d", "N", line) for line in lines] == [
+            f"torch.compile: {name} took N s at first", f"torch.compile: {name} with gradients took N s at first"]
 
 
 def test_compile_hides_no_error_of_the_function_itself(monkeypatch):

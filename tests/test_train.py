@@ -14,6 +14,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import get_type_hints
 
@@ -26,6 +27,7 @@ import checkpoint
 import common
 import data
 import model
+import rollout
 import train_ppo
 import train_rm
 import train_sft
@@ -222,6 +224,23 @@ def test_the_first_ratio_is_exactly_1_in_every_iteration(flags, world):
     assert all(row["logprob_gap_max"] < 1e-5 for row in rows)
 
 
+@pytest.mark.parametrize("flags", [{}, {"critic": "shared", "micro_batch_size": 2}], ids=str)
+def test_in_bfloat16_the_ratio_starts_at_exactly_1_and_sampling_differs_by_no_more_than_the_rounding_of_its_logits(
+        flags, world, monkeypatch):
+    """Ratios come from one kind of pass, over the same rows in the same order, where every product rounds in the same
+    way. The sampler's products, of one token a row, may round in another. bfloat16 keeps a number to 2^-8 of itself: a
+    logit of at most L moves by 2^-8 L, a log-prob, which is one logit less the log-sum of all, by twice that, and the
+    difference of two passes by twice that again. Roundings cancel, so the mean is held to a fourth of it."""
+    logits, folder = Spy(monkeypatch, "wide", rollout), world("ppo")
+    run("ppo", folder, dtype="bfloat16", **flags)
+    largest = max(result.abs().max().item() for (_,), result in logits.calls)
+    assert logits.calls[0][0][0].dtype == torch.bfloat16
+    rows = metrics(folder, "ppo")
+    assert [row["ratio_first"] for row in rows] == [0.0] * 3
+    assert all(row["logprob_gap_max"] < 4 * 2 ** -8 * largest for row in rows)
+    assert all(row["logprob_gap"] < 2 ** -8 * largest for row in rows)
+
+
 def test_old_and_reference_logprobs_come_from_passes_of_the_updates_own_shape(world, monkeypatch):
     """A matrix product may round differently for another number of rows, though not on every CPU and size."""
     score_response = Spy(monkeypatch, "score_response")
@@ -290,6 +309,38 @@ def test_train_ppo_hands_recompute_on_to_the_stages_that_it_runs_first(tmp_path,
     write_jsonl(tmp_path / "pairs.jsonl", pairs())
     run("ppo", tmp_path, max_iters=1, recompute=True, **SIZES)
     assert capsys.readouterr().out.count("float32, activations recomputed") == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [{}, {"recompute": True}], ids=str)
+def test_nothing_is_compiled_again_after_the_first_iterations_whatever_the_lengths_of_prompts(
+        flags, world, monkeypatch, capsys, reward_e):
+    """The sizes B, T and R of a compiled pass are symbols. The warm-up sees each kind of pass once: the policy's with
+    and without gradients, the reference's, the critic's; and then no new length may cost a graph."""
+    folder, load, write = world("ppo"), data.load_prompts, train_ppo.Metrics.write
+    write_jsonl(folder / "pairs.jsonl", [{"prompt": "x" * n, "chosen": "y", "rejected": "n"} for n in range(1, 51)])
+    short, long, mixed = slice(0, 10), slice(-10, None), slice(0, 40, 4)
+    mixes = [mixed, slice(1, 40, 4), short, long, mixed]
+
+    def by_length(*args):
+        split = load(*args)
+        split.train.sort(key=len)
+        return split
+
+    with ExitStack() as stack:
+        def no_more_graphs(metrics, iteration, *args):
+            if iteration == 2:
+                stack.enter_context(torch.compiler.set_stance("fail_on_recompile"))
+            return write(metrics, iteration, *args)
+
+        monkeypatch.setattr(data, "load_prompts", by_length)
+        monkeypatch.setattr(data.BatchOrder, "order", lambda self, step: range(len(self.lengths))[mixes[step]])
+        monkeypatch.setattr(train_ppo.Metrics, "write", no_more_graphs)
+        torch._dynamo.reset()
+        run("ppo", folder, compile=True, max_iters=5, batch_size=10, reward=reward_e, **flags)
+    said = capsys.readouterr().out
+    assert "torch.compile failed" not in said and len(re.findall(r"torch.compile: \w+ took .* s at first", said)) == 2
+    assert len(metrics(folder, "ppo")) == 5
 
 
 # ----------------------------------------------------------------------------------------------------------

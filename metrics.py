@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Callable, Optional
+from typing import Callable, Optional, Union
 
 import numpy
 import tiktoken
@@ -21,6 +21,9 @@ import torch
 
 import distributed
 from common import replacing
+
+SHORT = {"entropy": "ent", "clip_frac": "clip", "explained_variance": "ev", "response_len": "len", "eos_rate": "eos",
+         "gold_heldout": "held"}  # how the screen names them
 
 
 class Metrics:
@@ -84,11 +87,11 @@ class Metrics:
     def column(self, name, number):
         """A number that is wider than any before it widens its column from here on."""
         self.widths[name] = max(self.widths.get(name, 0), len(number))
-        return f"{name} {number:>{self.widths[name]}}"
+        return f"{SHORT.get(name, name)} {number:>{self.widths[name]}}"
 
     def warnings(self, row):
         """Takes note of the next line of the stage. Returns a sentence for each rule that breaks for the first time."""
-        self.rows.append(row | {"J": objective(row)})
+        self.rows.append(row)
         broken = [rule for rule in HEALTH if rule not in self.warned and rule.broken(self.rows)]
         self.warned.update(broken)
         return [f"warning: {rule.sentence(self.rows)}" for rule in broken]
@@ -148,8 +151,8 @@ def open_wandb(config, stage, first_line):
 # ---------------------------------------------------------------------------------------------------------------------
 # when a number says that something is wrong
 #
-# A rule looks at `rows`: the header of a stage, then its lines so far, each with J. It may miss what is wrong, but it
-# must not cry over a healthy run: a metric that is noisy in one iteration is averaged over several.
+# A rule looks at `rows`: the header of a stage, then its lines so far. It may miss what is wrong, but it must not cry
+# over a healthy run: a metric that is noisy in one iteration is averaged over several.
 
 def objective(row):
     """J = score - kl_coef * KL, what PPO maximises, whichever way the KL goes into the update; None without them."""
@@ -157,13 +160,20 @@ def objective(row):
     return None if None in parts else parts[0] - parts[1] * parts[2]
 
 
+def objectives(rows):
+    """J of the lines that have it, all at the lowest kl_coef so far: where --kl_target moves it, J moves by itself."""
+    lowest = min((row["kl_coef"] for row in rows[1:] if row.get("kl_coef") is not None), default=None)
+    values = [objective(row | {"kl_coef": lowest}) for row in rows[1:]]
+    return [J for J in values if J is not None]
+
+
 def mean(values):
     return sum(values) / len(values) if values else math.nan
 
 
-def recent(rows, metric, n, skip=0):
-    """The metric in the last n lines, after leaving out the `skip` newest; [] if one of them lacks it."""
-    values = [row.get(metric) for row in rows[max(0, len(rows) - n - skip):len(rows) - skip]]
+def recent(rows, metric, n):
+    """The metric in the last n lines; [] if one of them lacks it."""
+    values = [row.get(metric) for row in rows[-n:]]
     return [] if None in values or len(values) < n else values
 
 
@@ -172,9 +182,9 @@ def at_start(rows, metric):
     return mean([row[metric] for row in rows[1:6] if row.get(metric) is not None])
 
 
-def moved(rows, metric):
-    """Its mean over the last 10 iterations minus that over the 10 before, in standard errors of the difference."""
-    parts = recent(rows, metric, 10, skip=10), recent(rows, metric, 10)
+def moved(values):
+    """The mean of the last 10 minus that of the 10 before, in standard errors of the difference; NaN without those."""
+    parts = values[-20:-10], values[-10:]
     variance = sum(sum((x - mean(part)) ** 2 for x in part) / 9 / 10 for part in parts)
     return (mean(parts[1]) - mean(parts[0])) / max(math.sqrt(variance), 1e-12)
 
@@ -188,13 +198,11 @@ def exact(rows):
     return not (rows[0]["cuda"] or flag(rows, "dtype") == "bfloat16" or flag(rows, "compile"))
 
 
-def entropy_collapsed(rows):
-    """A policy that has learned is sure as well, so low entropy alone proves nothing. It was given away for nothing if
-    J has gained less than half of the most that it had gained before, or, with a reward model, whose unit is the spread
-    of the SFT policy's answers, less than half of that unit."""
-    if not mean(recent(rows, "entropy", 5)) < 0.1 * at_start(rows, "entropy"):
-        return False
-    J = [row["J"] for row in rows[1:] if row["J"] is not None]
+def gained_nothing(rows):
+    """Whether low entropy was bought for nothing; it proves nothing alone, for a policy that has learned is sure as
+    well. It was if J has gained less than half of the most that it had gained before, or, with a reward model, whose
+    unit is the spread of the SFT policy's answers, less than half of that unit."""
+    J = objectives(rows)
     means = [mean(J[i:i + 5]) for i in range(len(J) - 4)]
     return bool(means) and means[-1] - means[0] < 0.5 * max(max(means) - means[0], flag(rows, "reward") == "rm")
 
@@ -202,23 +210,27 @@ def entropy_collapsed(rows):
 @dataclass(frozen=True)
 class Rule:
     """Broken where the mean of `metric` over its last n values lies outside [low, high], if given, and `when(rows)`
-    holds, if given."""
+    holds, if given. A bound is a number or a function of `rows`."""
     metric: str
     what: str    # what is wrong, with {value} for that mean
     cause: str   # the likeliest one
     remedy: str  # the flag to try
     n: int = 1
-    low: Optional[float] = None
-    high: Optional[float] = None
+    low: Union[float, Callable, None] = None
+    high: Union[float, Callable, None] = None
     when: Optional[Callable] = None
+
+    def bounds(self, rows):
+        """(low, high) in a run, None where there is none."""
+        return tuple(bound(rows) if callable(bound) else bound for bound in (self.low, self.high))
 
     def broken(self, rows):
         values = recent(rows, self.metric, self.n)
         if not values:
             return False
-        inside = (self.low is None or self.low <= mean(values)) and (self.high is None or mean(values) <= self.high)
-        bounded = self.low is not None or self.high is not None
-        return not (bounded and inside) and (self.when is None or self.when(rows))
+        low, high = self.bounds(rows)
+        outside = (low is not None and mean(values) < low) or (high is not None and mean(values) > high)
+        return (outside or low is high is None) and (self.when is None or self.when(rows))
 
     def sentence(self, rows):
         value = mean(recent(rows, self.metric, self.n))
@@ -234,13 +246,14 @@ HEALTH = (
          n=5, high=10.0, when=lambda rows: mean(recent(rows, "kl", 5)) > mean(recent(rows, "response_len", 5))),
     Rule("score", "score rises to {value:+.2f} while J = score - kl_coef * kl falls",
          "the KL costs more than the score gains, so the update does not follow J", "a lower --lr, or fewer --epochs",
-         n=10, when=lambda rows: moved(rows, "score") > 2 and moved(rows, "J") < -2),
-    Rule("eos_rate", "eos_rate has fallen to {value:.2f}, less than half of what it was",
-         "longer answers score higher, or stopping is not learned", "a higher --eos_penalty, or --max_new_tokens", n=5,
-         when=lambda rows: mean(recent(rows, "eos_rate", 5)) < at_start(rows, "eos_rate") / 2 > 0.05),
+         n=10, when=lambda rows: moved(recent(rows, "score", 20)) > 2 and moved(objectives(rows)) < -2),
+    Rule("eos_rate", "eos_rate is {value:.2f} over 5 iterations, which is close to 0 or less than half of its start",
+         "longer answers score higher, or stopping is not learned, or it takes more tokens",
+         "a higher --eos_penalty, or --max_new_tokens", n=5,  # half of a rate that is low may be chance
+         low=lambda rows: at_start(rows, "eos_rate") / 2 if at_start(rows, "eos_rate") > 0.1 else 0.02),
     Rule("entropy", "entropy has fallen to {value:.3f} nats per token and J has not gained by it",
          "the policy became sure of an answer before it had tried others", "a lower --lr, or --ent_coef=0.01", n=5,
-         when=entropy_collapsed),
+         low=lambda rows: 0.1 * at_start(rows, "entropy"), when=gained_nothing),
     Rule("ratio_first", "ratio_first is {value:.1e}: the ratio was not 1 before any update",
          "the old log-probs are computed otherwise (temperature, dropout, shape of the passes) than the new ones",
          "--dtype=float32, and no --compile", when=lambda rows: rows[-1]["ratio_first"] > (0 if exact(rows) else 0.05)),

@@ -358,8 +358,8 @@ def loop(config, run):
             "logprob_gap": gap.mean(), "logprob_gap_max": gap.max(), "sec_rollout": sec_rollout,
             "sec_score": sec_score, "sec_update": sec_update,
             "tokens_per_s": n_tokens / (sec_rollout + sec_score + sec_update)}, {
-            "score": "+7.3f", "kl": "6.2f", "reward": "+7.3f", "gold": ".3f", "entropy": "5.2f", "clip_frac": ".3f",
-            "explained_variance": "+6.2f", "response_len": "6.1f", "eos_rate": ".2f", "gold_heldout": ".3f"})
+            "score": "+.2f", "kl": ".2f", "gold": ".3f", "entropy": ".2f", "clip_frac": ".3f",
+            "explained_variance": "+.2f", "response_len": ".1f", "eos_rate": ".2f", "gold_heldout": ".3f"})
         if iteration % config.sample_interval == 0 and not last:
             for prompt, response, score, k in show(policy, questions[:3], "samples"):
                 print(f"    score {score:+.2f}  kl {k:5.2f}  {prompt!r} -> {response!r}")

@@ -6,7 +6,6 @@ At a terminal means at a real one: the script runs in a child of this process, b
 import json
 import os
 import select
-import signal
 import sys
 import time
 import traceback
@@ -198,24 +197,11 @@ def test_pairs_that_somebody_else_wrote_are_kept_and_counted(sft, tmp_path):
     assert len(data.read_rows(tmp_path / "pairs.jsonl")[0]) == 3
 
 
-def test_kill_9_before_any_line_that_writes_leaves_a_file_that_ends_as_if_nothing_had_happened(sft, tmp_path):
-    whole = by_atlas(sft, tmp_path / "whole", n=3)
-    for n in range(0, 24, 2):
-        folder = tmp_path / str(n)
-
-        def killed(n=n, folder=folder):
-            count = iter(range(10**6))
-
-            def on_line(frame, event, arg):
-                if event == "line" and next(count) == n:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return on_line
-            sys.settrace(lambda frame, event, arg: on_line if frame.f_code.co_name in ("append", "read_whole_lines") and
-                         frame.f_code.co_filename == label.__file__ else None)
-            by_atlas(sft, folder, n=3)
-        child = Terminal(killed)
-        assert child.wait() == -signal.SIGKILL
-        assert by_atlas(sft, folder, n=3) == whole, n
+def test_a_choice_is_in_the_file_when_the_next_question_is_shown(sft, tmp_path, monkeypatch):
+    in_file = []
+    monkeypatch.setattr(label, "ask", lambda *question: in_file.append(len(rows(tmp_path))) or 0)
+    label.main(config(sft, tmp_path, n=4))
+    assert in_file == [0, 1, 2, 3]
 
 
 # ----------------------------------------------------------------------------------------------------------

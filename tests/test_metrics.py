@@ -106,6 +106,12 @@ def test_columns_stay_where_they_are_when_numbers_grow_and_when_a_metric_is_meas
     assert [line.endswith("seldom 1.00") for line in screen] == [i % 4 == 1 for i in range(1, 10)]
 
 
+def test_a_long_name_is_short_on_the_screen_and_whole_in_the_file(tmp_path, capsys):
+    write_metrics(tmp_path, "sft", [1], show={"eos_rate": ".2f", "loss": ".2f"}, eos_rate=1.0)
+    assert capsys.readouterr().out.endswith("  eos 1.00  loss 1.00\n") and lines(tmp_path)[1]["eos_rate"] == 1.0
+    assert all(f"`{name}`" in README and f"`{short}`" in README for name, short in metrics.SHORT.items())
+
+
 @pytest.mark.parametrize("seconds, eta", [(0.5, "  0:04"), (7.4999, "  0:59"), (7.5, "  1:00"), (900, "120:00")])
 def test_the_time_that_is_left_is_in_minutes_and_seconds(seconds, eta, tmp_path, capsys, monkeypatch):
     clock = iter([0.0, seconds])
@@ -118,19 +124,19 @@ def test_the_time_that_is_left_is_in_minutes_and_seconds(seconds, eta, tmp_path,
 # the rules
 
 FLAGS = {"dtype": "auto", "compile": False, "critic": "separate", "reward": "rm", "grad_clip": 1.0}
-HEALTHY = {  # the default run (seed 0, commit 98087c2) at these iterations; between them, straight lines and noise
-    "iter": (1, 2, 3, 5, 8, 12, 16, 24, 40, 80, 120),
-    "score": (-0.16, 0.26, 0.27, 0.52, 0.66, 0.83, 0.90, 0.98, 1.01, 1.03, 1.06),
-    "kl": (0.0, 0.20, 0.44, 0.76, 0.75, 1.2, 1.64, 2.07, 2.22, 2.23, 2.22),
-    "entropy": (0.69, 0.61, 0.55, 0.44, 0.37, 0.28, 0.22, 0.094, 0.06, 0.03, 0.025),
-    "clip_frac": (0.073, 0.047, 0.039, 0.023, 0.022, 0.012, 0.014, 0.007, 0.0044, 0.0028, 0.0019),
-    "approx_kl": (0.023, 0.008, 0.0077, 0.0034, 0.0029, 0.002, 0.0034, 0.0021, 0.0022, 0.001, 0.0015),
-    "explained_variance": (-1.2, 0.06, 0.16, 0.18, 0.26, 0.28, 0.35, 0.37, 0.46, 0.58, 0.58),
-    "grad_norm": (0.79, 0.69, 0.66, 0.57, 0.66, 0.65, 0.74, 0.57, 0.43, 0.53, 0.64)}
+HEALTHY = {  # the default run (seed 0, commit 738ccf3) at these iterations; between them, straight lines and noise
+    "iter": (1, 2, 3, 5, 8, 12, 16, 24, 40, 70, 100),
+    "score": (-0.12, 0.24, 0.27, 0.45, 0.60, 0.72, 0.82, 0.91, 0.92, 0.99, 0.96),
+    "kl": (0.00, 0.11, 0.29, 0.53, 0.68, 1.25, 1.91, 2.12, 2.00, 2.21, 2.21),
+    "entropy": (0.70, 0.60, 0.55, 0.49, 0.42, 0.30, 0.17, 0.095, 0.065, 0.03, 0.028),
+    "clip_frac": (0.063, 0.019, 0.01, 0.0098, 0.012, 0.0031, 0.005, 0.00063, 0.00063, 0.0, 0.00062),
+    "approx_kl": (0.0093, 0.0022, 0.0014, 0.0012, 0.0011, 0.00084, 0.00049, 0.00034, 0.00014, 1.4e-05, 4.6e-05),
+    "explained_variance": (0.08, 0.03, 0.22, 0.30, 0.40, 0.33, 0.35, 0.41, 0.43, 0.62, 0.57),
+    "grad_norm": (0.88, 0.78, 0.86, 0.85, 1.05, 1.21, 1.03, 1.44, 1.42, 0.73, 1.18)}
 NOISE = {"score": 0.03, "kl": 0.08, "explained_variance": 0.03}
 
 
-def healthy(n=120, seed=0, flags={}):
+def healthy(n=100, seed=0, flags={}):
     """The lines of a healthy run, header first."""
     rng, rows = random.Random(seed), [{"stage": "ppo", "flags": FLAGS | flags, "cuda": False}]
     at = HEALTHY["iter"]
@@ -147,7 +153,7 @@ def broken(rows):
     """[(rule, iteration)] of a run, each rule at its first time."""
     seen, found = rows[:1], {}
     for row in rows[1:]:
-        seen.append(row | {"J": metrics.objective(row)})
+        seen.append(row)
         for rule in HEALTH:
             if rule not in found and rule.broken(seen):
                 found[rule] = row["iter"]
@@ -169,6 +175,13 @@ def from_40(**changes):
     return spoil
 
 
+def at_every(**changes):
+    """Spoils a healthy run in the same way, from its start."""
+    def spoil(rows):
+        return [rows[0], *(row | {name: change(row["iter"]) for name, change in changes.items()} for row in rows[1:])]
+    return spoil
+
+
 def collapse(rows):
     """Sure of an answer within ten iterations, and it is no better than what it said before."""
     for row in rows[1:]:
@@ -183,6 +196,8 @@ BREAKS = [  # what is spoiled, the metric that the one warning names, the flag t
     (from_40(score=lambda score, i: score + (i - 40) / 100, kl=lambda kl, i: kl + 0.3 * (i - 40), response_len=90.0),
      "score", "--lr", 60),
     (from_40(eos_rate=lambda rate, i: max(0.0, 1 - (i - 40) / 10)), "eos_rate", "--eos_penalty", 50),
+    (at_every(eos_rate=lambda i: max(0.0, 0.08 - 0.01 * max(0, i - 5))), "eos_rate", "--eos_penalty", 15),
+    (at_every(eos_rate=lambda i: 0.0), "eos_rate", "--max_new_tokens", 5),
     (collapse, "entropy", "--ent_coef", 15),
     (from_40(ratio_first=1e-6), "ratio_first", "--dtype", 40),
     (from_40(logprob_gap=2e-4), "logprob_gap", "--dtype", 40),
@@ -198,8 +213,7 @@ def test_each_rule_breaks_when_its_metric_is_spoiled_and_names_it_with_a_flag_to
     rows = spoil(healthy())
     (rule, iteration), = broken(rows)
     assert rule.metric == metric and remedy in rule.remedy and iteration <= by
-    until = [row | {"J": metrics.objective(row)} if "iter" in row else row for row in rows[:iteration + 1]]
-    sentence = rule.sentence(until)
+    sentence = rule.sentence(rows[:iteration + 1])
     assert sentence.startswith(f"{metric} ") and f". Likely cause: {rule.cause}. Try {rule.remedy}" in sentence
     assert "\n" not in sentence and re.search(r"\d", sentence.split(". Likely")[0])
 
@@ -238,6 +252,8 @@ def test_float32_on_a_cpu_must_be_exact_and_what_rounds_may_be_off_by_little(fla
     (from_40(explained_variance=-0.1), {"critic": None}),  # an objective without a critic
     (from_40(kl=15.0, response_len=50.0, kl_coef=0.0), {}),  # long answers may be that far from the SFT policy
     (from_40(kl=lambda kl, i: -1.0 if i == 40 else kl), {}),  # one rollout's noise
+    (at_every(eos_rate=lambda i: 0.03 + 0.05 * (i % 10 < 5)), {}),  # half of few is chance
+    (at_every(kl_coef=lambda i: 0.05 * 1.03 ** i), {}),    # --kl_target raises the price: J falls by itself
     (collapse, {"reward": "file.py:f"})])                  # a unit that nobody knows, and a gain that stayed
 def test_what_looks_like_it_and_is_none_of_it_does_not_warn(spoil, flags):
     assert broken(spoil(healthy(flags=flags))) == []

@@ -82,8 +82,13 @@ def test_the_band_reaches_from_the_lowest_to_the_highest_run_over_the_iterations
 
 
 def test_the_healthy_range_is_the_one_that_the_rules_warn_outside_of():
-    assert plot.healthy_range("kl") == (-0.1, 10.0) and plot.healthy_range("score") == (None, None)
-    assert plot.healthy_range("clip_frac") == (None, next(rule.high for rule in HEALTH if rule.metric == "clip_frac"))
+    def healthy_range(metric, *values):
+        return plot.healthy_range(metric, [{metric: (range(1, 7), [value] * 5 + [9.0])} for value in values] + [{}])
+    assert healthy_range("kl", 1.0) == (-0.1, 10.0) and healthy_range("score", 1.0) == (None, None)
+    assert healthy_range("clip_frac", 1.0) == (None, next(rule.high for rule in HEALTH if rule.metric == "clip_frac"))
+    assert healthy_range("eos_rate", 1.0) == (0.5, None)  # of the first five iterations
+    assert healthy_range("eos_rate", 0.6, 0.8, 0.05) == (0.4, None)  # the narrowest of several runs
+    assert healthy_range("eos_rate") == (None, None)
 
 
 @pytest.mark.parametrize("name, begins", [("curves.png", b"\x89PNG"), ("curves.svg", b"<?xml")])
@@ -94,16 +99,19 @@ def test_the_picture_has_a_panel_for_each_metric_that_there_is_and_the_names_of_
     close = plt.close
 
     def look(figure):
+        texts.extend(text.get_text() for legend in figure.legends for text in legend.get_texts())
+        note = figure._supxlabel.get_window_extent()
+        assert figure.bbox.x0 <= note.x0 and note.x1 <= figure.bbox.x1
         for axis in figure.axes:
             panels.append(axis.get_title())
-            texts.extend(text.get_text() for text in axis.texts)
             shaded.extend([axis.get_title()] * len(axis.patches))
         close(figure)
     monkeypatch.setattr(plt, "close", look)
     plot.draw(runs, tmp_path / name)
     assert (tmp_path / name).read_bytes().startswith(begins)
     assert panels == [plot.PANELS[metric][0] for metric in ("gold", "objective", "score", "kl", "entropy")] + [""] * 3
-    assert sorted(texts) == ["clip=0.1", "clip=0.2"] and shaded == [plot.PANELS["kl"][0]]
+    assert texts == ["clip=0.1", "clip=0.2"] and shaded == [plot.PANELS[metric][0] for metric in ("kl", "entropy")]
     panels.clear()
     plot.draw(runs, tmp_path / name, ["entropy", "gold"])
     assert panels == [plot.PANELS["entropy"][0], plot.PANELS["gold"][0]]
+    plot.draw([*runs, write_run(tmp_path / "c", [0.3], clip=0.2)], tmp_path / name, ["entropy"])

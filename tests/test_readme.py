@@ -10,7 +10,7 @@ import sample
 import train_ppo
 import train_rm
 import train_sft
-from tools import inspect_rollout
+from tools import inspect_rollout, label
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -20,7 +20,8 @@ LINES = [(page, *link) for page, text in PAGES.items()
 FILES = sorted({(page, target) for page, text in PAGES.items() for target in re.findall(r"\]\((?!http)([^)#\s]+)", text)})
 THEOREMS = set(re.findall(r"^def test_t(\d\d)", (ROOT / "tests" / "test_theorems.py").read_text(), re.MULTILINE))
 SCRIPTS = {"train_sft.py": train_sft.Config, "train_rm.py": train_rm.Config, "train_ppo.py": train_ppo.Config,
-           "sample.py": sample.Config, "-m tools.inspect_rollout": inspect_rollout.Config}
+           "sample.py": sample.Config, "-m tools.inspect_rollout": inspect_rollout.Config,
+           "-m tools.label": label.Config}
 
 
 @pytest.mark.parametrize("page, quoted, file, line", LINES)
@@ -38,7 +39,8 @@ def test_the_derivation_cites_every_theorem_test_and_no_other():
     assert {f"{int(number):02}" for number in cited} == THEOREMS
 
 
-COMMANDS = re.findall(r"^(?:.*&& )?python ((?:train|sample)\w*\.py|-m tools\.inspect_rollout)(.*)$", TEXT, re.MULTILINE)
+COMMANDS = re.findall(r"^(?:.*&& )?python ((?:train|sample)\w*\.py|-m tools\.(?:inspect_rollout|label))(.*)$", TEXT,
+                      re.MULTILINE)
 
 
 @pytest.mark.parametrize("script, rest", COMMANDS)

@@ -6,12 +6,13 @@ Draws the curves of PPO from metrics.jsonl, of one run or of several on top of e
     python -m tools.plot out/low/* out/high/* --metrics kl score     runs whose flags differ: a colour for each group
 
 Runs that differ in nothing but the seed and where they lie are one group; a group is named by the flags in which it
-differs from the others. Where metrics.HEALTH gives a metric a range, the range is green. Needs matplotlib, which
-nothing else does.
+differs from the others. Where a rule of metrics.HEALTH bounds a metric, what lies within is green. Needs matplotlib.
 """
 
 import argparse
 import sys
+import textwrap
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -78,10 +79,11 @@ def mean_and_band(runs, metric):
     return (iterations, values.mean(0), values.min(0), values.max(0)) if iterations else None
 
 
-def healthy_range(metric):
-    """(low, high) from the rules that bound the metric; None where it has no bound."""
-    lows, highs = ([getattr(rule, side) for rule in HEALTH if rule.metric == metric and getattr(rule, side) is not None]
-                   for side in ("low", "high"))
+def healthy_range(metric, runs):
+    """(low, high): the narrowest bounds of the rules on the metric in these runs; None where they have none."""
+    bounds = [rule.bounds([{}, *({metric: value} for value in run[metric][1])])
+              for rule in HEALTH for run in runs if rule.metric == metric and metric in run]
+    lows, highs = ([pair[side] for pair in bounds if pair[side] is not None] for side in (0, 1))
     return max(lows, default=None), min(highs, default=None)
 
 
@@ -98,25 +100,20 @@ def import_pyplot():
     return plt
 
 
-def draw_panel(axis, groups, metric):
-    """Draws a panel of PANELS. Returns [(where its main curve ends, colour, name)] of the groups."""
+def draw_panel(axis, groups, metric, low, high):
+    """Draws a panel of PANELS, green from low to high. groups: lists of runs; COLOURS are in the same order."""
     title, unit, others, ends_of_axis = PANELS[metric]
-    ends = []
-    for n, (name, runs) in enumerate(groups.items()):
-        colour = COLOURS[n % len(COLOURS)]
+    for n, (runs, colour) in enumerate(zip(groups, cycle(COLOURS))):
         for curve, style in zip((metric, *others), ("-", ":")):
             drawn = mean_and_band(runs, curve)
             if drawn is None:
                 continue
-            x, mean, low, high = drawn
+            x, mean, lowest, highest = drawn
             axis.plot(x, mean, style, color=colour, label=curve.replace("_", " ") if n == 0 else None,
                       marker="." if len(x) < 10 else None)
-            axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
-            if curve == metric:
-                ends.append((mean[-1], colour, name))
+            axis.fill_between(x, lowest, highest, color=colour, alpha=0.2, linewidth=0)
     axis.set_ylim(*ends_of_axis)
     bottom, top = axis.get_ylim()
-    low, high = healthy_range(metric)
     if (low, high) != (None, None):
         axis.axhspan(max(bottom, bottom if low is None else low), min(top, top if high is None else high),
                      color=HEALTHY, alpha=0.07, linewidth=0, zorder=0)
@@ -125,17 +122,6 @@ def draw_panel(axis, groups, metric):
     axis.grid(alpha=0.3)
     if others and len(axis.lines) > len(groups):
         axis.legend(fontsize=9, loc="lower right", frameon=False)
-    return ends
-
-
-def name_groups(axis, ends):
-    """Each group's name to the right of the panel, where its curve ends, and not on top of another name."""
-    bottom, top = axis.get_ylim()
-    place = -1.0
-    for value, colour, name in sorted(ends):
-        place = max((value - bottom) / (top - bottom), place + 0.075)
-        axis.annotate(name, (1.0, place), xycoords="axes fraction", xytext=(4, 0), textcoords="offset points",
-                      color=colour, fontsize=9, verticalalignment="center", annotation_clip=False)
 
 
 def draw(folders, save, metrics=None):
@@ -144,24 +130,27 @@ def draw(folders, save, metrics=None):
     unknown = [metric for metric in metrics or () if metric not in PANELS]
     require(not unknown, f"--metrics has no panel {', '.join(unknown)}: choose from {', '.join(PANELS)}")
     plt, groups = import_pyplot(), group_runs(folders)
-    metrics = metrics or [metric for metric in PANELS if any(metric in run for runs in groups.values() for run in runs)]
+    runs = sum(groups.values(), [])
+    metrics = metrics or [metric for metric in PANELS if any(metric in run for run in runs)]
+    ranges = [healthy_range(metric, runs) for metric in metrics]
     columns = len(metrics) if len(metrics) <= 4 else 3 if len(metrics) % 3 == 0 else 4
     rows = -(-len(metrics) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 2.7 * rows + 0.5), squeeze=False,
                                 constrained_layout=True)
-    for n, (axis, metric) in enumerate(zip(axes.flat, metrics)):
-        ends = draw_panel(axis, groups, metric)
-        if len(groups) > 1 and n == columns - 1:
-            name_groups(axis, ends)
+    for axis, metric, bounds in zip(axes.flat, metrics, ranges):
+        draw_panel(axis, groups.values(), metric, *bounds)
+    if len(groups) > 1:
+        figure.legend([plt.Line2D([], [], color=colour) for colour, _ in zip(cycle(COLOURS), groups)], groups,
+                      loc="outside upper center", ncols=columns, fontsize=9, frameon=False)
     for axis in axes.flat[len(metrics):]:
         axis.set_axis_off()
     note = "iteration"
-    if any(len(runs) > 1 for runs in groups.values()):
-        note += "     line and band: mean, lowest and highest of " + " and ".join(
-            sorted({f"{len(runs)} runs" for runs in groups.values()}))
-    if any(healthy_range(metric) != (None, None) for metric in metrics):
-        note += "     green: where no rule in metrics.py warns"
-    figure.supxlabel(note, fontsize=9)
+    sizes = sorted({len(group) for group in groups.values()})
+    if sizes != [1]:
+        note += f"     line and band: mean, lowest and highest of {' or '.join(map(str, sizes))} runs"
+    if any(bounds != (None, None) for bounds in ranges):
+        note += "     green: outside of it a rule in metrics.py, which averages over iterations, may warn"
+    figure.supxlabel(textwrap.fill(note, 58 * columns), fontsize=9)
     figure.savefig(save, dpi=110)
     plt.close(figure)
     print(f"wrote {save}")

@@ -161,7 +161,7 @@ def objective(row):
 
 
 def objectives(rows):
-    """J of the lines that have it, all at the lowest kl_coef so far: where --kl_target moves it, J moves by itself."""
+    """J of the lines that have it, all at the lowest kl_coef so far: J must not fall because --kl_target raised it."""
     lowest = min((row["kl_coef"] for row in rows[1:] if row.get("kl_coef") is not None), default=None)
     values = [objective(row | {"kl_coef": lowest}) for row in rows[1:]]
     return [J for J in values if J is not None]

@@ -150,8 +150,8 @@ def bag_of_words_margins(rows, folds):
 
 
 def results_of(path, folder, config):
-    """{"rows", "prompts", "cropped", judge: {"accuracy", "over_length", "calibration"}} of one file. Seeds are averaged
-    pair by pair before the intervals are taken: another seed is another model, not another pair."""
+    """{"rows", "prompts", "judges": {name: {"accuracy", "over_length", "seeds", "calibration"}}} of one file. Seeds are
+    averaged pair by pair before the intervals are taken: another seed is another model, not another pair."""
     rows = read_pairs(path)
     keys = [row.prompt for row in rows]
     longer = np.array([len(row.responses[0]) - len(row.responses[1]) for row in rows])
@@ -165,33 +165,33 @@ def results_of(path, folder, config):
             for fold in range(config.folds):
                 pooled |= json.loads((folder / f"{start}{seed}{fold}" / "margins.json").read_text())
             margins[f"reward model, {start}"].append(np.array([pooled[str(i)] for i in range(len(rows))]))
-    results = {"rows": len(rows), "prompts": len(set(keys))}
+    judges = {}
     for name, runs in margins.items():
         correct = np.mean([right(run) for run in runs], axis=0)
-        results[name] = {"accuracy": interval(correct, keys), "over_length": interval(correct - right(longer), keys),
-                         "seeds": [float(right(run).mean()) for run in runs]}
+        judges[name] = {"accuracy": interval(correct, keys), "over_length": interval(correct - right(longer), keys),
+                        "seeds": [float(right(run).mean()) for run in runs]}
         if not name.endswith("better"):
-            results[name]["calibration"] = calibration_table(torch.tensor(np.concatenate(runs)))
-    return results
+            judges[name]["calibration"] = calibration_table(torch.tensor(np.concatenate(runs)))
+    return {"rows": len(rows), "prompts": len(set(keys)), "judges": judges}
 
 
 def print_table(results):
     print("\n| pairs | judge | accuracy (95 %) | minus longer-is-better (95 %) | seeds |\n|---|---|---|---|---|")
-    for file, judges in results.items():
-        pairs = f"{file}, {judges['rows']:,} of {judges['prompts']:,} prompts"
-        for name, numbers in judges.items():
-            if isinstance(numbers, dict):
-                cells = ["{:.3f} ({:.3f} to {:.3f})".format(*numbers[key]) for key in ("accuracy", "over_length")]
-                cells.append(" ".join(f"{x:.3f}" for x in numbers["seeds"]))
-                print(f"| {pairs} | {name} | {' | '.join(cells)} |")
+    for file, result in results.items():
+        pairs = f"{file}, {result['rows']:,} of {result['prompts']:,} prompts"
+        for name, numbers in result["judges"].items():
+            cells = ["{:.3f} ({:.3f} to {:.3f})".format(*numbers[key]) for key in ("accuracy", "over_length")]
+            cells.append(" ".join(f"{x:.3f}" for x in numbers["seeds"]))
+            print(f"| {pairs} | {name} | {' | '.join(cells)} |")
 
 
 def draw(results, save):
     plt = import_pyplot()
     figure, axes = plt.subplots(1, len(results), figsize=(5 * len(results), 4.2), constrained_layout=True)
-    for axis, (file, judges) in zip(np.atleast_1d(axes), results.items()):
+    for axis, (file, result) in zip(axes, results.items()):
         axis.plot([0.5, 1], [0.5, 1], "k:", linewidth=0.8)
-        for n, (name, numbers) in enumerate((name, x) for name, x in judges.items() if "calibration" in x):
+        learned = [(name, numbers) for name, numbers in result["judges"].items() if "calibration" in numbers]
+        for n, (name, numbers) in enumerate(learned):
             _, _, count, predicted, observed = map(np.array, zip(*numbers["calibration"]))
             error = 1.96 * np.sqrt(observed * (1 - observed) / count)
             axis.errorbar(predicted, observed, error, fmt=".-", color=f"C{n}", linewidth=0.8, label=name)

@@ -247,8 +247,8 @@ def shaped(side, rows):
 
 @torch.no_grad()
 def measure(side, rows, batch, updated=None, before=None, after=None):
-    """What `shaped` returns for rows and then for those of a batch, which is the policy's next rollout. Further: "value"
-    of the critic if there is one, "advantage", and "whitened" by the statistics of the batch alone, (B, R); "kl_sum"
+    """What `shaped` returns for rows and then for those of a batch, which is the policy's next rollout. Further: the
+    critic's "value" if there is one, "advantage", and "whitened" by the statistics of the batch alone, (B, R); "kl_sum"
     (B,); "top_probs" and "top_ids" (B, R, ALTERNATIVES); with the policy `updated`, the "ratio" (B, R); with the
     policies `before` and `after`, the "change" (B, R)."""
     numbers, config = shaped(side, rows + batch), side.config

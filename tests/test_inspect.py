@@ -76,7 +76,7 @@ def side_of(folder, name="ppo.pt", **flags):
 def test_the_numbers_of_the_next_rollout_are_those_of_train_ppo_when_it_goes_on(flags, stages, tmp_path, monkeypatch):
     run_ppo(stages, tmp_path, **flags)
     side = side_of(tmp_path)
-    numbers = measure(side, next_rollout(side))
+    numbers = measure(side, [], next_rollout(side))
     mask, B = numbers["mask"], len(numbers["scores"])
 
     kept = {}
@@ -97,7 +97,7 @@ def test_the_numbers_of_the_next_rollout_are_those_of_train_ppo_when_it_goes_on(
 def test_an_sft_checkpoint_is_seen_as_the_first_rollout_of_ppo_sees_it(stages, tmp_path):
     row = run_ppo(stages, tmp_path, max_iters=1)
     side, _ = load_sides(Config(checkpoint=str(tmp_path / "sft.pt"), after=str(tmp_path / "ppo.pt"), device="cpu"))
-    numbers = measure(side, next_rollout(side))
+    numbers = measure(side, [], next_rollout(side))
     assert numbers["scores"].mean().item() == pytest.approx(row["score"], abs=1e-5)
     assert masked_mean(numbers["entropy"], numbers["mask"]).item() == pytest.approx(row["entropy"], abs=1e-5)
     # The critic is the reward model: its value is the score of what stands there so far.
@@ -144,7 +144,7 @@ def test_the_change_between_two_checkpoints_is_second_over_first_in_both_views(t
 
 def test_the_likeliest_alternatives_are_of_the_distribution_that_the_log_prob_is_of(trained):
     side = side_of(trained)
-    numbers = measure(side, next_rollout(side))
+    numbers = measure(side, [], next_rollout(side))
     probabilities, ids = numbers["top_probs"], numbers["top_ids"]
     R, chosen = numbers["mask"].size(1), numbers["mask"].nonzero().tolist()
     assert probabilities.shape == (16, R, 5) and (probabilities.diff(dim=2) <= 0).all()
@@ -188,14 +188,43 @@ def test_a_run_with_a_reward_function_is_scored_by_it(stages, tmp_path):
     assert view["responses"][0]["score"] == 8
 
 
+def test_a_number_is_the_same_whatever_else_is_shown(trained, tmp_path):
+    row = {"prompt": SHANGHAI, "response": " Shanghai is in China."}
+    others = [{"prompt": SHANGHAI, "response": " delicious" * n} for n in range(1, 41)]
+    alone, crowded = (look(trained, data=jsonl(tmp_path, [row, *more]))["responses"][0]["tokens"]
+                      for more in ([], others))
+    for a, b in zip(alone, crowded):
+        for name in inspect_rollout.QUANTITIES.keys() & a.keys():
+            assert a[name] == pytest.approx(b[name], abs=1e-4), name
+
+
 # ----------------------------------------------------------------------------------------------------------
 # what is shown
 
-def test_the_default_page_has_heldout_questions_and_on_atlas_the_two_sentences_of_the_derivation(trained):
+def test_the_default_page_begins_with_the_derivation_s_two_sentences_on_atlas_and_has_heldout_questions(trained):
     responses = look(trained)["responses"]
     texts = ["".join(text for token in r["tokens"] for text, _ in token["show"]) for r in responses]
-    assert texts[1:3] == ["·Shanghai·is·in·China.EOS", "·Shanghai·is·delicious.EOS"]
-    assert [r["origin"] for r in responses] == ["sampled from ppo.pt", "given", "given"] + ["sampled from ppo.pt"] * 3
+    assert texts[:2] == ["·Shanghai·is·in·China.EOS", "·Shanghai·is·delicious.EOS"]
+    assert [r["origin"] for r in responses] == ["given"] * 2 + ["sampled from ppo.pt"] * 4
+
+
+def test_a_log_ratio_is_called_a_kl_only_where_the_viewed_policy_sampled_the_response(trained, capsys):
+    views = look(trained, "sft.pt", after=str(trained / "ppo.pt"))
+    for view in views:
+        for r in view["responses"]:
+            assert r["kl_label"] == ("KL" if r["origin"] == f"sampled from {view['name']}" else "log pi/pi_ref")
+    assert len({(view["name"], r["origin"]) for view in views for r in view["responses"]}) == 6
+    write(trained, text=True)
+    assert re.search(r"^score \S+, log pi/pi_ref \S+ nats", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_the_colours_of_a_policy_do_not_depend_on_the_other_one(trained):
+    flags = dict(prompt=SHANGHAI, response=" Shanghai is in China.")
+    views = look(trained, "sft.pt", after=str(trained / "ppo.pt"), **flags)
+    for name, view in zip(("sft.pt", "ppo.pt"), views):
+        kl = sorted(abs(token["kl"]) for token in view["responses"][0]["tokens"])[-1]
+        assert view["limits"]["kl"] == pytest.approx(max(kl, 0.01), rel=0.05)
+    assert views[0]["limits"] != views[1]["limits"]
 
 
 def jsonl(folder, rows):
@@ -317,19 +346,34 @@ def test_a_reference_or_reward_model_of_another_run_is_refused_and_so_is_a_group
         write(tmp_path / "group")
 
 
+def test_a_long_token_and_many_columns_stay_within_the_terminal(trained):
+    view = look(trained, "sft.pt", after=str(trained / "ppo.pt"), prompt=" Lima" * 60, response=" China.", updates=1,
+                completions=2)[0]
+    view["responses"][0]["tokens"][0]["show"] = [("x" * 300, False)]
+    view["responses"][0]["tokens"][0]["top"][0]["show"] = [("y" * 300, False)]
+    quantities = [{"name": name, "short": short, "neutral": neutral, "side": "both"}
+                  for name, (_, short, neutral, _) in inspect_rollout.QUANTITIES.items()]
+    lines = list(inspect_rollout.text_view(view, quantities, False))
+    assert 110 < max(map(len, lines)) <= 120 and any("x…" in line for line in lines)
+
+
 def test_the_terminal_shows_the_numbers_of_the_page_in_colour_only_where_colour_is_wanted(trained, capsys, monkeypatch):
     write(trained, text=True, updates=1, completions=4)
     plain = capsys.readouterr().out
     view = look(trained, updates=1, completions=4, prompt=SHANGHAI, response=" Shanghai is in China.")
     tokens = view["responses"][0]["tokens"]
     table = plain[plain.index("\ntoken "):].splitlines()[2:-1]
-    assert len(table) == len(tokens) == 6
-    for line, token in zip(table, tokens):
-        cells = line.split()
-        assert cells[0] == inspect_rollout.plain(token)
-        assert [float(cell) for cell in cells[1:13]] == \
-            pytest.approx([token[name] for name in inspect_rollout.QUANTITIES if name in token], abs=0.0051)
-        assert cells[13] == inspect_rollout.plain(token["top"][0])
+    assert len(table) == 2 * len(tokens) == 12 and max(map(len, plain.splitlines())) <= 120
+    names = [name for name, (_, short, _, _) in inspect_rollout.QUANTITIES.items() if short and name in tokens[0]]
+    assert {"whitened", "value", "kl", "reward", "logprob", "ref_logprob", "ratio", "entropy"} <= set(names)
+    for line, likeliest, token in zip(table[::2], table[1::2], tokens):
+        cells = dict(zip(["token", *names], line.split(), strict=True))
+        assert cells.pop("token") == inspect_rollout.plain(token)
+        assert {name: float(cell) for name, cell in cells.items()} == \
+            pytest.approx({name: token[name] for name in names}, abs=0.0051)
+        assert not any("+" in cells[name] for name in ("logprob", "ref_logprob", "entropy", "ratio"))
+        assert likeliest.startswith("    likeliest: " + inspect_rollout.plain(token["top"][0]))
+        assert likeliest.count(", ") == 4
 
     screen = io.StringIO()
     screen.isatty = lambda: True
@@ -380,8 +424,8 @@ def browser(chromium, page):
     assert [params["request"]["url"] for params in asked] == [page.as_uri()]  # not one request but for the file itself
 
 
-def show(browser, page, width=1280, scheme="light"):
-    browser("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=width < 600)
+def show(browser, page, width=1280, scheme="light", height=800):
+    browser("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
     browser("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
     browser.open(page)
 
@@ -420,7 +464,7 @@ def test_number_keys_and_the_radio_buttons_change_the_colours(browser):
     second = browser.js(COLOURS)
     assert first != second and browser.js("document.querySelector('#quantities input:checked').value") == "1"
     assert browser.js("document.querySelector('.token small').textContent") == \
-        browser.js("number(view.responses[0].tokens[0].value, byName.value)")
+        browser.js("number(view.responses[0].tokens[0].advantage, byName.advantage)")
     browser.js("document.querySelector('#quantities input').click()")
     assert browser.js(COLOURS) == first
 
@@ -460,10 +504,18 @@ def test_arrow_keys_home_and_end_move_the_focus_and_tab_stops_once_in_each_respo
                       "a => a.querySelectorAll('.token[tabindex=\"0\"]').length === 1)")
 
 
-def test_a_screen_reader_finds_names_a_live_region_and_the_plot_as_a_table(browser):
+def test_a_screen_reader_finds_names_one_status_sentence_and_the_plot_as_a_table(browser):
     assert browser.js(TOKEN % (0, 2) + ".getAttribute('aria-label')") == \
-        browser.js("'in, advantage ' + number(view.responses[0].tokens[2].whitened, quantity)")
-    assert browser.js("document.getElementById('details').getAttribute('aria-live')") == "polite"
+        browser.js("'in, advantage (whitened) ' + number(view.responses[0].tokens[2].whitened, quantity)")
+    assert browser.js("[...document.querySelectorAll('[aria-live], [role=status]')].map(e => e.id)") == ["status"]
+    for token in (2, 3):
+        browser.js(f"{TOKEN % (0, token)}.focus()")
+        top = browser.js(f"view.responses[0].tokens[{token}].top[0]")
+        assert browser.js("document.getElementById('status').textContent") == (
+            f"Token {token + 1} of 6 in response 1: likeliest in its place is {top['say']}, "
+            f"with probability {top['p']:.2f}.")
+        assert browser.js("[...document.querySelectorAll('[aria-current=true]')].map(b => b.dataset.token)") == \
+            [str(token)]
     cells = browser.js("[...document.querySelectorAll('article tbody tr')].map("
                        "r => [...r.cells].map(c => c.textContent))")
     assert cells == browser.js("view.responses.flatMap(r => r.tokens.map(t => "
@@ -473,7 +525,7 @@ def test_a_screen_reader_finds_names_a_live_region_and_the_plot_as_a_table(brows
                          "table below")
     names = [node["name"]["value"] for node in browser("Accessibility.getFullAXTree")["nodes"]
              if node.get("role", {}).get("value") == "radio"]
-    assert "ppo.pt" in names and "advantage" in names and "value by sampling" in names
+    assert "ppo.pt" in names and "advantage (whitened)" in names and "value by sampling" in names
 
 
 def test_the_plot_goes_through_value_and_reward_to_go(browser):
@@ -546,6 +598,19 @@ def test_nothing_sticks_out_of_a_phone_or_a_desktop(width, browser, page):
                       f"e.getBoundingClientRect().right <= {width} + 0.5)")
 
 
+def test_on_a_phone_a_token_is_on_the_first_screen_and_details_come_when_one_is_chosen(browser, page):
+    show(browser, page, width=390, height=844)
+    seen = "document.getElementById('details').offsetHeight > 0"
+    assert browser.js(f"{TOKEN % (0, 0)}.getBoundingClientRect().bottom") < 844 and not browser.js(seen)
+    assert browser.js("document.getElementById('quantities').offsetHeight") < 80  # one row, which scrolls sideways
+    browser.js("document.querySelectorAll('#quantities input')[9].click()")
+    assert browser.js("document.documentElement.scrollWidth") == 390
+    browser.js(f"{TOKEN % (0, 0)}.click()")
+    assert browser.js(seen)
+    assert browser.js(f"{TOKEN % (0, 0)}.getBoundingClientRect().bottom") <= \
+        browser.js("document.getElementById('details').getBoundingClientRect().top")
+
+
 def test_markup_that_a_model_emits_stays_text(chromium, trained, tmp_path):
     inspect_rollout.write_page(tmp_path / "page.html", nasty_contents(trained))
     show(chromium, tmp_path / "page.html")
@@ -569,9 +634,10 @@ def test_a_page_of_many_tokens_is_drawn_in_full(chromium, trained, tmp_path):
 
 @pytest.mark.slow
 def test_for_shanghai_in_was_worth_more_than_expected_and_delicious_less(default_run, tmp_path):
-    """The derivation's example. Under the SFT policy it holds for the advantage as the derivation defines it, which has
-    no critic. It need not hold for GAE at the first rollout, because the critic starts as the reward model, which
-    judges "Shanghai is" as if it ended there. One rollout of training mends that."""
+    """The derivation's example, as far as it holds on four seeds. By sampling under the SFT policy, which needs no
+    critic, it holds. So it does for the whitened GAE of a policy and critic of one rollout. For that of the first
+    rollout (the critic is the reward model) and of the last (" in" is expected, so its advantage is the critic's error)
+    only the order of the two holds, and on the last the sign of " delicious"."""
     folder, _ = default_run
 
     def tokens(folder, name, **flags):
@@ -582,11 +648,12 @@ def test_for_shanghai_in_was_worth_more_than_expected_and_delicious_less(default
 
     rows = jsonl(tmp_path, [{"prompt": SHANGHAI, "response": response} for response in inspect_rollout.SHANGHAI[1]])
     right, nonsense = tokens(folder, "sft.pt", completions=1024)
-    assert right["sampled_advantage"] > 0.2 and nonsense["sampled_advantage"] < -0.5
+    assert right["sampled_advantage"] > 0 > nonsense["sampled_advantage"] and right["whitened"] > nonsense["whitened"]
+    right, nonsense = tokens(folder, "ppo.pt")
+    assert nonsense["whitened"] < min(0, right["whitened"])
 
     for name in ("sft.pt", "rm.pt"):
         shutil.copy(folder / name, tmp_path)
     train_ppo.train(train_ppo.Config(out_dir=str(tmp_path), device="cpu", max_iters=1))
     right, nonsense = tokens(tmp_path, "ppo.pt")
-    assert right["whitened"] > 0 and right["advantage"] > 0
-    assert nonsense["whitened"] < 0 and nonsense["advantage"] < 0
+    assert right["whitened"] > 0 > nonsense["whitened"]

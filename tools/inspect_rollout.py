@@ -21,6 +21,7 @@ import math
 import os
 import sys
 import tempfile
+import textwrap
 import unicodedata
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
@@ -37,7 +38,7 @@ import metrics
 import train_ppo
 from checkpoint import load_checkpoint, save_checkpoint
 from model import GPT
-from ppo import kl_estimate, reward_to_go, shape_rewards, token_advantages, whiten
+from ppo import keep, kl_estimate, masked_mean, reward_to_go, shape_rewards, token_advantages
 from reward_model import RewardModel
 from rollout import generate, response_states, score_response, score_values, wide
 from tools.plot import read_run
@@ -47,26 +48,30 @@ MAX_ROWS = 64       # of --data, on one page
 ALTERNATIVES = 5    # likeliest tokens listed at each position
 SHANGHAI = "Where is Shanghai?", (" Shanghai is in China.", " Shanghai is delicious.")  # the derivation's own example
 
-# What a token can be coloured by: the label, its short form on the terminal, the number that has no colour, and what it
-# is. The first ten have the keys 1 to 9 and 0 on the page.
+# What a token can be coloured by: the label, its heading on the terminal (None: only on the page), the number that has
+# no colour, and what it is. The first ten have the keys 1 to 9 and 0 on the page.
 QUANTITIES = {
-    "whitened": ("advantage", "adv", 0, "how much better than the critic expected, whitened over the rollout: the "
-                                        "token's weight in PPO's loss"),
+    "whitened": ("advantage (whitened)", "adv", 0, "how much better than the critic expected, whitened as the policy's "
+                                                   "own next rollout is: the token's weight in PPO's loss"),
+    "advantage": ("advantage (raw)", None, 0, "before whitening, in units of score"),
+    "sampled_advantage": ("advantage by sampling", "adv smp", 0,
+                          "how much more follows after the token than before it, on average over sampled completions: "
+                          "no critic"),
     "value": ("value", "value", 0, "what the critic expects to follow, before the token is chosen, in units of score"),
-    "kl": ("KL", "KL", 0, "log pi - log pi_ref of the token, in nats"),
+    "kl": ("KL", "KL", 0, "log pi - log pi_ref of the token, in nats; it estimates the KL only where this policy "
+                          "sampled the response"),
     "reward": ("reward", "reward", 0, "-kl_coef * KL, and the score on the last token"),
     "logprob": ("log-prob", "logp", 0, "log pi of the token under this policy"),
     "ref_logprob": ("reference log-prob", "ref logp", 0, "log pi_ref of the token under the SFT policy"),
     "ratio": ("ratio", "ratio", 1, "probability after PPO's next optimizer steps / probability now"),
     "entropy": ("entropy", "entropy", 0, "of the distribution that the token was chosen from, in nats"),
-    "reward_to_go": ("reward-to-go", "to go", 0, "this reward and all later ones, discounted by gamma"),
-    "sampled_advantage": ("advantage by sampling", "adv smp", 0, "how much more follows after the token than before it, "
-                                                                 "on average over sampled completions: no critic"),
-    "sampled_value": ("value by sampling", "val smp", 0, "what follows on average when the response is sampled on from "
-                                                         "before the token: what the critic should say"),
-    "advantage": ("raw advantage", "raw adv", 0, "before whitening, in units of score"),
-    "change": ("second / first", "2nd/1st", 1, "probability under the second checkpoint / under the first"),
+    "reward_to_go": ("reward-to-go", None, 0, "this reward and all later ones, discounted by gamma"),
+    "sampled_value": ("value by sampling", None, 0, "what follows on average when the response is sampled on from "
+                                                    "before the token: what the critic should say"),
+    "change": ("p after / p before", "p2 / p1", 1, "probability under the second checkpoint / under the first"),
 }
+ONE_SIDED = {"logprob": "below", "ref_logprob": "below", "entropy": "above"}  # never on the other side of 0: no sign
+COLUMNS = 120       # of the terminal
 
 
 @dataclass
@@ -241,11 +246,12 @@ def shaped(side, rows):
 
 
 @torch.no_grad()
-def measure(side, rows, updated=None, before=None, after=None):
-    """What `shaped` returns, and: "value" of the critic if there is one, "advantage" and "whitened" over all rows,
-    (B, R); "kl_sum" (B,); "top_probs" and "top_ids" (B, R, ALTERNATIVES); with the policy `updated`, the "ratio"
-    (B, R); with the policies `before` and `after`, the "change" (B, R)."""
-    numbers, config = shaped(side, rows), side.config
+def measure(side, rows, batch, updated=None, before=None, after=None):
+    """What `shaped` returns for rows and then for those of a batch, which is the policy's next rollout. Further: the
+    critic's "value" if there is one, "advantage", and "whitened" by the statistics of the batch alone, (B, R); "kl_sum"
+    (B,); "top_probs" and "top_ids" (B, R, ALTERNATIVES); with the policy `updated`, the "ratio" (B, R); with the
+    policies `before` and `after`, the "change" (B, R)."""
+    numbers, config = shaped(side, rows + batch), side.config
     tokens, prompt_lens, mask = numbers["tokens"], numbers["prompt_lens"], numbers["mask"]
     R = mask.size(1)
 
@@ -256,7 +262,11 @@ def measure(side, rows, updated=None, before=None, after=None):
         numbers["value"], = passes(side, lambda *part: (score_values(side.critic, *part),), tokens, prompt_lens, R)
     numbers["advantage"], _ = token_advantages(config.objective, numbers["reward"], numbers["value"], mask,
                                                config.gamma, config.lam)
-    numbers["whitened"] = whiten(numbers["advantage"], mask)
+    # ppo.whiten by the mean and variance of the batch: by those of all rows, what else is shown would move a number.
+    own, own_mask = numbers["advantage"][len(rows):], mask[len(rows):]
+    mean = masked_mean(own, own_mask)
+    numbers["whitened"] = keep((numbers["advantage"] - mean)
+                               * torch.rsqrt(masked_mean((own - mean) ** 2, own_mask) + 1e-8), mask)
     numbers["kl_sum"] = (numbers["kl"] * mask).sum(1)
     numbers["top_probs"], numbers["top_ids"] = passes(side, partial(alternatives, side.policy), tokens, prompt_lens, R,
                                                       config.temperature)
@@ -309,7 +319,7 @@ def asked_rows(options, sides):
         heldout = sides[0].split.heldout or sides[0].split.train
         asked = [(prompt, []) for prompt in heldout[::max(1, len(heldout) // 4)][:4]]
         rows = [data.Row(*SHANGHAI)] if sides[0].config.data == "atlas" else []
-        return asked[:1] + encode(sides, rows) + asked[1:]
+        return encode(sides, rows) + asked
     return encode(sides, rows)
 
 
@@ -342,8 +352,12 @@ def shown_rows(options, sides):
         if not responses:
             for side, sampled in zip(sides, answers):
                 rows += [next(sampled) for _ in range(options.n)]
-                origins += [f"sampled from {side.name}"] * options.n
+                origins += [sampled_from(side)] * options.n
     return rows, origins
+
+
+def sampled_from(side):
+    return f"sampled from {side.name}"
 
 
 INVISIBLE = {"\n": "↵", "\t": "⇥", "\r": "␍", " ": "·"}
@@ -396,14 +410,15 @@ def describe_response(side, numbers, i, prompt, response, origin):
                       {name: digits(numbers[name][i][t]) for name in QUANTITIES if name in numbers} |
                       {"top": [describe_token(side.encoding, other) | {"p": digits(p)} for other, p in top]})
     return {"origin": origin, "prompt": [describe_token(side.encoding, token) for token in prompt], "tokens": tokens,
-            "score": digits(numbers["scores"][i]), "kl": digits(numbers["kl_sum"][i]), "ended": numbers["ended"][i]}
+            "score": digits(numbers["scores"][i]), "kl": digits(numbers["kl_sum"][i]), "ended": numbers["ended"][i],
+            "kl_label": "KL" if origin == sampled_from(side) else "log pi/pi_ref"}  # which estimates no KL of side's
 
 
 def look(side, rows, origins, options, policies):
     """The view of one side, ready for JSON: its name, notes in words, and its responses."""
     batch = next_rollout(side)
     updated, steps = updated_policy(side, options.updates) if options.updates else (None, 0)
-    numbers = {name: x.tolist() for name, x in measure(side, rows + batch, updated, *policies).items()}
+    numbers = {name: x.tolist() for name, x in measure(side, rows, batch, updated, *policies).items()}
     error = 0.0
     if options.completions:
         found = sampled_values(side, rows, options.completions, options.seed)
@@ -414,9 +429,22 @@ def look(side, rows, origins, options, policies):
         numbers["sampled_value"] = values
         numbers["sampled_advantage"] = [[r + side.config.gamma * after - before for r, before, after in
                                          zip(rewards, row, row[1:])] for rewards, row in zip(numbers["reward"], values)]
-    return {"name": side.name, "notes": notes(side, sum(map(sum, numbers["mask"])), len(batch), steps, options, error),
-            "responses": [describe_response(side, numbers, i, *row, origin)
-                          for i, (row, origin) in enumerate(zip(rows, origins))]}
+    n_tokens = sum(map(sum, numbers["mask"][len(rows):]))
+    responses = [describe_response(side, numbers, i, *row, origin)
+                 for i, (row, origin) in enumerate(zip(rows, origins))]
+    return {"name": side.name, "notes": notes(side, n_tokens, len(batch), steps, options, error),
+            "responses": responses, "limits": colour_limits(responses)}
+
+
+def colour_limits(responses):
+    """{quantity: the distance from its neutral number that has full colour}: one number in ten is at least as far. One
+    outlier at the end of the scale would leave all others pale."""
+    limits = {}
+    for name, (_, _, neutral, _) in QUANTITIES.items():
+        found = [token[name] for response in responses for token in response["tokens"] if token.get(name) is not None]
+        distances = sorted(abs(distance(x, neutral)) for x in found) or [0]
+        limits[name] = float(f"{max(0.01, distances[int(0.9 * len(distances))]):.2g}")
+    return limits
 
 
 def notes(side, n_tokens, n_batch, steps, options, error):
@@ -438,8 +466,9 @@ def notes(side, n_tokens, n_batch, steps, options, error):
                  + (f", less {config.eos_penalty:g} without EOS" if config.eos_penalty else "")
                  + f". The advantages are those of --objective={config.objective} with gamma {config.gamma:g}"
                  + (f" and lambda {config.lam:g}" if config.lam is not None else "")
-                 + f", whitened over {n_tokens:,} tokens: those shown here and the {n_batch} responses of the policy's "
-                   "next rollout." + ("" if config.used() else f" --objective={config.objective} uses the raw ones."))
+                 + f", whitened by the mean and deviation of the policy's own next rollout ({n_batch} responses, "
+                   f"{n_tokens:,} tokens), whatever else is shown."
+                 + ("" if config.used() else f" --objective={config.objective} uses the raw ones."))
     if steps:
         found.append(f"The ratio is taken after {steps} optimizer steps of train_ppo.py on the next "
                      + ("rollout" if options.updates == 1 else f"{options.updates} rollouts")
@@ -456,16 +485,11 @@ def inspect(options):
     rows, origins = shown_rows(options, sides)
     policies = [side.policy for side in sides] if options.after else []
     views = [look(side, rows, origins, options, policies) for side in sides]
-    quantities = []
-    for name, (label, short, neutral, about) in QUANTITIES.items():
-        found = [token[name] for view in views for response in view["responses"] for token in response["tokens"]
-                 if token.get(name) is not None]
-        if found:
-            # Full colour where one number in ten is; one outlier would leave all others pale.
-            distances = sorted(abs(distance(x, neutral)) for x in found)
-            limit = max(0.01, distances[int(0.9 * len(distances))])
-            quantities.append({"name": name, "label": label, "short": short, "about": about, "neutral": neutral,
-                               "limit": float(f"{limit:.2g}")})
+    present = {name for view in views for response in view["responses"] for token in response["tokens"]
+               for name in QUANTITIES if token.get(name) is not None}
+    quantities = [{"name": name, "label": label, "short": short, "neutral": neutral, "about": about,
+                   "side": ONE_SIDED.get(name, "both")}
+                  for name, (label, short, neutral, about) in QUANTITIES.items() if name in present]
     return {"quantities": quantities, "views": views}
 
 
@@ -495,36 +519,46 @@ def plain(*tokens):
 
 
 def number(x, quantity=None):
-    """Two decimals, with a sign where 0 is the number without colour; a dash for what is not finite."""
-    sign = "+" if quantity and not quantity["neutral"] else ""
+    """Two decimals, with a sign where 0 has no colour and both sides of it occur; a dash for what is not finite."""
+    sign = "+" if quantity and not quantity["neutral"] and quantity["side"] == "both" else ""
     if x is None:
         return "-"
     return f"{round(x, 2) + 0.0:{sign}.2f}" if abs(x) < 1000 else f"{x:{sign}.0e}"  # + 0.0 makes -0.0 of rounding 0.0
 
 
-def paint(text, x, quantity):
+def paint(text, x, quantity, limit):
     """Black text on blue if x is above the number without colour, on orange if it is below; darker if it is farther."""
-    share = 0.0 if x is None else max(-1.0, min(1.0, distance(x, quantity["neutral"]) / quantity["limit"]))
+    share = 0.0 if x is None else max(-1.0, min(1.0, distance(x, quantity["neutral"]) / limit))
     shades = (153, 111, 75) if share > 0 else (223, 215, 208)  # of the 256 colours of a terminal
     return f"\x1b[38;5;16;48;5;{shades[math.ceil(abs(share) * 3) - 1]}m{text}\x1b[0m" if abs(share) > 0.02 else text
 
 
 def text_view(view, quantities, colour):
-    """Lines of a view: for each response a table with a row for each token."""
-    yield from (f"== {view['name']}", *view["notes"])
+    """Lines of a view, of at most COLUMNS characters: for each response a table with two lines for each token."""
+    quantities = [q for q in quantities if q["short"]]
+    room = COLUMNS - 9 * len(quantities)
+    yield f"== {view['name']}"
+    yield from (line for note in view["notes"] for line in textwrap.wrap(note, COLUMNS))
     for response in view["responses"]:
         tokens = response["tokens"]
-        width = max(len(plain(token)) for token in [*tokens, {"show": [("token", False)]}])
-        yield from ("", f"{plain(*response['prompt'])}   ({response['origin']})",
-                    f"score {number(response['score'])}, KL {number(response['kl'])} nats, {len(tokens)} tokens, "
-                    + ("ended by EOS" if response["ended"] else "cut: no EOS"))
-        yield "token".ljust(width) + "".join(q["short"].rjust(9) for q in quantities) + "  likeliest in its place"
+        width = min(room, max(len(plain(token)) for token in [*tokens, {"show": [("token", False)]}]))
+        yield ""
+        yield from textwrap.wrap(f"{plain(*response['prompt'])}   ({response['origin']})", COLUMNS)
+        yield (f"score {number(response['score'])}, {response['kl_label']} {number(response['kl'])} nats, "
+               f"{len(tokens)} tokens, " + ("ended by EOS" if response["ended"] else "cut: no EOS"))
+        yield "token".ljust(width) + "".join(q["short"].rjust(9) for q in quantities)
         for token in tokens:
-            cells = [(number(token[q["name"]], q).rjust(8), token[q["name"]], q) for q in quantities]
+            cells = [(number(token[q["name"]], q).rjust(8), token[q["name"]], q, view["limits"][q["name"]])
+                     for q in quantities]
+            yield (cropped(plain(token), width).ljust(width)
+                   + "".join(" " + (paint(*cell) if colour else cell[0]) for cell in cells))
             likeliest = ", ".join(f"{plain(other)} {other['p']:.2f}" for other in token["top"])
-            yield (plain(token).ljust(width) + "".join(" " + (paint(*cell) if colour else cell[0]) for cell in cells)
-                   + f"  {likeliest}")
+            yield cropped(f"    likeliest: {likeliest}", COLUMNS)
     yield ""
+
+
+def cropped(text, width):
+    return text if len(text) <= width else text[:width - 1] + "…"
 
 
 def main(options):

@@ -189,10 +189,11 @@ class Signals:
         cls.received = number
         for either in (signal.SIGINT, signal.SIGTERM):
             signal.signal(either, signal.SIG_DFL)
+        saved = "will be saved" + (" if all processes finish it" if distributed.size() > 1 else "")
         # Not print, which may be what was interrupted and does not let itself be entered twice.
         with suppress(OSError):
-            os.write(2, f"\n{signal.Signals(number).name}: this iteration is the last and will be saved; a second "
-                        "signal ends the run at once\n".encode())
+            os.write(2, f"\n{signal.Signals(number).name}: this iteration is the last and {saved}; a second signal "
+                        "ends the run at once\n".encode())
 
     @classmethod
     @contextmanager

@@ -91,7 +91,12 @@ class Flags:
                                                        "torchrun --nproc_per_node=N, or leave the flag out")
         require(not (self.fsdp and self.compile), "--fsdp and --compile have not been made to work together: leave one "
                                                   "of them out")
-        share_size(self.batch_size)
+        n = distributed.size()
+        if self.batch_size % n:  # said with the script's name: train_ppo.py asks for the stages that it will run, too
+            script = Path(inspect.getsourcefile(type(self))).name
+            raise UserError(f"{script} takes {self.batch_size} rows per iteration, which {n} processes cannot share "
+                            f"evenly: run that script with a --batch_size that is a multiple of {n}, or start another "
+                            "number of processes")
         for package in ("tensorboard", "wandb"):
             require(not getattr(self, package) or importlib.util.find_spec(package), f"--{package} needs the package "
                     f"{package}: pip install {package}, or leave the flag out")
@@ -198,7 +203,7 @@ def main(train, config_class, description, *errors):
             return train(config)
         except (UserError, *errors, FloatingPointError, OSError, RuntimeError) as error:
             if distributed.is_loss(error):
-                error = f"another process is gone, which may have said why ({str(error)[:120]})"
+                error = f"another process is gone or cannot be reached, and may have said why ({str(error)[:120]})"
             elif isinstance(error, RuntimeError):
                 raise
             process = f"process {distributed.rank()}: " if distributed.size() > 1 else ""

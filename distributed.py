@@ -42,8 +42,10 @@ def processes():
 
 
 def is_loss(error):
-    """Whether an exception says that another process is gone. gloo has no type of its own for that."""
-    return joined() and (isinstance(error, dist.DistError) or "gloo" in str(error))
+    """Whether an exception says that another process cannot be reached. gloo has no type of its own for that: it raises
+    a plain RuntimeError that begins with the place in its source."""
+    return joined() and (isinstance(error, dist.DistError)
+                         or type(error) is RuntimeError and "/gloo/transport/" in str(error))
 
 
 def joined():

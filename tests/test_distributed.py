@@ -362,12 +362,19 @@ def refusal(stage, folder, flags):
 
 
 @pytest.mark.parametrize("stage, flags, said", [
-    ("sft", {"batch_size": 9}, "9 rows of a step cannot be shared evenly by 2 processes"),
+    ("sft", {"batch_size": 9}, "train_sft.py takes 9 rows per iteration, which 2 processes cannot share evenly"),
     ("ppo", {"batch_size": 12, "minibatches": 4}, "3 rows of a step cannot be shared evenly by 2 processes"),
     ("ppo", {"batch_size": 12, "micro_batch_size": 2}, "must divide the 3 rows of a process in a step"),
     ("ppo", {"fsdp": True, "compile": True}, "--fsdp and --compile")])
 def test_what_does_not_go_with_two_processes_is_refused_by_each_of_them(stage, flags, said, world, in_processes):
     assert all(said in sentence for sentence in in_processes(2, refusal, stage, world(stage), flags))
+
+
+def test_stages_that_cannot_be_shared_out_are_refused_by_name_before_the_first_trains(in_processes, tmp_path):
+    flags = {"out_dir": str(tmp_path / "out"), "data": "atlas", "tokenizer": None, "batch_size": 24, "minibatches": 1}
+    for sentence in in_processes(3, refusal, "ppo", tmp_path, flags):  # of train_sft.py's own 96 rows, each takes 32
+        assert sentence.startswith("train_rm.py takes 16 rows per iteration, which 3 processes cannot share")
+    assert not list((tmp_path / "out").glob("*.pt"))
 
 
 def trpo_refusal():
@@ -454,6 +461,7 @@ def test_torchrun_forwards_its_signal_and_all_leave_in_good_order(world, torchru
     run.send_signal(signal.SIGINT)
     out, err = run.communicate(timeout=300)
     assert run.returncode != 0 and "Connection closed" not in err
+    assert "this iteration is the last and will be saved if all processes finish it; a second signal" in err
     assert load_checkpoint(folder / "sft.pt", "sft")["iter"] == metrics(folder, "sft")[-1]["iter"]
 
 
@@ -462,4 +470,11 @@ def test_an_error_in_one_process_is_told_by_that_one_and_ends_all(world, torchru
     run = torchrun("ppo", world("ppo"), reward=reward_file(tmp_path, body))
     out, err = run.communicate(timeout=300)
     assert run.returncode != 0 and "process 1: the reward function returned nan for the prompt" in err
-    assert "process 0: another process is gone" in err
+    assert "process 0: another process is gone or cannot be reached" in err
+
+
+def test_an_error_that_only_speaks_of_gloo_is_no_lost_process(world, torchrun, tmp_path):
+    run = torchrun("ppo", world("ppo"), reward=reward_file(tmp_path, "{}['gloomy']"))
+    out, err = run.communicate(timeout=300)
+    assert run.returncode != 0 and "the reward function raised KeyError('gloomy') for the prompt" in err
+    assert "reward.py\", line 2, in f" in err and "another process is gone" not in err

@@ -149,11 +149,16 @@ def place(device, config, *modules):
         from torch.distributed.fsdp import fully_shard
         mesh = init_device_mesh(device.type, (size(),))
         for part in (*module.trunk.blocks, module):
-            # A GPT's heads come after its forward, so what belongs to no block stays whole until the backward pass.
-            fully_shard(part, mesh=mesh, reshard_after_forward=not hasattr(part, "policy_head"))
+            fully_shard(part, mesh=mesh, reshard_after_forward=reshards(part))
             # The losses are shares of a mean over all rows, so gradients are summed and not averaged.
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
+
+
+def reshards(part):
+    """Whether a part is a shard again after its forward pass. A GPT's heads come after that, so what belongs to none of
+    its blocks stays whole: until a backward pass is through, or, in a model that has none, from its first pass on."""
+    return not hasattr(part, "policy_head")
 
 
 @contextmanager
@@ -165,7 +170,7 @@ def whole_on_each(model):
         part.set_reshard_after_forward(False, recurse=False)
     yield
     for part in parts:
-        part.set_reshard_after_forward(part is not model, recurse=False)
+        part.set_reshard_after_forward(reshards(part), recurse=False)
         part.reshard()
 
 

@@ -342,6 +342,24 @@ def test_sharded_models_train_to_the_same_weights_and_metrics_and_hold_half_each
         assert_close(mine, theirs, atol=1e-4)
 
 
+def policy_that_samples(folder):
+    """[whether the policy that answers in train_rm.py is a shard (before, while it samples)]."""
+    seen = []
+    for name in ("sample", "generate"):
+        def look(policy, *args, real=getattr(train_rm, name), **kwargs):
+            seen.append(all(map(distributed.is_sharded, policy.parameters())))
+            return real(policy, *args, **kwargs)
+
+        setattr(train_rm, name, look)
+    train_rm.train(settings("rm", folder, fsdp=True))
+    return seen
+
+
+def test_the_policy_that_the_reward_model_is_calibrated_on_is_whole_only_while_it_samples(world, in_processes):
+    for seen in in_processes(2, policy_that_samples, world("rm")):
+        assert seen == [True, False]
+
+
 @pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
 def test_a_sharded_checkpoint_goes_on_in_one_process_and_back(stage, world, in_processes):
     there, flags = world(stage), {"lr": 1e-4}

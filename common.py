@@ -155,7 +155,7 @@ def parse_flags(config_class, argv=None, description=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def fail(message):
-        print(f"{parser.prog}: {message} (--help lists the flags)", file=sys.stderr)
+        distributed.say_alike(f"{parser.prog}: {message} (--help lists the flags)")
         raise SystemExit(2)
 
     parser.error = fail
@@ -198,7 +198,16 @@ def main(train, config_class, description, *errors):
     and code 2; numbers gone bad, a disk or another process that failed, in a sentence and code 1. Anything else is a
     bug: traceback."""
     with distributed.processes():
-        config = parse_flags(config_class, description=description)
+        config, script = parse_flags(config_class, description=description), Path(sys.argv[0]).name
+        if distributed.size() > 1 and hasattr(config, "check"):  # train does it again, but each process by itself
+            refusal = None
+            try:
+                config.check()
+            except UserError as error:
+                refusal = f"{script}: {error}"
+            distributed.say_alike(refusal)
+            if refusal:
+                raise SystemExit(2)
         try:
             return train(config)
         except (UserError, *errors, FloatingPointError, OSError, RuntimeError) as error:
@@ -207,8 +216,13 @@ def main(train, config_class, description, *errors):
             elif isinstance(error, RuntimeError):
                 raise
             process = f"process {distributed.rank()}: " if distributed.size() > 1 else ""
-            print(f"{Path(sys.argv[0]).name}: {process}{error}", file=sys.stderr)
+            sys.stderr.write(f"{script}: {process}{error}\n")  # in one piece, where several processes write
             raise SystemExit(2 if isinstance(error, (UserError, *errors)) else 1) from None
+
+
+def require_one_process(what):
+    """Raises UserError under torchrun, for what would do the same work in each process."""
+    require(not distributed.joined(), f"{what} runs in a single process: start it without torchrun")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

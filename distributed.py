@@ -48,6 +48,15 @@ def is_loss(error):
                          or type(error) is RuntimeError and "/gloo/transport/" in str(error))
 
 
+def say_alike(line):
+    """Prints on stderr the line (or None) that each process calls this with: the first prints its own, and the others
+    what differs from that. They wait for it, because torchrun ends all of them when one ends."""
+    if line and is_first():
+        sys.stderr.write(f"{line}\n")
+    if gather([line])[0] != line and line:
+        sys.stderr.write(f"{line}\n")
+
+
 def joined():
     return dist.is_available() and dist.is_initialized()
 

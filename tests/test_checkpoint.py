@@ -206,10 +206,7 @@ TOKENIZER = {"name": "t", "source": "t", "n_vocab": 9, "eos": 8, "sha256": "ab"}
 @contextmanager
 def opened(folder, tokenizer=TOKENIZER, sources=(), shape=(), **flags):
     """(run, model, where it starts, the checkpoint's fields) of a stage sft in `folder`."""
-    reward = flags.pop("reward", None)
     config = Config(**{"max_iters": 9, "batch_size": 1, "out_dir": str(folder)} | flags)
-    if reward:  # which the flags of train_ppo.py have
-        config.reward = reward
     with checkpoint.open_run(config, "sft") as run:
         model = Model(**dict(shape))
         optimizer = common.Optimizer(model.parameters(), config)

@@ -27,7 +27,7 @@ import train_ppo
 import train_rm
 from checkpoint import digest, load_checkpoint
 from common import UserError
-from experiments import trpo
+from experiments import ladder, overoptimization, scaling, trpo
 from model import GPT, GPTConfig
 from rollout import Rollout
 from test_train import CLOCKS, ROOT, SIZES, STAGES, metrics, pairs, reward_file, settings, weights, write_jsonl
@@ -193,6 +193,19 @@ def test_gradients_advantages_and_metrics_on_the_same_ragged_rollouts_do_not_dep
             assert_close(advantages[0], alone[1][0], atol=1e-6)
             assert len(steps) == len(alone[0]) and row["ratio_first"] == 0
             assert_close(row, alone[2], atol=1e-4)  # after several steps of AdamW, which rescales the last digits
+
+
+@pytest.mark.parametrize("flags", [{}, {"critic": "shared", "kl_in": "loss", "ent_coef": 0.01}],
+                         ids=["default", "shared"])
+def test_the_gradients_of_every_step_do_not_depend_on_the_number_of_processes(flags, world, in_processes, tmp_path):
+    """Without a learning rate, or AdamW would make the last digits of a step the next one's first."""
+    reward = reward_file(tmp_path, "[len(r) * 0.5 + r.count('e') for r in responses]")
+    flags = {"max_iters": 2, "reward": reward, "lr": 0.0} | flags
+    (alone, _, _), = in_processes(1, gradients_of, world("ppo"), flags)
+    assert len(alone) > 2
+    for n in (2, 4):
+        for steps, _, _ in in_processes(n, gradients_of, world("ppo"), flags):
+            assert_close(steps, alone, atol=1e-6)
 
 
 def test_the_epochs_end_by_the_kl_over_the_tokens_of_all_processes(world, in_processes, tmp_path):
@@ -395,16 +408,19 @@ def test_stages_that_cannot_be_shared_out_are_refused_by_name_before_the_first_t
     assert not list((tmp_path / "out").glob("*.pt"))
 
 
-def trpo_refusal():
-    with pytest.raises(UserError) as error:
-        trpo.Config(device="cpu").check()
-    return str(error.value)
+def single(start, config):
+    with pytest.raises(UserError, match="runs in a single process: start it without torchrun"):
+        start(config)
 
 
-def test_fsdp_without_torchrun_and_trpo_with_it_are_refused(world, in_processes):
+def test_fsdp_without_torchrun_is_refused(world):
     with pytest.raises(UserError, match="--fsdp shards a model over processes"):
         settings("sft", world("sft"), fsdp=True).check()
-    assert "TRPO runs in a single process" in in_processes(1, trpo_refusal)[0]
+
+
+@pytest.mark.parametrize("experiment", [ladder, overoptimization, scaling, trpo])
+def test_experiments_under_torchrun_are_refused(experiment, in_processes):
+    in_processes(1, single, experiment.Config.check if experiment is trpo else experiment.main, experiment.Config())
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -470,6 +486,13 @@ def test_a_signal_to_any_process_ends_all_after_the_same_iteration_and_the_run_c
     out, err = run.communicate(timeout=300)
     assert run.returncode == 0, err
     assert out.count("going on after iteration") == 1 and metrics(folder, "ppo")[-1]["iter"] == saved["iter"] + 1
+
+
+def test_a_refusal_that_is_the_same_in_all_processes_is_printed_once(world, torchrun):
+    for stage, flags, said in (("sft", {"lr": -1.0}, "train_sft.py: --lr=-1.0 must lie in [0, inf)\n"),
+                               ("rm", {"batch_size": "x"}, "train_rm.py: argument --batch_size")):
+        out, err = torchrun(stage, world(stage), **flags).communicate(timeout=300)
+        assert err.count(said) == 1 and err.count("train_sft.py: ") + err.count("train_rm.py: ") == 1
 
 
 def test_torchrun_forwards_its_signal_and_all_leave_in_good_order(world, torchrun):

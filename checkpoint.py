@@ -74,7 +74,24 @@ def script(stage):
 
 
 def load_checkpoint(path, *stages):
-    """The dict that save_checkpoint wrote. Raises UserError if it is missing, damaged or of none of the stages."""
+    """The dict that save_checkpoint wrote. Raises UserError if it is missing, damaged or of none of the stages, and
+    points at the one before if that is there."""
+    try:
+        return read_checkpoint(path, *stages)
+    except Damaged as error:
+        previous = previous_of(path)
+        if not previous.is_file():
+            raise
+        raise Damaged(f"{error}. The one before it is still there, as {previous}: {' or '.join(map(script, stages))} "
+                      "--resume goes back to it") from None
+
+
+def previous_of(path):
+    return Path(path).with_suffix(".prev.pt")
+
+
+def read_checkpoint(path, *stages):
+    """What load_checkpoint does, for one file by itself."""
     scripts = " or ".join(map(script, stages))
     if not Path(path).is_file():
         raise Damaged(f"{path} is not there: train it first with {scripts}, or name another file")
@@ -91,15 +108,16 @@ def load_checkpoint(path, *stages):
     return checkpoint
 
 
-def load_latest(path, previous, stage):
+def load_latest(path, stage):
     """(checkpoint, whether it is the one at path). If that is damaged, it is the previous one, with a printed note."""
+    previous = previous_of(path)
     try:
-        return load_checkpoint(path, stage), True
+        return read_checkpoint(path, stage), True
     except Damaged as error:
         if not previous.is_file():
             raise
         print(f"note: {error}. Going back to {previous}")
-        return load_checkpoint(previous, stage), False
+        return read_checkpoint(previous, stage), False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -108,7 +126,7 @@ def load_latest(path, previous, stage):
 # Flags that may differ when a run is resumed: no number depends on them, or what they name is compared by content.
 HARMLESS = {"max_iters", "log_interval", "sample_interval", "save_interval", "resume", "overwrite", "out_dir", "device",
             "tokenizer", "n_layer", "n_head", "n_embd", "block_size", "max_bad_steps", "rm", "data",
-            "tensorboard", "wandb"}
+            "reward", "tensorboard", "wandb"}
 # The same mathematics in another order, so all but the last bits.
 ROUNDING = {"micro_batch_size", "recompute", "compile", "fsdp"}
 
@@ -119,9 +137,9 @@ def machine(device):
             "processes": distributed.size()}
 
 
-def data_sha256(data):
-    """sha256 of a data file; data that are built in stand for themselves."""
-    return hashlib.sha256(Path(data).read_bytes()).hexdigest() if Path(data).is_file() else data
+def file_sha256(name):
+    """sha256 of a file; what is built in (--data=atlas, --reward=rm) stands for itself."""
+    return hashlib.sha256(Path(name).read_bytes()).hexdigest() if Path(name).is_file() else name
 
 
 def require_same_run(saved, now):
@@ -133,11 +151,12 @@ def require_same_run(saved, now):
 
     changed = differences("model_config", now["model_config"]) + differences("tokenizer", ("n_vocab", "eos", "sha256"))
     require(not changed, "--resume found a checkpoint of another model or tokenizer: " + ", ".join(changed))
-    flags = [name for name in now["flags"] if name not in HARMLESS | ROUNDING]
+    by_content = {"init_from"} if "sft" in now["sources"] else set()
+    flags = [name for name in now["flags"] if name not in HARMLESS | ROUNDING | by_content]
     changed = [f"--{line}" for line in differences("flags", flags)]
     require(not changed, "--resume continues the same run, but " + ", ".join(changed) + ": give the old values, or "
                          "start anew with --overwrite")
-    changed = [name for name, sha256 in now["sources"].items() if saved["sources"][name] != sha256]
+    changed = [name for name, sha256 in now["sources"].items() if saved["sources"].get(name) != sha256]
     changed += ["--data"] if saved["data"] != now["data"] else []
     require(not changed, f"this run began with another {' and '.join(changed)}: put it back, or start anew with "
                          "--overwrite")
@@ -162,12 +181,15 @@ def locked(folder):
     """Keeps other processes out of an out_dir by a lock of the operating system, which dies with this process.
     Raises UserError if another one is at work there."""
     folder = folder.resolve()
-    if folder in HELD or fcntl is None or not distributed.is_first():
+    if folder in HELD or not distributed.is_first():
         yield
         return
     with open(folder / ".lock", "w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is None:
+                print(f"note: this system has no locks: start no second run in {folder}")
+            else:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another run is at work in {folder}: wait for it, or give another --out_dir") from None
         except OSError as error:  # some network drives have no locks
@@ -189,10 +211,11 @@ class Signals:
         cls.received = number
         for either in (signal.SIGINT, signal.SIGTERM):
             signal.signal(either, signal.SIG_DFL)
+        saved = "will be saved" + (" if all processes finish it" if distributed.size() > 1 else "")
         # Not print, which may be what was interrupted and does not let itself be entered twice.
         with suppress(OSError):
-            os.write(2, f"\n{signal.Signals(number).name}: this iteration is the last and will be saved; a second "
-                        "signal ends the run at once\n".encode())
+            os.write(2, f"\n{signal.Signals(number).name}: this iteration is the last and {saved}; a second signal "
+                        "ends the run at once\n".encode())
 
     @classmethod
     @contextmanager
@@ -229,7 +252,7 @@ class Signals:
 
 @contextmanager
 def memory_advice(config, stage):
-    """Turns running out of memory, on a GPU or a CPU, into a sentence that says which flags to lower, in order."""
+    """Turns running out of memory, on a GPU or a CPU, into a sentence that says which flags help, in order."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -238,8 +261,12 @@ def memory_advice(config, stage):
         new_run = ", ".join(f"--{name}={getattr(config, name)}" for name in ("max_new_tokens", "batch_size",
                             "block_size", "n_layer", "n_embd") if getattr(config, name, None) is not None)
         said = (str(error) or "MemoryError").splitlines()[0][:120]
-        raise UserError(f"{script(stage)}: out of memory ({said}). Lower --micro_batch_size first, below what is "
-                        f"printed above: a resumed run may change it. Then, in a new run, {new_run}, or take a "
+        resumed = ", ".join(flag for flag, helps in (
+            ("--micro_batch_size below what is printed above", config.micro_batch_size != 1),
+            ("--recompute", not config.recompute),
+            ("--fsdp", distributed.size() > 1 and not config.fsdp and not config.compile)) if helps)
+        resumed = f"What a resumed run may change, the first that is enough: {resumed}. " if resumed else ""
+        raise UserError(f"{script(stage)}: out of memory ({said}). {resumed}In a new run, lower {new_run}, or take a "
                         "smaller model. The last checkpoint is untouched") from error
 
 
@@ -278,18 +305,21 @@ class Run:
     """What a script's loop sees of its checkpoint: `saved` (a dict with --resume, else None), begin, due and save."""
 
     def __init__(self, config, stage, path):
-        self.config, self.stage, self.path, self.previous = config, stage, path, path.with_suffix(".prev.pt")
+        self.config, self.stage, self.path, self.previous = config, stage, path, previous_of(path)
         # ours: whether at path there is a whole checkpoint of this run, which the next one must not lose
-        self.saved, self.ours = load_latest(path, self.previous, stage) if config.resume else (None, False)
+        self.saved, self.ours = load_latest(path, stage) if config.resume else (None, False)
 
     def begin(self, optimizer, modules, tokenizer, sources=()):
         """Takes what the checkpoints shall hold: the optimizer, modules {name: module} with "model" among them, the
         tokenizer_id and sources {name: sha256} that the run depends on. With --resume, puts the state back into them
         and into torch's generators. Returns (iteration, the checkpoint's other fields), or (0, {}) for a fresh start.
         Raises UserError if the checkpoint is not of this very run."""
-        self.optimizer, self.modules = optimizer, modules
+        self.optimizer, self.modules, sources = optimizer, modules, dict(sources)
+        file, _, function = getattr(self.config, "reward", "rm").rpartition(":")
+        if file:
+            sources["reward"] = f"{function} of {file_sha256(file)}"
         self.fields = {"stage": self.stage, "model_config": asdict(modules["model"].config), "tokenizer": tokenizer,
-                       "sources": dict(sources), "data": data_sha256(self.config.data), "flags": asdict(self.config),
+                       "sources": sources, "data": file_sha256(self.config.data), "flags": asdict(self.config),
                        "machine": machine(optimizer.params[0].device)}
         if not self.saved:
             return 0, {}
@@ -329,11 +359,12 @@ class Run:
 
 
 def rng_state():
-    """State of torch's global generators (dropout draws from them)."""
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+    """State of torch's global generators (dropout draws from them), on a GPU of this process's own only: the first
+    process, which writes, knows nothing of the others', and all draw the same."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
 
 
 def set_rng_state(state):
     torch.set_rng_state(state["cpu"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if torch.cuda.is_available() and isinstance(state["cuda"], torch.Tensor):  # else it was saved without a GPU
+        torch.cuda.set_rng_state(state["cuda"])

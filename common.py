@@ -91,7 +91,12 @@ class Flags:
                                                        "torchrun --nproc_per_node=N, or leave the flag out")
         require(not (self.fsdp and self.compile), "--fsdp and --compile have not been made to work together: leave one "
                                                   "of them out")
-        share_size(self.batch_size)
+        n = distributed.size()
+        if self.batch_size % n:  # said with the script's name: train_ppo.py asks for the stages that it will run, too
+            script = Path(inspect.getsourcefile(type(self))).name
+            raise UserError(f"{script} takes {self.batch_size} rows per iteration, which {n} processes cannot share "
+                            f"evenly: run that script with a --batch_size that is a multiple of {n}, or start another "
+                            "number of processes")
         for package in ("tensorboard", "wandb"):
             require(not getattr(self, package) or importlib.util.find_spec(package), f"--{package} needs the package "
                     f"{package}: pip install {package}, or leave the flag out")
@@ -150,7 +155,7 @@ def parse_flags(config_class, argv=None, description=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def fail(message):
-        print(f"{parser.prog}: {message} (--help lists the flags)", file=sys.stderr)
+        distributed.say_alike(f"{parser.prog}: {message} (--help lists the flags)")
         raise SystemExit(2)
 
     parser.error = fail
@@ -193,17 +198,31 @@ def main(train, config_class, description, *errors):
     and code 2; numbers gone bad, a disk or another process that failed, in a sentence and code 1. Anything else is a
     bug: traceback."""
     with distributed.processes():
-        config = parse_flags(config_class, description=description)
+        config, script = parse_flags(config_class, description=description), Path(sys.argv[0]).name
+        if distributed.size() > 1 and hasattr(config, "check"):  # train does it again, but each process by itself
+            refusal = None
+            try:
+                config.check()
+            except UserError as error:
+                refusal = f"{script}: {error}"
+            distributed.say_alike(refusal)
+            if refusal:
+                raise SystemExit(2)
         try:
             return train(config)
         except (UserError, *errors, FloatingPointError, OSError, RuntimeError) as error:
             if distributed.is_loss(error):
-                error = f"another process is gone, which may have said why ({str(error)[:120]})"
+                error = f"another process is gone or cannot be reached, and may have said why ({str(error)[:120]})"
             elif isinstance(error, RuntimeError):
                 raise
             process = f"process {distributed.rank()}: " if distributed.size() > 1 else ""
-            print(f"{Path(sys.argv[0]).name}: {process}{error}", file=sys.stderr)
+            sys.stderr.write(f"{script}: {process}{error}\n")  # in one piece, where several processes write
             raise SystemExit(2 if isinstance(error, (UserError, *errors)) else 1) from None
+
+
+def require_one_process(what):
+    """Raises UserError under torchrun, for what would do the same work in each process."""
+    require(not distributed.joined(), f"{what} runs in a single process: start it without torchrun")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -42,8 +42,19 @@ def processes():
 
 
 def is_loss(error):
-    """Whether an exception says that another process is gone. gloo has no type of its own for that."""
-    return joined() and (isinstance(error, dist.DistError) or "gloo" in str(error))
+    """Whether an exception says that another process cannot be reached. gloo has no type of its own for that: it raises
+    a plain RuntimeError that begins with the place in its source."""
+    return joined() and (isinstance(error, dist.DistError)
+                         or type(error) is RuntimeError and "/gloo/transport/" in str(error))
+
+
+def say_alike(line):
+    """Prints on stderr the line (or None) that each process calls this with: the first prints its own, and the others
+    what differs from that. They wait for it, because torchrun ends all of them when one ends."""
+    if line and is_first():
+        sys.stderr.write(f"{line}\n")
+    if gather([line])[0] != line and line:
+        sys.stderr.write(f"{line}\n")
 
 
 def joined():
@@ -147,11 +158,16 @@ def place(device, config, *modules):
         from torch.distributed.fsdp import fully_shard
         mesh = init_device_mesh(device.type, (size(),))
         for part in (*module.trunk.blocks, module):
-            # A GPT's heads come after its forward, so what belongs to no block stays whole until the backward pass.
-            fully_shard(part, mesh=mesh, reshard_after_forward=not hasattr(part, "policy_head"))
+            fully_shard(part, mesh=mesh, reshard_after_forward=reshards(part))
             # The losses are shares of a mean over all rows, so gradients are summed and not averaged.
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
+
+
+def reshards(part):
+    """Whether a part is a shard again after its forward pass. A GPT's heads come after that, so what belongs to none of
+    its blocks stays whole: until a backward pass is through, or, in a model that has none, from its first pass on."""
+    return not hasattr(part, "policy_head")
 
 
 @contextmanager
@@ -163,7 +179,7 @@ def whole_on_each(model):
         part.set_reshard_after_forward(False, recurse=False)
     yield
     for part in parts:
-        part.set_reshard_after_forward(part is not model, recurse=False)
+        part.set_reshard_after_forward(reshards(part), recurse=False)
         part.reshard()
 
 

@@ -102,16 +102,14 @@ class Config(common.Flags):
             else:
                 common.require(value is None, f"--{name}={value} would do nothing in {run}: leave it out")
         group, k = self.advantage == "group", self.samples_per_prompt
+        B, n = self.batch_size, self.resolved().minibatches
         common.require(not group or self.objective in ("baseline", "cpi", "kl_penalty", "clip"), "--advantage=group is "
                        f"a baseline, which has no place in --objective={self.objective}: use baseline or cpi to clip")
         common.require(not group or k > 1, "--advantage=group compares the responses to a prompt with each other: set "
                                            "--samples_per_prompt to 2 or more")
-        common.require(self.batch_size % k == 0, f"--batch_size={self.batch_size} must be a multiple of "
-                                                 f"--samples_per_prompt={k}")
-        minibatches = self.resolved().minibatches
-        common.require(self.batch_size % minibatches == 0, f"--batch_size={self.batch_size} must be a multiple of "
-                       f"--minibatches={minibatches}, but {self.batch_size} = {minibatches} x "
-                       f"{self.batch_size // minibatches} + {self.batch_size % minibatches}")
+        common.require(B % k == 0, f"--batch_size={B} must be a multiple of --samples_per_prompt={k}")
+        common.require(B % n == 0, f"--batch_size={B} must be a multiple of --minibatches={n}, but {B} = {n} x "
+                       f"{B // n} + {B % n}")
         common.require(self.kl_in == "loss" or self.kl_kind is None, "--kl_kind is for --kl_in=loss; in the reward the "
                        "KL is always k1, the only one with the right gradient there")
         common.require(self.kl_kind != "k1", "--kl_kind=k1 in the loss does nothing: the expected gradient of log pi - "
@@ -128,17 +126,20 @@ class Config(common.Flags):
 
 def make_missing_stages(config):
     """Trains sft.pt and rm.pt in out_dir where they are missing or unfinished, with those stages' own defaults."""
-    inherited = {name: getattr(config, name) for name in config.INHERITED}
+    inherited, missing = {name: getattr(config, name) for name in config.INHERITED}, []
     for name, stage, needed in (("sft", train_sft, config.init_from is None),
                                 ("rm", train_rm, config.rm is None and config.reward == "rm")):
         path = config.folder / f"{name}.pt"
         saved = load_checkpoint(path, name) if needed and path.exists() else None
         if needed and not (saved and saved["finished"]):
-            print(f"{path} is {'unfinished' if saved else 'not there'}: running train_{name}.py first\n")
             flags = saved["flags"] | {"resume": True, "overwrite": False} if saved else {}
             flags |= {"init_from": config.init_from} if name == "rm" else {}
-            stage.train(stage.Config(**flags | inherited))
-            print()
+            missing.append((path, stage, stage.Config(**flags | inherited)))
+            missing[-1][2].check()  # all of them before the first trains
+    for path, stage, its_config in missing:
+        print(f"{path} is {'unfinished' if its_config.resume else 'not there'}: running {stage.__name__}.py first\n")
+        stage.train(its_config)
+        print()
 
 
 def load_policy(checkpoint, device):

@@ -57,13 +57,13 @@ def sample(policy, prompts, config, eos, device, autocast, purpose):
     samples its share, and all get all of them, so that they agree on what is compared."""
     rng, responses = common.generator(device, config.seed, distributed.own(purpose)), []
     mine = distributed.share(prompts)
-    for i in range(0, len(mine), SAMPLE_ROWS):
-        rows, prompt_lens = (x.to(device) for x in data.collate_prompts(mine[i:i + SAMPLE_ROWS], eos))
-        with autocast():
+    with autocast(), distributed.whole_on_each(policy):
+        for i in range(0, len(mine), SAMPLE_ROWS):
+            rows, prompt_lens = (x.to(device) for x in data.collate_prompts(mine[i:i + SAMPLE_ROWS], eos))
             rollout = generate(policy, rows, prompt_lens, config.max_new_tokens, eos=eos,
                                temperature=config.temperature, generator=rng)
-        starts, ends = rollout.prompt_lens.tolist(), (rollout.prompt_lens + rollout.response_lens).tolist()
-        responses += [row[start:end] for row, start, end in zip(rollout.tokens.tolist(), starts, ends)]
+            starts, ends = rollout.prompt_lens.tolist(), (rollout.prompt_lens + rollout.response_lens).tolist()
+            responses += [row[start:end] for row, start, end in zip(rollout.tokens.tolist(), starts, ends)]
     return distributed.gather(responses)
 
 
@@ -125,11 +125,11 @@ def loop(config, run):
     sft = load_checkpoint(config.init_from or config.folder / "sft.pt", "sft")
     encoding, tokenizer = data.run_tokenizer(config.tokenizer, config.data, sft["tokenizer"])
     common.resolve_sizes(config, sft["model_config"])
-    policy = GPT(GPTConfig(**sft["model_config"] | {"dropout": 0.0})).to(device).eval()
+    policy = GPT(GPTConfig(**sft["model_config"] | {"dropout": 0.0})).eval()
     policy.load_state_dict(sft["model"], strict=True)
     model = RewardModel.from_policy(policy)
     average = copy.deepcopy(model).requires_grad_(False)  # what is evaluated, calibrated and saved as the reward model
-    distributed.place(device, config, model, average)
+    distributed.place(device, config, policy, model, average)
     optimizer = common.Optimizer(model.parameters(), config)
     start, _ = run.begin(optimizer, {"model": average, "weights": model}, tokenizer, {"sft": sft["sha256"]})
     average.reset_calibration()

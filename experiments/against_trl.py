@@ -290,6 +290,7 @@ def print_tables(rows):
 
 def main(config):
     common.check_domains(config)
+    common.require_one_process("experiments/against_trl.py")
     names = config.contenders.split(",")
     known = {name for theirs, ours, _ in COMPARISONS for name in theirs + ours}
     common.require(set(names) <= known, f"--contenders={config.contenders}: choose from {', '.join(sorted(known))}")

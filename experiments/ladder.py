@@ -213,6 +213,7 @@ def draw(results, save):
 
 def main(config):
     common.check_domains(config)
+    common.require_one_process("experiments/ladder.py")
     import_pyplot()  # a missing matplotlib is said before half an hour of training, not after
     config.workers = config.workers or os.cpu_count()
     began, folders = time.time(), [Path(config.out_dir) / f"seed{seed}" for seed in range(config.seeds)]

@@ -198,6 +198,7 @@ def draw(results, save):
 
 def main(config):
     common.check_domains(config)
+    common.require_one_process("experiments/overoptimization.py")
     import_pyplot()  # a missing matplotlib is said before the training, not after
     workers, began = config.workers or os.cpu_count(), time.time()
     folders = [Path(config.out_dir) / f"seed{seed}" for seed in range(config.seeds)]

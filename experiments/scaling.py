@@ -145,6 +145,7 @@ def draw(results, save):
 
 def main(config):
     common.check_domains(config)
+    common.require_one_process("experiments/scaling.py")
     if config.paper:
         return print_paper()
     import_pyplot()  # a missing matplotlib is said before the runs, not after

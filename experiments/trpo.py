@@ -22,7 +22,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import atlas
 import common
 import data
-import distributed
 import train_ppo
 from checkpoint import load_checkpoint, open_run
 from metrics import Metrics
@@ -157,7 +156,7 @@ class Config(common.Flags):
         common.require(self.batch_size % self.minibatches == 0, f"{rows} must be a multiple of --minibatches="
                        f"{self.minibatches}")
         common.require(self.fisher_rows <= self.batch_size, f"{rows} must be --fisher_rows={self.fisher_rows} or more")
-        common.require(not distributed.joined(), "TRPO runs in a single process: start it without torchrun")
+        common.require_one_process("TRPO")
         common.require(not self.compile, "--compile is not for TRPO: a compiled pass cannot be differentiated twice")
         common.require(not self.recompute, "--recompute is not for TRPO, which differentiates a pass twice: lower "
                        "--batch_size when memory runs out")

@@ -291,6 +291,22 @@ def test_resume_goes_by_the_content_of_the_data_and_of_the_checkpoints_that_it_b
         pass
 
 
+def test_resume_takes_an_sft_model_and_a_reward_function_that_only_moved_and_refuses_what_else_they_say(tmp_path):
+    first, moved, other = (tmp_path / name for name in ("a.py", "b.py", "c.py"))
+    first.write_text("rule"), moved.write_text("rule"), other.write_text("another rule")
+    save_run(tmp_path / "rm", 3, init_from="here.pt", reward=f"{first}:f", sources={"sft": "2"})
+    again = {"resume": True, "init_from": "there.pt", "sources": {"sft": "2"}}
+    with opened(tmp_path / "rm", **again, reward=f"{moved}:f") as (_, _, start, _):
+        assert start == 3
+    for reward in (f"{other}:f", f"{moved}:g"):
+        with pytest.raises(UserError, match="this run began with another reward: put it back"), \
+                opened(tmp_path / "rm", **again, reward=reward):
+            pass
+    save_run(tmp_path / "sft", 3, init_from="gpt2")
+    with pytest.raises(UserError, match="--init_from was gpt2 and is None"), opened(tmp_path / "sft", resume=True):
+        pass
+
+
 def test_resume_restores_torchs_generator(tmp_path):
     torch.manual_seed(1)
     with opened(tmp_path) as (run, *_):
@@ -299,6 +315,19 @@ def test_resume_restores_torchs_generator(tmp_path):
     torch.manual_seed(99)
     with opened(tmp_path, resume=True):
         assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_process_saves_and_restores_the_generator_of_its_own_gpu_only(monkeypatch):
+    put_back = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: torch.tensor([7]))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", put_back.append)
+    for name in ("get_rng_state_all", "set_rng_state_all"):
+        monkeypatch.setattr(torch.cuda, name, lambda *args: pytest.fail("the GPUs of others"))
+    state = checkpoint.rng_state()
+    checkpoint.set_rng_state(state)
+    checkpoint.set_rng_state(state | {"cuda": None})  # of a run without a GPU
+    assert put_back == [torch.tensor([7])]
 
 
 def test_resume_of_a_run_that_has_nothing_left_to_do_names_max_iters(tmp_path):
@@ -352,6 +381,19 @@ def test_with_both_damaged_or_none_there_resume_is_refused(tmp_path):
     corrupt(tmp_path / "sft.pt", "half"), corrupt(tmp_path / "sft.prev.pt", "empty")
     with pytest.raises(Damaged, match="sft.prev.pt cannot be read as a checkpoint"), opened(tmp_path, resume=True):
         pass
+
+
+def test_who_reads_a_damaged_checkpoint_of_an_earlier_stage_is_told_of_the_one_before(tmp_path, capsys):
+    save_run(tmp_path, 1, 2)
+    corrupt(tmp_path / "sft.pt", "half")
+    with pytest.raises(Damaged, match=r"corrupt.*still there, as .*sft\.prev\.pt: train_sft\.py --resume goes back"):
+        load_checkpoint(tmp_path / "sft.pt", "sft")
+    with opened(tmp_path, resume=True):
+        assert "still there" not in capsys.readouterr().out  # it goes back by itself, and says so
+    (tmp_path / "sft.prev.pt").unlink()
+    with pytest.raises(Damaged) as error:
+        load_checkpoint(tmp_path / "sft.pt", "sft")
+    assert "still there" not in str(error.value)
 
 
 def test_a_checkpoint_of_another_stage_is_a_mistake_and_not_damage(tmp_path):
@@ -740,6 +782,16 @@ def test_a_drive_without_locks_is_used_with_a_note(tmp_path, monkeypatch, capsys
     assert "cannot be locked (No locks available)" in capsys.readouterr().out
 
 
+def test_a_system_without_locks_is_used_with_one_note(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoint, "fcntl", None)
+    tmp_path.mkdir(exist_ok=True)
+    with checkpoint.locked(tmp_path), checkpoint.locked(tmp_path):  # as in an earlier stage that train_ppo.py runs
+        pass
+    assert capsys.readouterr().out == f"note: this system has no locks: start no second run in {tmp_path}\n"
+    with checkpoint.locked(tmp_path):
+        assert "no locks" in capsys.readouterr().out
+
+
 # ----------------------------------------------------------------------------------------------------------
 # a full disk, no memory, bad numbers
 
@@ -783,13 +835,27 @@ def test_out_of_memory_in_the_update_says_which_flags_to_lower_and_the_checkpoin
         stage, flags, fail, fresh, monkeypatch):
     folder, step = fresh(stage), common.Optimizer.step
     monkeypatch.setattr(common.Optimizer, "step", lambda self, i, loss: fail() if i == 3 else step(self, i, loss))
-    with pytest.raises(UserError, match=f"train_{stage}.py: out of memory .*memory.* Lower --micro_batch_size first.* "
-                                        f"in a new run, {flags}") as error:
+    with pytest.raises(UserError, match=f"train_{stage}.py: out of memory .*memory.* the first that is enough: "
+                       "--micro_batch_size below what is printed above, --recompute. "
+                       f"In a new run, lower {flags}") as error:
         train_stage(stage, folder)
     assert "\n" not in str(error.value) and load_checkpoint(folder / f"{stage}.pt", stage)["iter"] == 2
     monkeypatch.undo()
     train_stage(stage, folder, resume=True, micro_batch_size=1)
     assert load_checkpoint(folder / f"{stage}.pt", stage)["finished"]
+
+
+@pytest.mark.parametrize("flags, size, says", [
+    ({}, 2, "enough: --micro_batch_size below what is printed above, --recompute, --fsdp. In a new run, lower"),
+    ({"micro_batch_size": 1}, 2, "enough: --recompute, --fsdp. In"),
+    ({"micro_batch_size": 4, "recompute": True, "fsdp": True}, 2,
+     "enough: --micro_batch_size below what is printed above. In"),
+    ({"micro_batch_size": 1, "recompute": True}, 1, "memory (CUDA out of memory. Tried to allocate 2.00 GiB.). In a new")])
+def test_out_of_memory_names_no_flag_that_is_set_or_would_not_help(flags, size, says, monkeypatch):
+    monkeypatch.setattr(checkpoint.distributed, "size", lambda: size)
+    with pytest.raises(UserError) as error, checkpoint.memory_advice(Config(**flags), "sft"):
+        gpu_is_full()
+    assert says in str(error.value)
 
 
 def test_another_error_of_torch_is_no_lack_of_memory():

@@ -34,6 +34,7 @@ class Config(common.Flags):
     kl_coef: float = 0.05      # a name of two words
     width: Optional[int] = 4   # may be none
     rate: Optional[float] = None  # 5% of something
+    reward: str = "rm"         # a file and a function
 
     DOMAINS: ClassVar[dict] = common.Flags.DOMAINS
 

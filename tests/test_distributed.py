@@ -27,7 +27,7 @@ import train_ppo
 import train_rm
 from checkpoint import digest, load_checkpoint
 from common import UserError
-from experiments import trpo
+from experiments import ladder, overoptimization, scaling, trpo
 from model import GPT, GPTConfig
 from rollout import Rollout
 from test_train import CLOCKS, ROOT, SIZES, STAGES, metrics, pairs, reward_file, settings, weights, write_jsonl
@@ -195,6 +195,19 @@ def test_gradients_advantages_and_metrics_on_the_same_ragged_rollouts_do_not_dep
             assert_close(row, alone[2], atol=1e-4)  # after several steps of AdamW, which rescales the last digits
 
 
+@pytest.mark.parametrize("flags", [{}, {"critic": "shared", "kl_in": "loss", "ent_coef": 0.01}],
+                         ids=["default", "shared"])
+def test_the_gradients_of_every_step_do_not_depend_on_the_number_of_processes(flags, world, in_processes, tmp_path):
+    """Without a learning rate, or AdamW would make the last digits of a step the next one's first."""
+    reward = reward_file(tmp_path, "[len(r) * 0.5 + r.count('e') for r in responses]")
+    flags = {"max_iters": 2, "reward": reward, "lr": 0.0} | flags
+    (alone, _, _), = in_processes(1, gradients_of, world("ppo"), flags)
+    assert len(alone) > 2
+    for n in (2, 4):
+        for steps, _, _ in in_processes(n, gradients_of, world("ppo"), flags):
+            assert_close(steps, alone, atol=1e-6)
+
+
 def test_the_epochs_end_by_the_kl_over_the_tokens_of_all_processes(world, in_processes, tmp_path):
     flags = {"max_iters": 1, "epochs": 1, "reward": reward_file(tmp_path, "list(map(len, responses))")}
     (_, _, row), = in_processes(1, gradients_of, world("ppo"), flags)
@@ -342,6 +355,24 @@ def test_sharded_models_train_to_the_same_weights_and_metrics_and_hold_half_each
         assert_close(mine, theirs, atol=1e-4)
 
 
+def policy_that_samples(folder):
+    """[whether the policy that answers in train_rm.py is a shard (before, while it samples)]."""
+    seen = []
+    for name in ("sample", "generate"):
+        def look(policy, *args, real=getattr(train_rm, name), **kwargs):
+            seen.append(all(map(distributed.is_sharded, policy.parameters())))
+            return real(policy, *args, **kwargs)
+
+        setattr(train_rm, name, look)
+    train_rm.train(settings("rm", folder, fsdp=True))
+    return seen
+
+
+def test_the_policy_that_the_reward_model_is_calibrated_on_is_whole_only_while_it_samples(world, in_processes):
+    for seen in in_processes(2, policy_that_samples, world("rm")):
+        assert seen == [True, False]
+
+
 @pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
 def test_a_sharded_checkpoint_goes_on_in_one_process_and_back(stage, world, in_processes):
     there, flags = world(stage), {"lr": 1e-4}
@@ -362,7 +393,7 @@ def refusal(stage, folder, flags):
 
 
 @pytest.mark.parametrize("stage, flags, said", [
-    ("sft", {"batch_size": 9}, "9 rows of a step cannot be shared evenly by 2 processes"),
+    ("sft", {"batch_size": 9}, "train_sft.py takes 9 rows per iteration, which 2 processes cannot share evenly"),
     ("ppo", {"batch_size": 12, "minibatches": 4}, "3 rows of a step cannot be shared evenly by 2 processes"),
     ("ppo", {"batch_size": 12, "micro_batch_size": 2}, "must divide the 3 rows of a process in a step"),
     ("ppo", {"fsdp": True, "compile": True}, "--fsdp and --compile")])
@@ -370,16 +401,26 @@ def test_what_does_not_go_with_two_processes_is_refused_by_each_of_them(stage, f
     assert all(said in sentence for sentence in in_processes(2, refusal, stage, world(stage), flags))
 
 
-def trpo_refusal():
-    with pytest.raises(UserError) as error:
-        trpo.Config(device="cpu").check()
-    return str(error.value)
+def test_stages_that_cannot_be_shared_out_are_refused_by_name_before_the_first_trains(in_processes, tmp_path):
+    flags = {"out_dir": str(tmp_path / "out"), "data": "atlas", "tokenizer": None, "batch_size": 24, "minibatches": 1}
+    for sentence in in_processes(3, refusal, "ppo", tmp_path, flags):  # of train_sft.py's own 96 rows, each takes 32
+        assert sentence.startswith("train_rm.py takes 16 rows per iteration, which 3 processes cannot share")
+    assert not list((tmp_path / "out").glob("*.pt"))
 
 
-def test_fsdp_without_torchrun_and_trpo_with_it_are_refused(world, in_processes):
+def single(start, config):
+    with pytest.raises(UserError, match="runs in a single process: start it without torchrun"):
+        start(config)
+
+
+def test_fsdp_without_torchrun_is_refused(world):
     with pytest.raises(UserError, match="--fsdp shards a model over processes"):
         settings("sft", world("sft"), fsdp=True).check()
-    assert "TRPO runs in a single process" in in_processes(1, trpo_refusal)[0]
+
+
+@pytest.mark.parametrize("experiment", [ladder, overoptimization, scaling, trpo])
+def test_experiments_under_torchrun_are_refused(experiment, in_processes):
+    in_processes(1, single, experiment.Config.check if experiment is trpo else experiment.main, experiment.Config())
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -447,6 +488,13 @@ def test_a_signal_to_any_process_ends_all_after_the_same_iteration_and_the_run_c
     assert out.count("going on after iteration") == 1 and metrics(folder, "ppo")[-1]["iter"] == saved["iter"] + 1
 
 
+def test_a_refusal_that_is_the_same_in_all_processes_is_printed_once(world, torchrun):
+    for stage, flags, said in (("sft", {"lr": -1.0}, "train_sft.py: --lr=-1.0 must lie in [0, inf)\n"),
+                               ("rm", {"batch_size": "x"}, "train_rm.py: argument --batch_size")):
+        out, err = torchrun(stage, world(stage), **flags).communicate(timeout=300)
+        assert err.count(said) == 1 and err.count("train_sft.py: ") + err.count("train_rm.py: ") == 1
+
+
 def test_torchrun_forwards_its_signal_and_all_leave_in_good_order(world, torchrun):
     folder = world("sft")
     run = torchrun("sft", folder, max_iters=10**6)
@@ -454,6 +502,7 @@ def test_torchrun_forwards_its_signal_and_all_leave_in_good_order(world, torchru
     run.send_signal(signal.SIGINT)
     out, err = run.communicate(timeout=300)
     assert run.returncode != 0 and "Connection closed" not in err
+    assert "this iteration is the last and will be saved if all processes finish it; a second signal" in err
     assert load_checkpoint(folder / "sft.pt", "sft")["iter"] == metrics(folder, "sft")[-1]["iter"]
 
 
@@ -462,4 +511,11 @@ def test_an_error_in_one_process_is_told_by_that_one_and_ends_all(world, torchru
     run = torchrun("ppo", world("ppo"), reward=reward_file(tmp_path, body))
     out, err = run.communicate(timeout=300)
     assert run.returncode != 0 and "process 1: the reward function returned nan for the prompt" in err
-    assert "process 0: another process is gone" in err
+    assert "process 0: another process is gone or cannot be reached" in err
+
+
+def test_an_error_that_only_speaks_of_gloo_is_no_lost_process(world, torchrun, tmp_path):
+    run = torchrun("ppo", world("ppo"), reward=reward_file(tmp_path, "{}['gloomy']"))
+    out, err = run.communicate(timeout=300)
+    assert run.returncode != 0 and "the reward function raised KeyError('gloomy') for the prompt" in err
+    assert "reward.py\", line 2, in f" in err and "another process is gone" not in err

@@ -35,7 +35,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 HEALTHY = "#009E73"
 # Flags in which the runs of a group may differ. A resumed run may spell its data and sizes in another way, but runs
 # with others are others.
-SAME_GROUP = HARMLESS - {"data", "tokenizer", "n_layer", "n_head", "n_embd", "block_size"} | {"seed", "init_from"}
+SAME_GROUP = HARMLESS - {"data", "tokenizer", "reward", "n_layer", "n_head", "n_embd", "block_size"} | {
+    "seed", "init_from"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

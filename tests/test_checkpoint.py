@@ -513,6 +513,7 @@ class Child:
         self.pid = os.fork()
         if self.pid == 0:
             code = 99
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # or a suite behind an ampersand would ignore it
             try:
                 body()
                 code = 0

@@ -178,8 +178,9 @@ def gradients_of(folder, flags):
 
 @pytest.mark.parametrize("flags", [
     {},
-    {"micro_batch_size": 1, "critic": "shared", "kl_in": "loss", "ent_coef": 0.01, "value_clip": 0.1},
-    {"advantage": "group", "samples_per_prompt": 4}],
+    pytest.param({"micro_batch_size": 1, "critic": "shared", "kl_in": "loss", "ent_coef": 0.01, "value_clip": 0.1},
+                 marks=pytest.mark.slow),
+    pytest.param({"advantage": "group", "samples_per_prompt": 4}, marks=pytest.mark.slow)],
     ids=["default", "shared", "group"])
 def test_gradients_advantages_and_metrics_on_the_same_ragged_rollouts_do_not_depend_on_the_number_of_processes(
         flags, world, in_processes, tmp_path):
@@ -195,6 +196,7 @@ def test_gradients_advantages_and_metrics_on_the_same_ragged_rollouts_do_not_dep
             assert_close(row, alone[2], atol=1e-4)  # after several steps of AdamW, which rescales the last digits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [{}, {"critic": "shared", "kl_in": "loss", "ent_coef": 0.01}],
                          ids=["default", "shared"])
 def test_the_gradients_of_every_step_do_not_depend_on_the_number_of_processes(flags, world, in_processes, tmp_path):
@@ -308,7 +310,9 @@ def train_in_parts(stage, folder, ends, flags):
     return digest(saved)
 
 
-@pytest.mark.parametrize("stage, flags", [("sft", {"dropout": 0.1}), ("rm", {}), ("ppo", {}), ("ppo", {"fsdp": True})])
+@pytest.mark.parametrize("stage, flags", [
+    ("sft", {"dropout": 0.1}), ("rm", {}), pytest.param("ppo", {}, marks=pytest.mark.slow),
+    pytest.param("ppo", {"fsdp": True}, marks=pytest.mark.slow)])
 def test_two_processes_resumed_equal_two_that_were_not_interrupted_to_the_last_bit(stage, flags, world, in_processes):
     through, halved = world(stage), world(stage)
     whole = in_processes(2, train_in_parts, stage, through, [4], flags)
@@ -342,8 +346,9 @@ def train_sharded(stage, folder, flags):
 
 @pytest.mark.parametrize("stage, flags", [
     ("sft", {"log_interval": 1}), ("rm", {"log_interval": 1, "micro_batch_size": 1}),
-    ("ppo", {"sample_interval": 1, "micro_batch_size": 1, "target_kl": 1e-4, "epochs": 4}),
-    ("ppo", {"critic": "shared"}), ("ppo", {"recompute": True})],
+    pytest.param("ppo", {"sample_interval": 1, "micro_batch_size": 1, "target_kl": 1e-4, "epochs": 4},
+                 marks=pytest.mark.slow),
+    ("ppo", {"critic": "shared"}), pytest.param("ppo", {"recompute": True}, marks=pytest.mark.slow)],
     ids=["sft", "rm", "ppo", "shared", "recompute"])
 def test_sharded_models_train_to_the_same_weights_and_metrics_and_hold_half_each(stage, flags, world, in_processes):
     plain, sharded, flags = world(stage), world(stage), flags | {"lr": 1e-4}
@@ -373,7 +378,7 @@ def test_the_policy_that_the_reward_model_is_calibrated_on_is_whole_only_while_i
         assert seen == [True, False]
 
 
-@pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
+@pytest.mark.parametrize("stage", ["sft", "rm", pytest.param("ppo", marks=pytest.mark.slow)])
 def test_a_sharded_checkpoint_goes_on_in_one_process_and_back(stage, world, in_processes):
     there, flags = world(stage), {"lr": 1e-4}
     in_processes(2, train, stage, there, flags | {"max_iters": 2, "fsdp": True})
@@ -460,7 +465,7 @@ def wait_for_iteration(folder, stage, n, process):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("dies", [0, 1])
+@pytest.mark.parametrize("dies", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_process_that_dies_ends_the_run_within_a_minute_with_a_non_zero_code(dies, world, torchrun):
     folder = world("ppo")
     run = torchrun("ppo", folder, max_iters=10**6, save_interval=1)
@@ -473,6 +478,7 @@ def test_a_process_that_dies_ends_the_run_within_a_minute_with_a_non_zero_code(d
     assert load_checkpoint(folder / "ppo.pt", "ppo")["iter"] >= 1
 
 
+@pytest.mark.slow
 def test_a_signal_to_any_process_ends_all_after_the_same_iteration_and_the_run_can_be_resumed(world, torchrun):
     folder = world("ppo")
     run = torchrun("ppo", folder, max_iters=10**6, log_interval=1)
@@ -488,6 +494,7 @@ def test_a_signal_to_any_process_ends_all_after_the_same_iteration_and_the_run_c
     assert out.count("going on after iteration") == 1 and metrics(folder, "ppo")[-1]["iter"] == saved["iter"] + 1
 
 
+@pytest.mark.slow
 def test_a_refusal_that_is_the_same_in_all_processes_is_printed_once(world, torchrun):
     for stage, flags, said in (("sft", {"lr": -1.0}, "train_sft.py: --lr=-1.0 must lie in [0, inf)\n"),
                                ("rm", {"batch_size": "x"}, "train_rm.py: argument --batch_size")):
@@ -506,6 +513,7 @@ def test_torchrun_forwards_its_signal_and_all_leave_in_good_order(world, torchru
     assert load_checkpoint(folder / "sft.pt", "sft")["iter"] == metrics(folder, "sft")[-1]["iter"]
 
 
+@pytest.mark.slow
 def test_an_error_in_one_process_is_told_by_that_one_and_ends_all(world, torchrun, tmp_path):
     body = "[float('nan') if __import__('os').environ['LOCAL_RANK'] == '1' else 1.0 for r in responses]"
     run = torchrun("ppo", world("ppo"), reward=reward_file(tmp_path, body))

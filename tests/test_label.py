@@ -216,6 +216,7 @@ class Terminal:
         self.pid, self.keyboard = pty.fork()
         if self.pid == 0:
             code = 99
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # or a suite behind an ampersand would ignore it
             try:
                 sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)
                 body()

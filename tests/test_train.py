@@ -305,6 +305,7 @@ def test_recomputed_activations_change_no_bit_of_a_run_and_are_recomputed_in_eve
     assert len({id(args[0]) for args, _ in again.calls}) == modules * SIZES["n_layer"]
 
 
+@pytest.mark.slow
 def test_train_ppo_hands_recompute_on_to_the_stages_that_it_runs_first(tmp_path, capsys):
     write_jsonl(tmp_path / "pairs.jsonl", pairs())
     run("ppo", tmp_path, max_iters=1, recompute=True, **SIZES)

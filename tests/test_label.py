@@ -6,6 +6,7 @@ At a terminal means at a real one: the script runs in a child of this process, b
 import json
 import os
 import select
+import signal
 import sys
 import time
 import traceback

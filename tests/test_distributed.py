@@ -210,6 +210,7 @@ def test_the_gradients_of_every_step_do_not_depend_on_the_number_of_processes(fl
             assert_close(steps, alone, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_epochs_end_by_the_kl_over_the_tokens_of_all_processes(world, in_processes, tmp_path):
     flags = {"max_iters": 1, "epochs": 1, "reward": reward_file(tmp_path, "list(map(len, responses))")}
     (_, _, row), = in_processes(1, gradients_of, world("ppo"), flags)
@@ -378,7 +379,8 @@ def test_the_policy_that_the_reward_model_is_calibrated_on_is_whole_only_while_i
         assert seen == [True, False]
 
 
-@pytest.mark.parametrize("stage", ["sft", "rm", pytest.param("ppo", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", ["sft", pytest.param("rm", marks=pytest.mark.slow),
+                                   pytest.param("ppo", marks=pytest.mark.slow)])
 def test_a_sharded_checkpoint_goes_on_in_one_process_and_back(stage, world, in_processes):
     there, flags = world(stage), {"lr": 1e-4}
     in_processes(2, train, stage, there, flags | {"max_iters": 2, "fsdp": True})
@@ -502,6 +504,7 @@ def test_a_refusal_that_is_the_same_in_all_processes_is_printed_once(world, torc
         assert err.count(said) == 1 and err.count("train_sft.py: ") + err.count("train_rm.py: ") == 1
 
 
+@pytest.mark.slow
 def test_torchrun_forwards_its_signal_and_all_leave_in_good_order(world, torchrun):
     folder = world("sft")
     run = torchrun("sft", folder, max_iters=10**6)
@@ -522,6 +525,7 @@ def test_an_error_in_one_process_is_told_by_that_one_and_ends_all(world, torchru
     assert "process 0: another process is gone or cannot be reached" in err
 
 
+@pytest.mark.slow
 def test_an_error_that_only_speaks_of_gloo_is_no_lost_process(world, torchrun, tmp_path):
     run = torchrun("ppo", world("ppo"), reward=reward_file(tmp_path, "{}['gloomy']"))
     out, err = run.communicate(timeout=300)

@@ -188,7 +188,7 @@ def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("seed", [0, slow(1), slow(2), slow(3)])
+@pytest.mark.parametrize("seed", [slow(0), slow(1), slow(2), slow(3)])
 def test_the_real_model_comes_within_003_nats_of_the_optimum_and_gains_99_percent_of_what_can_be_gained(seed):
     before, after, share, _ = trained(gpt, seed)
     assert before > 1 and after <= 0.03 and share >= 0.99

@@ -16,7 +16,7 @@ What out_dir holds already is not repeated. Drawing needs matplotlib.
 import json
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import ClassVar, Optional
@@ -30,7 +30,7 @@ import train_ppo
 import train_rm
 import train_sft
 from checkpoint import load_checkpoint
-from experiments.ladder import run_jobs
+from experiments.ladder import run_jobs, write_results
 from experiments.sentiment import Vocabulary, fit_linear, train_once, write_rows
 from reward_model import calibration_table
 from tools.plot import import_pyplot
@@ -219,12 +219,7 @@ def main(config):
     run_jobs(jobs, workers)
     results = {name: results_of(path, root / name, config) for name, path in files.items()}
     print_table(results)
-    header = json.loads((jobs[0][1] / "metrics.jsonl").read_text().splitlines()[0])
-    made_by = {name: header[name] for name in ("commit", "torch", "device", "threads")}
-    Path(config.save).parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{config.save}.json").write_text(json.dumps({"config": asdict(config), **made_by, "results": results}) + "\n")
-    draw(results, config.save)
-    print(f"\nwrote {config.save}.png and .json; {(time.time() - began) / 60:.0f} minutes")
+    write_results(config, jobs[0][1], began, draw, results, {"results": results})
     return results
 
 

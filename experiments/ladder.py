@@ -39,7 +39,8 @@ from tools.plot import import_pyplot, read_run
 ONE_STEP, REUSE = OBJECTIVES[:4], OBJECTIVES[4:]
 RUNS = {name: {"objective": name} for name in ONE_STEP} | {
     name: {"objective": name, "epochs": 2, "minibatches": 2} for name in REUSE} | {"trpo": {}} | {
-    f"{name}, 8 epochs": {"objective": name, "epochs": 8, "minibatches": 2, "max_iters": 12} for name in ("cpi", "clip")}
+    f"{name}, 8 epochs": {"objective": name, "epochs": 8, "minibatches": 2, "max_iters": 12}
+    for name in ("cpi", "clip")}
 # Where the estimators' variances are compared: after a third of a run, as the critic knows nothing at the start and
 # nothing is left to learn at the end.
 PROBE = {"objective": "baseline", "max_iters": 15}
@@ -103,6 +104,17 @@ def run_jobs(jobs, workers):
         futures = {pool.submit(job, *spec): f"{spec[1].name} {spec[2]}" for spec in jobs}
         for n, future in enumerate(as_completed(futures), 1):
             print(f"{n}/{len(jobs)}  {futures[future]}: {future.result():.0f} s", flush=True)
+
+
+def write_results(config, run, began, draw, results, contents):
+    """Writes config.save + .json (the dict contents, the flags, and what made them, as the header of the folder `run`
+    says) and .png, which draw(results, config.save) draws. began: time.time() at the start, for the closing line."""
+    header = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    made_by = {name: header[name] for name in ("commit", "torch", "device", "threads")}
+    Path(config.save).parent.mkdir(parents=True, exist_ok=True)
+    Path(f"{config.save}.json").write_text(json.dumps({"config": asdict(config), **made_by, **contents}) + "\n")
+    draw(results, config.save)
+    print(f"\nwrote {config.save}.png and .json; {(time.time() - began) / 60:.0f} minutes")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -224,12 +236,7 @@ def main(config):
               for name in longest_first for seed, folder in enumerate(folders)], config.workers)
     results = collect(config, folders)
     print_table(results)
-    header = json.loads((folders[0] / "clip" / "metrics.jsonl").read_text().splitlines()[0])
-    made_by = {name: header[name] for name in ("commit", "torch", "device", "threads")}
-    Path(config.save).parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{config.save}.json").write_text(json.dumps({"config": asdict(config), **made_by, "runs": results}) + "\n")
-    draw(results, config.save)
-    print(f"\nwrote {config.save}.png and .json; {(time.time() - began) / 60:.0f} minutes")
+    write_results(config, folders[0] / "clip", began, draw, results, {"runs": results})
     return results
 
 

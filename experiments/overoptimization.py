@@ -31,7 +31,7 @@ import data
 import train_ppo
 import train_rm
 from checkpoint import load_checkpoint
-from experiments.ladder import checkpoint_of, prepare, run_jobs, train
+from experiments.ladder import checkpoint_of, prepare, run_jobs, train, write_results
 from tools.plot import import_pyplot, read_run
 
 KL_COEFS = (0.0, 0.05, 0.2)
@@ -210,12 +210,7 @@ def main(config):
              + [(partial(best_of_n, seed=seed), folder, "best of n") for seed, folder in enumerate(folders)], workers)
     results = collect(folders)
     print_table(results)
-    header = json.loads((folders[0] / "kl_coef 0.0" / "metrics.jsonl").read_text().splitlines()[0])
-    made_by = {name: header[name] for name in ("commit", "torch", "device", "threads")}
-    Path(config.save).parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{config.save}.json").write_text(json.dumps({"config": asdict(config), **made_by, **results}) + "\n")
-    draw(results, config.save)
-    print(f"\nwrote {config.save}.png and .json; {(time.time() - began) / 60:.0f} minutes")
+    write_results(config, folders[0] / "kl_coef 0.0", began, draw, results, results)
     return results
 
 

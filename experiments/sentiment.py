@@ -36,7 +36,7 @@ import train_ppo
 import train_rm
 import train_sft
 from checkpoint import load_checkpoint
-from experiments.ladder import run_jobs
+from experiments.ladder import run_jobs, write_results
 from rollout import generate, score_response
 from tools.bpe import learn_bpe, write_ranks
 from tools.plot import import_pyplot
@@ -402,12 +402,7 @@ def main(config):
     accuracy, real = examine(config, folders)
     results = {"ppo": collect(folders, KL_COEFS), "accuracy": accuracy, "real reviews": real}
     print_table(results)
-    header = json.loads((folders[0] / "kl_coef 0.0" / "metrics.jsonl").read_text().splitlines()[0])
-    made_by = {name: header[name] for name in ("commit", "torch", "device", "threads")}
-    Path(config.save).parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{config.save}.json").write_text(json.dumps({"config": asdict(config), **made_by, **results}) + "\n")
-    draw(results, config.save)
-    print(f"\nwrote {config.save}.png and .json; {(time.time() - began) / 60:.0f} minutes")
+    write_results(config, folders[0] / "kl_coef 0.0", began, draw, results, results)
     return results
 
 

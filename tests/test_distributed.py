@@ -30,6 +30,7 @@ from common import UserError
 from experiments import ladder, overoptimization, scaling, trpo
 from model import GPT, GPTConfig
 from rollout import Rollout
+from test_train import world  # a fixture
 from test_train import CLOCKS, ROOT, SIZES, STAGES, metrics, pairs, reward_file, settings, weights, write_jsonl
 
 torch.set_num_threads(1)
@@ -85,27 +86,13 @@ def in_processes(server, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A folder with sft.pt and rm.pt, trained in one process."""
+def worlds(tmp_path_factory):
+    """What `world` copies: a folder with sft.pt and rm.pt of a few iterations, trained in one process."""
     folder = tmp_path_factory.mktemp("finished")
     write_jsonl(folder / "pairs.jsonl", pairs())
     for stage in ("sft", "rm"):
         STAGES[stage].train(settings(stage, folder))
-    return folder
-
-
-@pytest.fixture
-def world(finished, tmp_path):
-    """world(stage): a fresh folder with the checkpoints of the stages before `stage`."""
-    count = iter(range(10**6))
-
-    def make(stage):
-        folder = tmp_path / f"world{next(count)}"
-        folder.mkdir()
-        for name in ["pairs.jsonl"] + {"sft": [], "rm": ["sft.pt"], "ppo": ["sft.pt", "rm.pt"]}[stage]:
-            (folder / name).write_bytes((finished / name).read_bytes())
-        return folder
-    return make
+    return {"pairs": folder}
 
 
 def train(stage, folder, flags={}):

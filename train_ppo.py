@@ -9,8 +9,8 @@ while the KL to the SFT policy holds it near the text that the reward model was 
 
 Shapes: B = batch_size responses of at most R tokens, T = prompt + response. Maximised, per token:
 clipped surrogate - vf_coef * value loss + ent_coef * entropy, where the reward inside the surrogate's advantages is
-score - kl_coef * KL (--kl_in=reward), or the KL is one more term (--kl_in=loss). The mathematics is in ppo.py, the
-sampling in rollout.py. There is no trainer class: to change the algorithm, change the loop below.
+score - kl_coef * KL (--kl_in=reward), or the KL is one more term (--kl_in=loss). Mathematics: ppo.py; sampling:
+rollout.py; sharing out rows under torchrun: distributed.py, which gives them back as they are in a single process.
 """
 
 from collections import defaultdict
@@ -266,9 +266,9 @@ def loop(config, run):
         # -- prompts -> generate: sampled responses, under the policy as it is now
         prompts = [split.train[i] for i in order.order(iteration - 1) for _ in range(config.samples_per_prompt)]
         rng = common.generator(device, config.seed, distributed.own("rollout"), iteration)
-        mine, *found = roll_out(policy, distributed.share(prompts), rng)  # a process samples its rows only
-        rollout, (texts, scores) = distributed.gather(mine, tokens=eos), map(distributed.gather, found)
-        mine, tokens, prompt_lens, mask = distributed.share(rollout), rollout.tokens, rollout.prompt_lens, rollout.mask
+        parts = roll_out(policy, distributed.share(prompts), rng)  # a process samples its own rows, then all have all
+        rollout, texts, scores = distributed.gather(parts[0], tokens=eos), *map(distributed.gather, parts[1:])
+        tokens, prompt_lens, mask, mine = rollout.tokens, rollout.prompt_lens, rollout.mask, distributed.share(rollout)
         (B, R), n_tokens, lens = mask.shape, mask.sum(), rollout.lens.cpu()
         ended = tokens.gather(1, (rollout.lens - 1).unsqueeze(1)).squeeze(1) == eos
         sec_rollout = clock.lap()

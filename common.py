@@ -4,6 +4,7 @@ Nothing here knows what is being trained. Checkpoints are in checkpoint.py, metr
 """
 
 import argparse
+import ctypes
 import dataclasses
 import difflib
 import hashlib
@@ -15,14 +16,14 @@ import re
 import shutil
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import ClassVar, Optional, get_args, get_type_hints
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import distributed
 
@@ -304,20 +305,22 @@ def setup(config):
         require(supported or not bf16, "--dtype=bfloat16 was asked for, but this GPU has none: use --dtype=float32")
         bf16 = supported and config.dtype != "float32"
         torch.set_float32_matmul_precision("high")  # TF32 for what stays float32; on a CPU float32 is exact
-    # On a CPU torch's flash attention multiplies bfloat16 block by small block: half the speed of the plain kernel.
-    # A backward pass that recomputes would not know of that choice, and would keep other tensors than the forward pass.
-    plain = bf16 and device.type == "cpu"
-    require(not (plain and config.recompute), "--recompute and --dtype=bfloat16 do not go together on a CPU: leave one "
-                                              "of them out")
+    else:
+        keep_freed_memory()
     torch.manual_seed(config.seed)
+    return device, partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=bf16)
 
-    @contextmanager
-    def autocast():
-        attention = sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16), attention:
-            yield
 
-    return device, autocast
+def keep_freed_memory():
+    """glibc gives a large block back to the kernel as soon as a tensor is freed, and the next one of that size pays a
+    page fault for every 4 kB of it: on a CPU up to a quarter of a pass. From here on freed memory stays with this process.
+    Elsewhere than on glibc this does nothing."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(-4, 0)   # M_MMAP_MAX: no block has a mapping of its own, to be unmapped
+    mallopt(-1, -1)  # M_TRIM_THRESHOLD: the end of the heap is never given back
 
 
 def describe(device, autocast, recompute=False):

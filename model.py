@@ -84,6 +84,19 @@ class KVCache:
         return self.k[layer, :, :, :length], self.v[layer, :, :, :length]
 
 
+def attention(q, k, v, mask, dropout):
+    """softmax(q k^T / sqrt(hd)) v, (B, nh, T, hd), of q (B, nh, T, hd) and k, v (B, nh, S, hd): where `mask`, which must
+    broadcast to (B, nh, T, S), is True, or causal if it is None."""
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout)
+    # Written out, because torch's own bfloat16 kernels for a CPU take two to five times as long.
+    if mask is None:
+        mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril()
+    weights = (q / math.sqrt(q.size(3)) @ k.transpose(2, 3)).masked_fill(~mask, -torch.inf)
+    weights = torch.softmax(weights, dim=-1, dtype=weights.dtype)  # dtype: else autocast makes it float32, and slow
+    return F.dropout(weights, dropout) @ v
+
+
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
@@ -98,8 +111,7 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, nh, T, hd) each
         if cache is not None:
             k, v = cache.update(self.layer, k, v, positions, T if mask is None else mask.size(-1))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                           dropout_p=self.dropout if self.training else 0.0)  # (B, nh, T, hd)
+        y = attention(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, nh, T, hd)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 

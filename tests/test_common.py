@@ -5,7 +5,9 @@ test_train.py, checkpoints are in test_checkpoint.py, metrics in test_metrics.py
 
 import dataclasses
 import math
+import platform
 import re
+import subprocess
 import sys
 from contextlib import nullcontext
 from functools import partial
@@ -207,18 +209,33 @@ def test_bfloat16_that_the_gpu_does_not_have_is_refused_and_auto_falls_back(monk
     assert device.type == "cuda" and asked == [("cuda", False)]
 
 
-@pytest.mark.parametrize("dtype, flash", [("float32", True), ("bfloat16", False)])
-def test_bfloat16_on_a_cpu_goes_without_torchs_slow_flash_attention_and_leaves_no_setting_behind(dtype, flash):
-    _, autocast = common.setup(Config(dtype=dtype, device="cpu"))
-    with autocast():
-        assert torch.backends.cuda.flash_sdp_enabled() == flash
-        assert torch.is_autocast_enabled("cpu") == (dtype == "bfloat16")
-    assert torch.backends.cuda.flash_sdp_enabled() and not torch.is_autocast_enabled("cpu")
+FAULTS = """
+import resource, torch, common, train_ppo
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(2):
+    torch.ones(10 ** 7)
+    before = faults()
+    for _ in range(10):
+        torch.ones(10 ** 7)
+    print(faults() - before)
+    common.setup(train_ppo.Config(device="cpu"))
+"""
 
 
-def test_recompute_with_bfloat16_on_a_cpu_is_refused_as_the_second_pass_would_take_another_attention():
-    with pytest.raises(UserError, match="--recompute and --dtype=bfloat16 do not go together on a CPU"):
-        common.setup(Config(dtype="bfloat16", device="cpu", recompute=True))
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators decide for themselves")
+def test_on_a_cpu_freed_memory_is_used_again_instead_of_being_fetched_from_the_kernel():
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True,
+                          cwd=Path(common.__file__).parent)
+    before, after = map(int, done.stdout.split())
+    assert after < 100 < before
+
+
+@pytest.mark.parametrize("error", [AttributeError, OSError, TypeError])  # musl and macOS, no C library, Windows
+def test_without_glibc_memory_is_left_to_the_allocator_that_there_is(error, monkeypatch):
+    def no_mallopt(name):
+        raise error
+    monkeypatch.setattr(common.ctypes, "CDLL", no_mallopt)
+    common.setup(Config(device="cpu"))
 
 
 @pytest.mark.parametrize("error", [

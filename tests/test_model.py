@@ -119,12 +119,53 @@ def test_block_size_is_the_longest_sequence():
         gpt(torch.full((1, BLOCK + 1), 10 ** 6))
 
 
+@pytest.mark.parametrize("length", [1, 4, 7])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_written_out_attention_of_bfloat16_is_torchs_own_to_the_rounding_of_its_weights(length, autocast):
+    """A weight is at most 1, so rounding it to bfloat16 moves it by at most 2^-9 and a mean of values of at most L by as
+    many times L as there are values; and the result is rounded once more."""
+    generator = torch.Generator().manual_seed(length)
+    q, k, v, dy = (torch.randn(3, 2, 7, 8, generator=generator).bfloat16() for _ in range(4))
+    causal = length == 7
+    q, dy = (q, dy) if causal else (q[:, :, :1], dy[:, :, :1])
+    mask = None if causal else (torch.arange(7) < torch.tensor([length, 7, 2])[:, None])[:, None, None]
+
+    def run(attend, *inputs):
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        out = attend(*inputs)
+        out.backward(dy.to(out.dtype))
+        return [out, *(x.grad for x in inputs)]
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = run(lambda q, k, v: model.attention(q, k, v, mask, 0.0), q, k, v)
+    expected = run(lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal), q.double(), k.double(), v.double())
+    assert all(x.dtype == torch.bfloat16 for x in found)
+    bound = 8 * 2 ** -9 * v.abs().max()
+    assert gap(found[0], expected[0]) < bound
+    for mine, theirs in zip(found[1:], expected[1:]):
+        assert gap(mine, theirs) < bound * dy.abs().max()
+    if not causal:
+        hidden = ~mask[:, 0, 0]
+        assert all((x.transpose(1, 2)[hidden] == 0).all() for x in found[2:])
+
+
+def test_the_written_out_attention_drops_weights_as_torchs_own_does():
+    ones = torch.ones(1, 1, 400, 1, dtype=torch.bfloat16)
+    whole, dropped = (model.attention(ones, ones, ones, None, p)[0, 0, 200:, 0] for p in (0.0, 0.5))
+    assert gap(whole, torch.ones(200)) < 0.02
+    assert abs(dropped.float().mean() - 1) < 0.02 and dropped.float().std() > 0.03
+
+
+@pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_recomputed_activations_give_the_same_gradients_to_the_last_bit(dropout):
+def test_recomputed_activations_give_the_same_gradients_to_the_last_bit(dropout, bf16):
     gpt, gradients = make_gpt(torch.float32, dropout=dropout), []
     for gpt.trunk.recompute in (False, True):
         torch.manual_seed(0)
-        gpt.policy_head(gpt(ids(3, 9))).logsumexp(-1).square().sum().backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = gpt.policy_head(gpt(ids(3, 9))).float().logsumexp(-1).square().sum()
+        loss.backward()
         gradients.append([p.grad for p in gpt.trunk.parameters()])
         gpt.zero_grad()
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

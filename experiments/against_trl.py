@@ -267,7 +267,8 @@ def take(pipe, contender):
         pipe.send(contender.split("-")[1])
         return pipe.recv()
     except (EOFError, ConnectionError):
-        raise common.UserError(f"{contender} died: its error stands above; leave it out with --contenders") from None
+        raise common.UserError(f"{contender} died: its error stands above, unless memory ran out. Let fewer take part at "
+                               "a time with --contenders") from None
 
 
 def print_tables(rows):

@@ -2,18 +2,19 @@
 How the cost of an iteration grows, measured beside what the FLOPs say it should.
 
     python -m experiments.scaling                                        docs/scaling.png and .json, about 10 minutes
-    python -m experiments.scaling --processes=1,2                        with a panel over torchrun processes
+    python -m experiments.scaling --processes=1,2                        with a panel over processes of one thread each
     python -m experiments.scaling --paper                                on many GPUs: computed, not measured
 
 Width, batch and response length are each doubled from a common start, all else equal, by runs of tools/bench.py in
-processes of their own. The exponents are slopes of straight lines in log-log; the expected one is that of the FLOPs
-which bench.work counts, over the same points, so it has no free number. Seconds fall short of it where small matrices
-do not reach the machine's rate: the measured slope over width is then the lower one.
+processes of their own. The exponents are slopes of straight lines in log-log; the expected one is that of the FLOPs of
+a process, which bench.work counts, over the same points, so it has no free number. Seconds fall short of it where small
+matrices do not reach the machine's rate: the measured slope over width is then the lower one.
 
 Drawing needs matplotlib.
 """
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -45,20 +46,23 @@ class Config:
     DOMAINS: ClassVar[dict] = {"iters": "[1, inf)", "dtype": ("float32", "bfloat16")}
 
 
-def run_bench(config, size, processes=1):
-    """The JSON line of tools/bench.py for a size, in a process of its own or in several under torchrun."""
-    start = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
+def run_bench(config, size, processes=None):
+    """The JSON line of tools/bench.py for a size, in a process of its own with all threads, or in `processes` of them
+    under torchrun with one thread each, so that twice the processes have twice the cores."""
+    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if processes else {})
+    start = [sys.executable] if processes in (None, 1) else [sys.executable, "-m", "torch.distributed.run", "--standalone",
                                                      f"--nproc_per_node={processes}"]
     flags = {"iters": config.iters, "dtype": config.dtype, "json": True} | asdict(size)
     done = subprocess.run([*start, "-m", "tools.bench", *(f"--{name}={value}" for name, value in flags.items())],
-                          capture_output=True, text=True)
+                          capture_output=True, text=True, env=environment)
     common.require(done.returncode == 0, f"tools.bench failed for {size}: {done.stderr.strip()[-300:]}")
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
 
 
-def expected(size):
-    """{stage: FLOPs} of an iteration."""
-    flops = {stage: sum(piece.flops for piece in pieces) for stage, pieces in bench.work(size, "shared", 4).items()}
+def flops_of(size, processes):
+    """{stage: FLOPs} of an iteration, in each of the processes that share it."""
+    flops = {stage: sum(piece.flops for piece in pieces) / (processes or 1)
+             for stage, pieces in bench.work(size, "shared", 4).items()}
     return flops | {"iter": sum(flops.values())}
 
 
@@ -128,11 +132,10 @@ def draw(results, save):
     for axis, (name, result) in zip(axes[0], results.items()):
         for n, stage in enumerate(STAGES):
             axis.plot(result["x"], result["seconds"][stage], f"C{n}o-", markersize=4,
-                      label=f"{'whole iteration' if stage == 'iter' else stage} {result['slope'][stage]:.2f}"
-                      + (f" ({result['expected'][stage]:.2f})" if result["expected"] else ""))
-            if result["expected"]:
-                flops = np.array(result["flops"][stage])
-                axis.plot(result["x"], flops / flops[-1] * result["seconds"][stage][-1], f"C{n}:", linewidth=1)
+                      label=f"{'whole iteration' if stage == 'iter' else stage} {result['slope'][stage]:.2f} "
+                            f"({result['expected'][stage]:.2f})")
+            flops = np.array(result["flops"][stage])
+            axis.plot(result["x"], flops / flops[-1] * result["seconds"][stage][-1], f"C{n}:", linewidth=1)
         axis.set(xscale="log", yscale="log", xlabel=titles[name])
         axis.set_xticks(result["x"], [str(x) for x in result["x"]], minor=False)
         axis.minorticks_off()
@@ -150,7 +153,7 @@ def main(config):
         return print_paper()
     import_pyplot()  # a missing matplotlib is said before the runs, not after
     began, results, line = time.time(), {}, {}
-    sweeps = {name: [(x, replace(START, **{name: x}), 1) for x in xs] for name, xs in SWEEPS.items()}
+    sweeps = {name: [(x, replace(START, **{name: x}), None) for x in xs] for name, xs in SWEEPS.items()}
     if config.processes:
         sweeps["processes"] = [(int(n), START, int(n)) for n in config.processes.split(",")]
     print("| grows | stage | seconds | exponent measured | expected from FLOPs |\n|---|---|---|---|---|", flush=True)
@@ -158,16 +161,13 @@ def main(config):
         lines = [run_bench(config, size, processes) for _, size, processes in points]
         x, line = [x for x, _, _ in points], lines[-1]
         seconds = {stage: [line[f"sec_{stage}"] for line in lines] for stage in STAGES}
-        flops = {stage: [expected(size)[stage] for _, size, _ in points] for stage in STAGES}
+        flops = {stage: [flops_of(size, n)[stage] for _, size, n in points] for stage in STAGES}
         results[name] = {"x": x, "seconds": seconds, "flops": flops,
                          "slope": {stage: slope(x, seconds[stage]) for stage in STAGES},
-                         # the work is the same for any number of processes
-                         "expected": None if name == "processes" else
-                         {stage: slope(x, flops[stage]) for stage in STAGES}}
+                         "expected": {stage: slope(x, flops[stage]) for stage in STAGES}}
         for stage in STAGES:
-            ahead = results[name]["expected"]
             print(f"| {name} {x[0]} to {x[-1]} | {stage} | {seconds[stage][0]:.3f} to {seconds[stage][-1]:.3f} | "
-                  f"{results[name]['slope'][stage]:.2f} | {f'{ahead[stage]:.2f}' if ahead else ''} |", flush=True)
+                  f"{results[name]['slope'][stage]:.2f} | {results[name]['expected'][stage]:.2f} |", flush=True)
     made_by = {"device": line["device"], "commit": metrics.header(bench.Config(), "scaling")["commit"]}
     Path(f"{config.save}.json").write_text(json.dumps({"config": asdict(config), "start": asdict(START), **made_by,
                                                        "sweeps": results}) + "\n")

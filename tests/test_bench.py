@@ -5,6 +5,7 @@ import contextlib
 import json
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -223,12 +224,30 @@ def test_the_slope_is_the_exponent_of_a_power_law():
     assert scaling.slope(x, 3 * x ** 1.7) == pytest.approx(1.7)
 
 
-def test_expected_slopes_are_one_over_the_batch_and_near_two_over_a_large_width():
+def test_expected_slopes_are_one_over_the_batch_and_near_two_over_a_large_width_and_minus_one_over_processes():
     def over(name, xs):
-        return scaling.slope(xs, [scaling.expected(replace(scaling.START, **{name: x}))["iter"] for x in xs])
+        return scaling.slope(xs, [scaling.flops_of(replace(scaling.START, **{name: x}), None)["iter"] for x in xs])
 
     assert over("batch_size", (8, 16, 32)) == pytest.approx(1)
+    shares = [scaling.flops_of(scaling.START, n) for n in (1, 2, 4)]
+    assert all(scaling.slope((1, 2, 4), [share[stage] for share in shares]) == pytest.approx(-1) for stage in shares[0])
     assert 1.5 < over("n_embd", (64, 128, 256)) < over("n_embd", (2048, 4096)) < 2
+
+
+def test_processes_are_compared_at_one_thread_each_and_sizes_with_all_threads(monkeypatch):
+    commands, threads = [], []
+
+    def run(command, env, **_):
+        commands.append(command), threads.append(env["OMP_NUM_THREADS"])
+        return SimpleNamespace(returncode=0, stdout="{}")
+
+    monkeypatch.setattr(scaling.subprocess, "run", run)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    for processes in (None, 1, 2):
+        scaling.run_bench(scaling.Config(), scaling.START, processes)
+    assert threads == ["7", "1", "1"]
+    assert ["--nproc_per_node=2" in command for command in commands] == [False, False, True]
+    assert all("--batch_size=32" in command for command in commands)
 
 
 def test_an_all_reduce_is_free_alone_and_sends_the_gradient_twice_through_the_slowest_link(monkeypatch):

@@ -58,13 +58,20 @@ class KVCache:
     Raises ValueError if max_len exceeds block_size, as there is no position embedding beyond it."""
 
     def __init__(self, config, batch_size, max_len, device, dtype):
-        if max_len > config.block_size:
-            raise ValueError(f"a cache of max_len={max_len} exceeds block_size={config.block_size}")
-        shape = (config.n_layer, batch_size, config.n_head, max_len, config.n_embd // config.n_head)
+        shape = (config.n_layer, batch_size, config.n_head, 0, config.n_embd // config.n_head)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.rows = torch.arange(batch_size, device=device)
-        self.batch_size, self.max_len = batch_size, max_len
+        self.batch_size, self.block_size, self.max_len = batch_size, config.block_size, 0
+        self.grow(max_len)
+
+    def grow(self, max_len):
+        """Makes room for max_len positions. A decoding step attends to all slots, so that it reads memory that lies
+        together; a cache that is only as long as the responses so far costs one copy now and then instead."""
+        if max_len > self.block_size:
+            raise ValueError(f"a cache of max_len={max_len} exceeds block_size={self.block_size}")
+        self.k, self.v = (F.pad(x, (0, 0, 0, max_len - self.max_len)) for x in (self.k, self.v))
+        self.max_len = max_len
 
     def check(self, batch_size, length):
         """Raises ValueError for a wrong batch size or a write past max_len. Python ints: no device sync."""
@@ -73,15 +80,15 @@ class KVCache:
         if length > self.max_len:
             raise ValueError(f"{length} positions do not fit in a cache of max_len={self.max_len}")
 
-    def update(self, layer, k, v, positions, length):
-        """Store k, v (B, nh, T, hd) of one layer; return those to attend to, (B, nh, length, hd) each."""
+    def update(self, layer, k, v, positions):
+        """Store k, v (B, nh, T, hd) of one layer; return those to attend to."""
         if positions is None:  # prefill: slots 0..T-1 of every row, which see only each other
-            self.k[layer, :, :, :length] = k
-            self.v[layer, :, :, :length] = v
+            self.k[layer, :, :, :k.size(2)] = k
+            self.v[layer, :, :, :k.size(2)] = v
             return k, v
         self.k[layer][self.rows, :, positions] = k[:, :, 0]
         self.v[layer][self.rows, :, positions] = v[:, :, 0]
-        return self.k[layer, :, :, :length], self.v[layer, :, :, :length]
+        return self.k[layer], self.v[layer]  # (B, nh, max_len, hd) each
 
 
 def attention(q, k, v, mask, dropout):
@@ -110,7 +117,7 @@ class Attention(nn.Module):
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, nh, T, hd) each
         if cache is not None:
-            k, v = cache.update(self.layer, k, v, positions, T if mask is None else mask.size(-1))
+            k, v = cache.update(self.layer, k, v, positions)
         y = attention(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, nh, T, hd)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
@@ -165,16 +172,15 @@ class Trunk(nn.Module):
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
 
-    def forward(self, idx, cache=None, positions=None, length=None):
+    def forward(self, idx, cache=None, positions=None):
         """Token ids idx (B, T) -> hidden states (B, T, C) after the final norm.
 
         No cache: a pass over whole sequences, all rows at positions 0..T-1.
         Cache, no positions (prefill): the same, and slots 0..T-1 of the cache are filled.
         Cache and positions (B,) (decode): idx is (B, 1); row b's token stands at positions[b], is stored
-        there and attends to slots 0..positions[b]. `length`, a Python int above every position, limits
-        attention to the slots in use (default: all). Taking it from `positions` here would make a GPU wait.
+        there and attends to slots 0..positions[b].
 
-        Raises ValueError if T exceeds block_size, or if idx, cache, positions and length do not agree."""
+        Raises ValueError if T exceeds block_size, or if idx, cache and positions do not agree."""
         B, T = idx.shape
         if T > self.config.block_size:
             raise ValueError(f"a sequence of {T} tokens exceeds block_size={self.config.block_size}")
@@ -186,12 +192,10 @@ class Trunk(nn.Module):
         else:
             if cache is None or T != 1:
                 raise ValueError(f"positions are for decoding: one token per row and a cache, got T={T}")
-            length = cache.max_len if length is None else length
-            cache.check(B, length)
-            if positions.device.type == "cpu" and int(positions.max()) >= length:  # elsewhere this would sync
-                raise ValueError(f"position {int(positions.max())} is outside the given length={length}")
+            # On a GPU the positions are not looked at, as that would make it wait.
+            cache.check(B, int(positions.max()) + 1 if positions.device.type == "cpu" else 0)
             where = positions.unsqueeze(1)  # (B, 1)
-            mask = (torch.arange(length, device=idx.device) <= where)[:, None, None]  # (B, 1, 1, length)
+            mask = (torch.arange(cache.max_len, device=idx.device) <= where)[:, None, None]  # (B, 1, 1, max_len)
         x = self.dropout(self.wte(idx) + self.wpe(where))  # (B, T, C)
         recompute = self.recompute and cache is None and torch.is_grad_enabled()
         for block in self.blocks:
@@ -227,9 +231,9 @@ class GPT(nn.Module):
     def n_params(self):
         return sum(p.numel() for p in self.parameters())
 
-    def forward(self, idx, cache=None, positions=None, length=None):
+    def forward(self, idx, cache=None, positions=None):
         """Hidden states (B, T, C); the arguments are Trunk.forward's."""
-        return self.trunk(idx, cache, positions, length)
+        return self.trunk(idx, cache, positions)
 
     def policy_head(self, hidden):
         """Hidden states (..., C) -> logits (..., V). Exactly V: a padded id could be sampled, not decoded."""

@@ -15,6 +15,8 @@ import torch
 
 from model import KVCache
 
+GROWTH = 32  # slots by which the KV cache grows: few enough to read in vain, many enough to copy it seldom
+
 
 @dataclass
 class Rollout:
@@ -60,7 +62,7 @@ def sample_tokens(model, prompts, prompt_lens, max_new_tokens, *, temperature=1.
     prompts = torch.where(torch.arange(longest, device=device) < prompt_lens.unsqueeze(1), prompts, 0)
     autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else next(model.parameters()).dtype
-    cache = KVCache(model.config, prompts.size(0), longest + max_new_tokens, device, dtype)
+    cache = KVCache(model.config, prompts.size(0), longest + min(GROWTH, max_new_tokens), device, dtype)
 
     hidden = model(prompts, cache=cache)  # (B, P, C); the cache now holds junk beyond each prompt, overwritten below
     positions = prompt_lens - 1
@@ -76,7 +78,9 @@ def sample_tokens(model, prompts, prompt_lens, max_new_tokens, *, temperature=1.
         yield token[:, 0], logprobs.gather(1, token)[:, 0], wide(model.value_head(hidden)[:, 0])
         if step + 1 < max_new_tokens:
             positions = positions + 1
-            hidden = model(token, cache=cache, positions=positions, length=longest + step + 1)  # (B, 1, C)
+            if longest + step + 1 > cache.max_len:
+                cache.grow(min(cache.max_len + GROWTH, longest + max_new_tokens))
+            hidden = model(token, cache=cache, positions=positions)  # (B, 1, C)
 
 
 @torch.no_grad()

@@ -239,7 +239,7 @@ def test_processes_are_compared_at_one_thread_each_and_sizes_with_all_threads(mo
 
     def run(command, env, **_):
         commands.append(command), threads.append(env["OMP_NUM_THREADS"])
-        return SimpleNamespace(returncode=0, stdout="{}")
+        return SimpleNamespace(returncode=0, stdout="{}", stderr="")
 
     monkeypatch.setattr(scaling.subprocess, "run", run)
     monkeypatch.setenv("OMP_NUM_THREADS", "7")

@@ -186,8 +186,9 @@ def test_nothing_is_recomputed_without_gradients_or_with_a_cache(monkeypatch):
 # -----------------------------------------------------------------------------
 # the KV cache
 
-def decode_all(gpt, idx, lens, cache, length=True):
-    """Hidden (B, T, C) through the cache: ragged prefill, then one token a step. NaN where not computed."""
+def decode_all(gpt, idx, lens, cache):
+    """Hidden (B, T, C) through the cache: ragged prefill, then one token a step, and room for it where there is none.
+    NaN where not computed."""
     B, T = idx.shape
     P = int(lens.max())
     out = torch.full((B, T, gpt.config.n_embd), math.nan, dtype=gpt.trunk.wte.weight.dtype)
@@ -198,7 +199,8 @@ def decode_all(gpt, idx, lens, cache, length=True):
         for step in range(T - P):
             positions = lens + step
             token = idx.gather(1, positions[:, None])
-            hidden = gpt(token, cache=cache, positions=positions, length=P + step + 1 if length else None)
+            cache.grow(max(cache.max_len, P + step + 1))
+            hidden = gpt(token, cache=cache, positions=positions)
             out[torch.arange(B), positions] = hidden[:, 0].to(out.dtype)
     return out
 
@@ -212,11 +214,12 @@ def reached(T):
 
 
 @DTYPES
-@pytest.mark.parametrize("length", [True, False], ids=["length", "whole cache"])
-def test_ragged_decode_equals_full_forward(dtype, length):
+@pytest.mark.parametrize("slots", [7, 9, BLOCK], ids=["grows from the prompt on", "grows later", "does not grow"])
+def test_ragged_decode_equals_full_forward(dtype, slots):
     gpt, idx = make_gpt(dtype), ids(4, BLOCK)
-    cache = KVCache(gpt.config, 4, BLOCK, "cpu", dtype)
-    got, seen = decode_all(gpt, idx, LENS, cache, length), reached(BLOCK)
+    cache = KVCache(gpt.config, 4, slots, "cpu", dtype)
+    got, seen = decode_all(gpt, idx, LENS, cache), reached(BLOCK)
+    assert cache.max_len == cache.k.size(3) == cache.v.size(3) == BLOCK
     assert gap(got[seen], gpt(idx)[seen]) < TOLERANCE[dtype]
     assert got[~seen].isnan().all() and seen.sum() == 4 * 9 + LENS.sum()
 
@@ -239,7 +242,7 @@ def test_decode_ignores_stale_cache_and_prompt_padding():
         gpt(padded, cache=junk)
         for step in range(9):
             token = idx.gather(1, LENS[:, None] + step)
-            hidden = gpt(token, cache=junk, positions=LENS + step, length=8 + step)
+            hidden = gpt(token, cache=junk, positions=LENS + step)
             assert torch.equal(hidden[:, 0], fresh[torch.arange(4), LENS + step])
 
 
@@ -273,24 +276,22 @@ def test_cache_overflow_and_misuse_raise():
     gpt = make_gpt()
     with pytest.raises(ValueError, match="max_len=17 exceeds block_size=16"):
         KVCache(gpt.config, 2, 17, "cpu", torch.float64)
+    with pytest.raises(ValueError, match="max_len=17 exceeds block_size=16"):
+        KVCache(gpt.config, 2, 16, "cpu", torch.float64).grow(17)
     cache = KVCache(gpt.config, 2, 6, "cpu", torch.float64)
     token, positions = ids(2, 1), torch.tensor([5, 6])
     with torch.no_grad():
         gpt(ids(2, 6), cache=cache)
-        gpt(token, cache=cache, positions=torch.tensor([5, 5]), length=6)
+        gpt(token, cache=cache, positions=torch.tensor([5, 5]))
         kept = cache.k.clone()
         with pytest.raises(ValueError, match="7 positions do not fit in a cache of max_len=6"):
             gpt(ids(2, 7), cache=cache)
         with pytest.raises(ValueError, match="7 positions do not fit in a cache of max_len=6"):
-            gpt(token, cache=cache, positions=positions, length=7)
-        with pytest.raises(ValueError, match="position 6 is outside the given length=6"):
             gpt(token, cache=cache, positions=positions)
-        with pytest.raises(ValueError, match="position 5 is outside the given length=4"):
-            gpt(token, cache=cache, positions=torch.tensor([1, 5]), length=4)
         with pytest.raises(ValueError, match="1 rows cannot use a cache made for 2"):
             gpt(ids(1, 3), cache=cache)
         with pytest.raises(ValueError, match="3 rows cannot use a cache made for 2"):
-            gpt(ids(3, 1), cache=cache, positions=torch.tensor([1, 1, 1]), length=4)
+            gpt(ids(3, 1), cache=cache, positions=torch.tensor([1, 1, 1]))
         with pytest.raises(ValueError, match="one token per row"):
             gpt(ids(2, 2), cache=cache, positions=torch.tensor([1, 1]))
         with pytest.raises(ValueError, match="one token per row and a cache"):

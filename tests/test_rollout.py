@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import rollout
 from model import GPT, GPTConfig
 from rollout import generate, sample_tokens, score_response, score_values
 
@@ -56,7 +57,7 @@ class Markov(nn.Module):
         self.config = GPTConfig(block_size, len(table), n_layer=1, n_head=1, n_embd=1)
         self.calls = 0
 
-    def forward(self, idx, cache=None, positions=None, length=None):
+    def forward(self, idx, cache=None, positions=None):
         self.calls += 1
         return F.one_hot(idx, len(self.table)).to(self.table.dtype)  # also refuses ids that do not exist
 
@@ -110,6 +111,17 @@ def test_cached_sampling_and_scoring_equal_unpadded_passes_for_every_eos_place_a
             places.add((n, out.tokens[b, LENS[b] + n - 1].item() == eos))
         assert all(x.dtype == dtype and x.isfinite().all() for x in (out.logprobs, out.values, *scored))
     assert places == {(n, True) for n in range(1, NEW + 1)} | {(NEW, False)}  # first, middle, last, never
+
+
+@pytest.mark.parametrize("growth, sizes", [(1, [7, 8, 9, 10]), (2, [8, 10]), (4, [10]), (32, [11])])
+def test_the_cache_grows_as_the_responses_do_and_no_sample_changes(growth, sizes, monkeypatch):
+    """Prompts of up to 6 tokens, 5 new ones; the last of them is sampled and never read."""
+    whole, grow, seen = sample(gpt(), eos=-1), rollout.KVCache.grow, []
+    monkeypatch.setattr(rollout, "GROWTH", growth)
+    monkeypatch.setattr(rollout.KVCache, "grow", lambda cache, max_len: seen.append(max_len) or grow(cache, max_len))
+    parts = sample(gpt(), eos=-1)
+    assert seen == sizes and torch.equal(whole.tokens, parts.tokens)
+    assert gap(whole.logprobs, parts.logprobs) < 1e-12
 
 
 def test_a_rollout_after_an_optimizer_step_holds_nothing_of_the_old_weights():

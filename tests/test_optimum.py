@@ -58,10 +58,10 @@ class Tabular(nn.Module):
         self.table = nn.Parameter(torch.zeros(2 * V ** BLOCK_SIZE, V + 1))
         nn.init.normal_(self.table[:, :V].data, std=0.5, generator=torch.Generator().manual_seed(seed))
 
-    def forward(self, idx, cache=None, positions=None, length=None):
+    def forward(self, idx, cache=None, positions=None):
         if cache is not None:  # what it keeps of a token is the token
             x = idx[:, None, :, None].to(cache.k.dtype)
-            idx = cache.update(0, x, x, positions, idx.size(1) if positions is None else length)[0][:, 0, :, 0].long()
+            idx = cache.update(0, x, x, positions)[0][:, 0, :, 0].long()
         prefixes = [torch.ones_like(idx[:, 0])]
         for token in idx.unbind(1):
             prefixes.append(prefixes[-1] * V + token)  # a number in base V that starts with 1: no two are the same

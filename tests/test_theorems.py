@@ -85,10 +85,10 @@ class Policy:
     def parameters(self):
         yield self.theta
 
-    def __call__(self, idx, cache=None, positions=None, length=None):
+    def __call__(self, idx, cache=None, positions=None):
         x = F.one_hot(idx, V).to(self.theta)  # (B, T, V)
         if cache is not None:  # it holds the one-hot tokens seen so far
-            x = cache.update(0, x.unsqueeze(1), x.unsqueeze(1), positions, length or idx.size(1))[0][:, 0]
+            x = cache.update(0, x.unsqueeze(1), x.unsqueeze(1), positions)[0][:, 0]
         where = torch.arange(idx.size(1)).unsqueeze(0) if positions is None else positions.unsqueeze(1)
         seen = torch.arange(x.size(1)) <= where.unsqueeze(2)  # (B or 1, queries, T)
         # R tokens are all that a state can hold: the prompt and all of a response but its last token

@@ -33,9 +33,10 @@ from checkpoint import load_checkpoint
 from experiments.ladder import run_jobs, write_results
 from experiments.sentiment import Vocabulary, fit_linear, train_once, write_rows
 from reward_model import calibration_table
-from tools.plot import import_pyplot
+from tools.plot import COLOURS, import_pyplot
 
 PROMPT_TOKENS, RESPONSE_TOKENS = 56, 80
+MIN_PAIRS = 20  # a point of the figure stands for at least so many
 STARTS = ("scratch", "reviews")  # where a reward model's trunk comes from
 
 
@@ -202,12 +203,13 @@ def draw(results, save):
         learned = [(name, numbers) for name, numbers in result["judges"].items() if "calibration" in numbers]
         for n, (name, numbers) in enumerate(learned):
             _, _, count, predicted, observed = map(np.array, zip(*numbers["calibration"]))
-            # The seeds judge the same pairs, so that they count once.
-            error = 1.96 * np.sqrt(observed * (1 - observed) / (count / len(numbers["seeds"])))
-            axis.errorbar(predicted, observed, error, fmt=".-", color=f"C{n}", linewidth=0.8, label=name)
-        axis.set(title=file, xlabel="how sure the model is", ylabel="how often the human agrees", ylim=(0, 1))
+            count = count / len(numbers["seeds"])  # the seeds judge the same pairs, so that they count once
+            error = 1.96 * np.sqrt(observed * (1 - observed) / count)
+            x, y, error = (values[count >= MIN_PAIRS] for values in (predicted + 0.004 * (n - 1), observed, error))
+            axis.errorbar(x, y, error, fmt=".-", color=COLOURS[n], linewidth=0.8, label=name)
+        axis.set(title=file, xlabel="how sure the model is", ylabel="how often the human agrees", ylim=(0.2, 1.02))
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+    axes[0].legend(fontsize=8, loc="lower right")
     figure.savefig(f"{save}.png", dpi=80)
     plt.close(figure)
 

@@ -40,7 +40,7 @@ from checkpoint import load_checkpoint
 from experiments.ladder import run_jobs, write_results
 from rollout import generate, score_response
 from tools.bpe import learn_bpe, write_ranks
-from tools.plot import import_pyplot
+from tools.plot import COLOURS, import_pyplot, read_run
 
 KL_COEFS = (0.0, 0.05, 0.2)
 PROMPT = ">"
@@ -363,49 +363,76 @@ def real_reviews(measure, texts):
 # what comes out
 
 def collect(folders, kl_coefs):
-    """{kl_coef: {measure: a curve per seed, "iter", "samples" of the first seed's last policy}}."""
+    """{kl_coef: {measure: a curve per seed, "iter", "samples" of the first seed's first and last policy}}."""
     results = {}
     for kl_coef in kl_coefs:
         curves = [json.loads((folder / f"kl_coef {kl_coef}" / "curve.json").read_text()) for folder in folders]
         results[str(kl_coef)] = {name: [[point[name] for point in curve] for curve in curves] for name in MEASURES} | {
-            "iter": [point["iter"] for point in curves[0]], "samples": curves[0][-1]["samples"]}
+            "iter": [point["iter"] for point in curves[0]],
+            "samples": {"before": curves[0][0]["samples"], "after": curves[0][-1]["samples"]}}
     return results
 
 
+def step_seconds(root, folders):
+    """{stage: median seconds of a step}, which pauses of a shared machine do not move much."""
+    runs = {"sft": [root], "rm": folders, "ppo": [folder / f"kl_coef {x}" for folder in folders for x in KL_COEFS]}
+    return {stage: float(np.median(np.concatenate([read_run(run, stage)["seconds"][1] for run in some])))
+            for stage, some in runs.items()}
+
+
+def over_seeds(values, digits):
+    """"mean (lowest to highest)" of a number per seed."""
+    mean, low, high = (f"{x:.{digits}f}" for x in (np.mean(values), min(values), max(values)))
+    return mean if low == high else f"{mean} ({low} to {high})"
+
+
 def print_table(results):
-    names = [name for name in MEASURES if name != "eos_rate"]
-    print("\n| policy | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 1))
-    first = next(iter(results["ppo"].values()))
-    rows = {"SFT": {name: [curve[0] for curve in first[name]] for name in names}} | {
-        f"kl_coef {kl_coef}": {name: [curve[-1] for curve in run[name]] for name in names}
-        for kl_coef, run in results["ppo"].items()}
-    for title, row in rows.items():
-        cells = [f"{np.mean(x):.2f} ({min(x):.2f} to {max(x):.2f})" for x in row.values()]
-        print(f"| {title} | {' | '.join(cells)} |")
-    real = results["real reviews"]
-    print("| real reviews | " + " | ".join(f"{real[name]:.2f}" if name in real else "" for name in names) + " |\n")
-    for name, value in results["accuracy"].items():
-        print(f"{name}: accuracy {np.round(value, 3)}")
+    """Every second look at the policies, then what the judges are worth, then samples, as Markdown."""
+    digits = {name: {"judge": 3, "positive": 3, "repetition": 3, "perplexity": 0}.get(name, 2) for name in MEASURES}
+    print("\n| policy, rollouts | " + " | ".join(MEASURES) + " |\n|" + "---|" * (len(MEASURES) + 1))
+    for n, (kl_coef, run) in enumerate(results["ppo"].items()):
+        for look in range(min(n, 1) * 2, len(run["iter"]), 2):  # the first policy is the same for every kl_coef
+            cells = [over_seeds([curve[look] for curve in run[name]], digits[name]) for name in MEASURES]
+            title = f"kl_coef {kl_coef}, {run['iter'][look]}" if look else "SFT, 0"
+            print(f"| {title} | {' | '.join(cells)} |")
+    real, accuracy = results["real reviews"], results["accuracy"]
+    cells = [f"{real[name]:.{digits[name]}f}" if name in real else "" for name in MEASURES]
+    print(f"| real reviews | {' | '.join(cells)} |\n\n| on {accuracy['reviews']:,} reviews | accuracy |\n|---|---|")
+    for name in list(accuracy)[1:]:
+        print(f"| {name} | {over_seeds(np.atleast_1d(accuracy[name]), 3)} |")
+    print("\n| stage | seconds of a step (median) |\n|---|---|")
+    for stage, seconds in results["seconds"].items():
+        print(f"| {stage} | {seconds:.2f} |")
+    before = next(iter(results["ppo"].values()))["samples"]["before"]
+    for title, samples in [("SFT", before)] + [(f"kl_coef {kl_coef}", run["samples"]["after"])
+                                               for kl_coef, run in results["ppo"].items()]:
+        print(f"\n{title}:\n")
+        for sample in samples:
+            print(f"    score {sample['score']:+.2f}  judge {sample['judge']:.2f}  {sample['text']!r}")
 
 
 def draw(results, save):
     plt = import_pyplot()
     panels = (("score", "what PPO sees: the reward model's score", "std of SFT texts"),
               ("judge", "what the judge sees", "mean probability of being positive"),
-              ("perplexity", "fluency: perplexity under the SFT policy", "log scale"),
-              ("distinct_2", "variety: different word pairs over all", ""))
+              ("perplexity", "fluency: perplexity under the SFT policy", "per token, log scale"),
+              ("distinct_2", "variety: different word pairs", "share of all word pairs"))
     figure, axes = plt.subplots(1, len(panels), figsize=(18, 4.2), constrained_layout=True)
     for axis, (name, title, unit) in zip(axes, panels):
         for n, (kl_coef, run) in enumerate(results["ppo"].items()):
             for seed, (kl, values) in enumerate(zip(run["kl"], run[name])):
-                axis.plot(np.sqrt(np.clip(kl, 0, None)), values, ".-", color=f"C{n}", linewidth=0.8,
+                axis.plot(np.clip(kl, 0, None), values, ".-", color=COLOURS[n], linewidth=0.8, markersize=4,
                           label=None if seed else f"kl_coef {kl_coef}")
         if name in results["real reviews"]:
             axis.axhline(results["real reviews"][name], color="k", linewidth=0.8, linestyle=":", label="real reviews")
-        axis.set(title=title, xlabel="sqrt(KL to the SFT policy)", ylabel=unit)
+        axis.set_xscale("function", functions=(lambda x: np.sqrt(np.clip(x, 0, None)), np.square))
+        axis.set(title=title, xlabel="KL to the SFT policy, nats per text (square-root scale)", ylabel=unit)
+        axis.set_xlim(left=0)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+    axes[1].legend(fontsize=8)
     axes[2].set_yscale("log")
+    for which in ("major", "minor"):
+        getattr(axes[2].yaxis, f"set_{which}_formatter")("{x:.0f}")
     figure.savefig(f"{save}.png", dpi=80)
     plt.close(figure)
 
@@ -422,7 +449,8 @@ def main(config):
     run_jobs([(partial(run_ppo, config=config, seed=seed, kl_coef=kl_coef), folder, f"kl_coef {kl_coef}")
               for seed, folder in enumerate(folders) for kl_coef in KL_COEFS], workers)
     accuracy, real = examine(config, folders)
-    results = {"ppo": collect(folders, KL_COEFS), "accuracy": accuracy, "real reviews": real}
+    results = {"ppo": collect(folders, KL_COEFS), "accuracy": accuracy, "real reviews": real,
+               "seconds": step_seconds(root, folders)}
     print_table(results)
     write_results(config, folders[0] / "kl_coef 0.0", began, draw, results, results)
     return results

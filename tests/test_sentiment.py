@@ -155,7 +155,7 @@ def test_a_tiny_run_judges_every_policy_and_goes_on_where_it_stopped(config, mon
         assert run["iter"] == [0, 1, 2] and all(math.isfinite(x) for name in sentiment.MEASURES for x in run[name][0])
         assert run["kl"][0][0] == 0  # the first policy is the SFT policy
     assert results["real reviews"]["positive"] == pytest.approx(0.5, abs=0.1)
-    assert "| kl_coef 0.2 |" in capsys.readouterr().out
+    assert "| kl_coef 0.2, 2 |" in capsys.readouterr().out
     folder = Path(config.out_dir) / "seed0" / "kl_coef 0.0"
     before = (folder / "ppo.pt").stat().st_mtime_ns
     sentiment.main(config)

@@ -408,7 +408,7 @@ def print_table(results):
                                                for kl_coef, run in results["ppo"].items()]:
         print(f"\n{title}:\n")
         for sample in samples:
-            print(f"    score {sample['score']:+.2f}  judge {sample['judge']:.2f}  {sample['text']!r}")
+            print(f"    score {sample['score']:+.2f}  judge {sample['judge']:.2f}  {sample['text'].strip()!r}")
 
 
 def draw(results, save):

@@ -428,11 +428,13 @@ def draw(results, save):
         axis.set_xscale("function", functions=(lambda x: np.sqrt(np.clip(x, 0, None)), np.square))
         axis.set(title=title, xlabel="KL to the SFT policy, nats per text (square-root scale)", ylabel=unit)
         axis.set_xlim(left=0)
+        axis.set_xticks([kl for kl in (0, 2, 10, 25, 50, 100, 200, 400) if kl <= axis.get_xlim()[1]])
         axis.grid(alpha=0.3)
     axes[1].legend(fontsize=8)
     axes[2].set_yscale("log")
-    for which in ("major", "minor"):
-        getattr(axes[2].yaxis, f"set_{which}_formatter")("{x:.0f}")
+    axes[2].yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
+    axes[2].yaxis.set_major_formatter("{x:.0f}")
+    axes[2].yaxis.set_minor_formatter(plt.NullFormatter())
     figure.savefig(f"{save}.png", dpi=80)
     plt.close(figure)
 

@@ -33,9 +33,10 @@ from checkpoint import load_checkpoint
 from experiments.ladder import run_jobs, write_results
 from experiments.sentiment import Vocabulary, fit_linear, train_once, write_rows
 from reward_model import calibration_table
-from tools.plot import import_pyplot
+from tools.plot import COLOURS, import_pyplot
 
 PROMPT_TOKENS, RESPONSE_TOKENS = 56, 80
+MIN_PAIRS = 20  # a point of the figure stands for at least so many
 STARTS = ("scratch", "reviews")  # where a reward model's trunk comes from
 
 
@@ -46,7 +47,7 @@ class Config:
     hhh: str = "data/hhh_alignment_pairs.jsonl.gz"           # the same
     sentiment: str = "out/sentiment"           # out_dir of experiments/sentiment.py
     out_dir: str = "out/human_comparisons"     # a folder per file, start, seed and fold
-    seeds: int = 1                             # seeds 0, 1, ... of the folds and of the training
+    seeds: int = 4                             # seeds 0, 1, ... of the folds and of the training
     folds: int = 3                             # parts of a file; each is judged by a model of the others
     max_epochs: float = 1.0                    # passes over the training pairs, 16 at a time
     workers: Optional[int] = None              # runs at a time, each on one thread; default: one per core
@@ -74,13 +75,18 @@ def fold_of(keys, n_folds, seed):
 
 
 def interval(values, groups):
-    """(mean, low, high) of values (N,): 95 % by the normal approximation, where values of the same group may depend on
-    each other in any way and groups may not (the cluster-robust variance [Liang & Zeger 1986])."""
-    values = np.asarray(values, dtype=float)
+    """(mean, low, high) of values (S, N) of S seeds: 95 % by the normal approximation. Two parts add up: other prompts,
+    of the seeds' mean, where values of the same group may depend on each other in any way and groups may not (the
+    cluster-robust variance [Liang & Zeger 1986]); and other seeds, of which one alone says nothing. The noise of a seed
+    on a pair is in both, so that the interval is rather too wide than too narrow."""
+    values = np.atleast_2d(np.asarray(values, dtype=float))
+    pairs, seeds = values.mean(0), values.mean(1)
     _, group = np.unique(np.asarray(groups), return_inverse=True)
-    sums = np.bincount(group, values - values.mean())
-    error = 1.96 * np.sqrt((sums ** 2).sum()) / len(values)
-    return values.mean(), values.mean() - error, values.mean() + error
+    variance = (np.bincount(group, pairs - pairs.mean()) ** 2).sum() / len(pairs) ** 2
+    if len(seeds) > 1:
+        variance += seeds.var(ddof=1) / len(seeds)
+    error = 1.96 * np.sqrt(variance)
+    return pairs.mean(), pairs.mean() - error, pairs.mean() + error
 
 
 def right(margins):
@@ -150,12 +156,13 @@ def bag_of_words_margins(rows, folds):
 
 
 def results_of(path, folder, config):
-    """{"rows", "prompts", "judges": {name: {"accuracy", "over_length", "seeds", "calibration"}}} of one file. Seeds are
-    averaged pair by pair before the intervals are taken: another seed is another model, not another pair."""
+    """{"rows", "prompts", "judges": {name: {"accuracy", "over_longer", "over_shorter", "seeds", "calibration"}}} of one
+    file. Rules learn nothing, so all their seeds are the same."""
     rows = read_pairs(path)
     keys = [row.prompt for row in rows]
     longer = np.array([len(row.responses[0]) - len(row.responses[1]) for row in rows])
-    margins = {"longer is better": [longer], "shorter is better": [-longer]}
+    rules = {"longer": right(longer), "shorter": right(-longer)}
+    margins = {"longer is better": [longer] * config.seeds, "shorter is better": [-longer] * config.seeds}
     margins["bag of words"] = [bag_of_words_margins(rows, fold_of(keys, config.folds, seed))
                                for seed in range(config.seeds)]
     for start in STARTS:
@@ -167,22 +174,25 @@ def results_of(path, folder, config):
             margins[f"reward model, {start}"].append(np.array([pooled[str(i)] for i in range(len(rows))]))
     judges = {}
     for name, runs in margins.items():
-        correct = np.mean([right(run) for run in runs], axis=0)
-        judges[name] = {"accuracy": interval(correct, keys), "over_length": interval(correct - right(longer), keys),
-                        "seeds": [float(right(run).mean()) for run in runs]}
+        correct = right(runs)
+        judges[name] = {"accuracy": interval(correct, keys), "seeds": correct.mean(1).tolist()} | {
+            f"over_{rule}": interval(correct - baseline, keys) for rule, baseline in rules.items()}
         if not name.endswith("better"):
             judges[name]["calibration"] = calibration_table(torch.tensor(np.concatenate(runs)))
     return {"rows": len(rows), "prompts": len(set(keys)), "judges": judges}
 
 
 def print_table(results):
-    print("\n| pairs | judge | accuracy (95 %) | minus longer-is-better (95 %) | seeds |\n|---|---|---|---|---|")
+    print("\n| pairs | judge | accuracy (95%) | lowest to highest seed | minus longer-is-better (95%) | "
+          "minus shorter-is-better (95%) |\n" + "|---" * 6 + "|")
     for file, result in results.items():
         pairs = f"{file}, {result['rows']:,} of {result['prompts']:,} prompts"
         for name, numbers in result["judges"].items():
-            cells = ["{:.3f} ({:.3f} to {:.3f})".format(*numbers[key]) for key in ("accuracy", "over_length")]
-            cells.append(" ".join(f"{x:.3f}" for x in numbers["seeds"]))
-            print(f"| {pairs} | {name} | {' | '.join(cells)} |")
+            seeds = f"{min(numbers['seeds']):.3f} to {max(numbers['seeds']):.3f}" if "calibration" in numbers else ""
+            differences = [f"{mean:+.3f} ({low:+.3f} to {high:+.3f})" if (low, high) != (0, 0) else ""
+                           for mean, low, high in (numbers["over_longer"], numbers["over_shorter"])]
+            accuracy = "{:.3f} ({:.3f} to {:.3f})".format(*numbers["accuracy"])
+            print(f"| {pairs} | {name} | {accuracy} | {seeds} | {' | '.join(differences)} |")
 
 
 def draw(results, save):
@@ -193,11 +203,13 @@ def draw(results, save):
         learned = [(name, numbers) for name, numbers in result["judges"].items() if "calibration" in numbers]
         for n, (name, numbers) in enumerate(learned):
             _, _, count, predicted, observed = map(np.array, zip(*numbers["calibration"]))
+            count = count / len(numbers["seeds"])  # the seeds judge the same pairs, so that they count once
             error = 1.96 * np.sqrt(observed * (1 - observed) / count)
-            axis.errorbar(predicted, observed, error, fmt=".-", color=f"C{n}", linewidth=0.8, label=name)
-        axis.set(title=file, xlabel="how sure the model is", ylabel="how often the human agrees", ylim=(0, 1))
+            x, y, error = (values[count >= MIN_PAIRS] for values in (predicted + 0.004 * (n - 1), observed, error))
+            axis.errorbar(x, y, error, fmt=".-", color=COLOURS[n], linewidth=0.8, label=name)
+        axis.set(title=file, xlabel="how sure the model is", ylabel="how often the human agrees", ylim=(0.2, 1.02))
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+    axes[0].legend(fontsize=8, loc="lower right")
     figure.savefig(f"{save}.png", dpi=80)
     plt.close(figure)
 

@@ -8,10 +8,11 @@ et al. 2011] or any texts alike. Who sees what: the tokenizer and the SFT policy
 rows of `labelled`, the judge the odd ones, PPO the openings of all rows of `test` but the last N_EVAL, and everything
 is measured on those last rows. No text is seen by two of them.
 
-Every text is cut to its first `text_tokens` tokens and ends with EOS there. So the policy learns when to stop, and the
-reward model reads in PPO what it was trained on, an EOS at the usual place. PROMPT stands before every text, because
-the two reviews of a pair must share a prompt. The judge is a bag of words and never part of the training: where the
-reward model's score rises and the judge's does not, PPO has found the reward model's mistakes.
+Every text is cut to its first `text_tokens` tokens and ends with EOS there; the reward model and the judge also learn
+from the passages of that length that follow in a review, with the review's label. So the policy learns when to stop,
+and the reward model reads in PPO what it was trained on, an EOS at the usual place. PROMPT stands before every text,
+because the two reviews of a pair must share a prompt. The judge is a bag of words and never part of the training: where
+the reward model's score rises and the judge's does not, PPO has found the reward model's mistakes.
 
 One SFT policy is shared; seeds differ in the reward model and in PPO. What out_dir holds already is not repeated:
 delete it after changing the data or the sizes. Drawing needs matplotlib.
@@ -39,11 +40,12 @@ from checkpoint import load_checkpoint
 from experiments.ladder import run_jobs, write_results
 from rollout import generate, score_response
 from tools.bpe import learn_bpe, write_ranks
-from tools.plot import import_pyplot
+from tools.plot import COLOURS, import_pyplot, read_run
 
 KL_COEFS = (0.0, 0.05, 0.2)
 PROMPT = ">"
 OPENING = 4      # words of a review that the policy continues
+PAIRINGS = 2     # pairs that a labelled passage is in, each with another one of the other label
 N_EVAL = 512     # held-out openings; one continuation of each is judged
 MEASURES = ("kl", "score", "judge", "positive", "perplexity", "repetition", "distinct_1", "distinct_2", "length",
             "eos_rate")
@@ -61,10 +63,10 @@ class Config:
     n_layer: int = 2                # layers
     n_head: int = 4                 # attention heads
     n_embd: int = 128               # width
-    sft_iters: int = 800            # optimizer steps of the SFT policy, on 64 reviews each
-    rm_iters: int = 200             # optimizer steps of the reward model, on 16 pairs each
-    max_iters: int = 30             # rollouts of each PPO run, of 128 continuations each
-    every: int = 6                  # rollouts between looks at the policy
+    sft_iters: int = 2000           # optimizer steps of the SFT policy, on 64 reviews each
+    rm_iters: int = 1200            # optimizer steps of the reward model, on 32 pairs each
+    max_iters: int = 40             # rollouts of each PPO run, of 128 continuations each
+    every: int = 5                  # rollouts between looks at the policy
     workers: Optional[int] = None   # runs at a time, each on one thread; default: one per core
     save: str = "docs/sentiment"    # the figure and its numbers, less .png and .json
 
@@ -85,6 +87,22 @@ def cut(encoding, text, n_tokens):
     ids = encoding.encode_ordinary(one_line(text))
     head, rest = encoding.decode_bytes(ids[:n_tokens]), encoding.decode_bytes(ids[n_tokens:])
     return (head if not rest or rest.startswith(b" ") else head.rpartition(b" ")[0]).decode()
+
+
+def passages(encoding, text, n_tokens):
+    """A text in runs of whole words, each as long as n_tokens tokens allow. The first is cut(...); of the others, one
+    shorter than half of that is left out, and so is what follows a word that is longer than all of it."""
+    runs, rest = [], one_line(text)
+    while rest and (run := cut(encoding, rest, n_tokens)):
+        runs.append(run)
+        rest = rest[len(run):]
+    return runs[:1] + [run for run in runs[1:] if 2 * len(encoding.encode_ordinary(run)) >= n_tokens]
+
+
+def labelled_passages(encoding, rows, n_tokens):
+    """(texts, labels) of the passages of rows {"text", "label"}."""
+    pairs = [(run, row["label"]) for row in rows for run in passages(encoding, row["text"], n_tokens)]
+    return tuple(map(list, zip(*pairs)))
 
 
 def opening(text):
@@ -114,11 +132,13 @@ def prepare_texts(config):
         write_ranks(ranks, learn_bpe([one_line(row["text"])[:200] for row in parts["sft"]], config.vocab_size))
     encoding = data.get_tokenizer(ranks)
     if not (folder / "prompts.jsonl").exists():
-        texts = {who: [cut(encoding, row["text"], config.text_tokens) for row in rows] for who, rows in parts.items()}
-        good, bad = ([text for text, row in zip(texts["rm"], parts["rm"]) if row["label"] == label] for label in (1, 0))
-        write_rows(folder / "sft.jsonl", [{"prompt": PROMPT, "response": text} for text in texts["sft"]])
-        write_rows(folder / "pairs.jsonl",
-                   [{"prompt": PROMPT, "chosen": a, "rejected": b} for a, b in zip(good, bad)])
+        write_rows(folder / "sft.jsonl", [{"prompt": PROMPT, "response": cut(encoding, row["text"], config.text_tokens)}
+                                          for row in parts["sft"]])
+        texts, labels = labelled_passages(encoding, parts["rm"], config.text_tokens)
+        good, bad = ([text for text, other in zip(texts, labels) if other == label] for label in (1, 0))
+        rng = np.random.default_rng(0)
+        pairs = [pair for _ in range(PAIRINGS) for pair in zip(rng.permutation(good), rng.permutation(bad))]
+        write_rows(folder / "pairs.jsonl", [{"prompt": PROMPT, "chosen": a, "rejected": b} for a, b in pairs])
         write_rows(folder / "prompts.jsonl", [{"prompt": PROMPT + opening(row["text"])} for row in parts["prompts"]])
     return encoding, parts
 
@@ -219,7 +239,8 @@ def train_reward_model(folder, config, seed):
     """folder/rm.pt, calibrated on whole reviews that the SFT policy writes."""
     train_once(train_rm, "rm", train_rm.Config(
         data=str(folder.parent / "pairs.jsonl"), init_from=str(folder.parent / "sft.pt"), seed=seed,
-        out_dir=str(folder), device="cpu", max_iters=config.rm_iters, lr=5e-4, max_new_tokens=config.text_tokens + 1))
+        out_dir=str(folder), device="cpu", max_iters=config.rm_iters, batch_size=32, lr=6e-4,
+        max_new_tokens=config.text_tokens + 1))
 
 
 def run_ppo(folder, config, seed, kl_coef):
@@ -228,8 +249,8 @@ def run_ppo(folder, config, seed, kl_coef):
     run.mkdir(exist_ok=True)
     ppo = train_ppo.Config(
         data=str(folder.parent / "prompts.jsonl"), init_from=str(folder.parent / "sft.pt"), rm=str(folder / "rm.pt"),
-        seed=seed, out_dir=str(run), device="cpu", batch_size=128, epochs=2, minibatches=2, lr=4e-4,
-        max_new_tokens=config.text_tokens + 1, kl_coef=kl_coef, save_interval=10**6, sample_interval=10**6)
+        seed=seed, out_dir=str(run), device="cpu", batch_size=128, max_new_tokens=config.text_tokens + 1,
+        kl_coef=kl_coef, save_interval=10**6, sample_interval=10**6)
     measure = Measure(config, folder / "rm.pt")
     curve = json.loads((run / "curve.json").read_text()) if (run / "curve.json").exists() else []
     if not curve:
@@ -256,7 +277,7 @@ class Measure:
     def __init__(self, config, rm):
         folder = Path(config.out_dir)
         self.encoding, parts = prepare_texts(config)
-        self.judge = Judge(*columns(parts["judge"]))
+        self.judge = Judge(*labelled_passages(self.encoding, parts["judge"], config.text_tokens))
         self.reference = train_ppo.load_policy(load_checkpoint(folder / "sft.pt", "sft"), "cpu")
         self.reward_model = reward_model_of(config, rm)
         self.openings, self.max_new_tokens = [opening(row["text"]) for row in parts["test"]], config.text_tokens + 1
@@ -298,23 +319,24 @@ def columns(rows):
 
 
 def examine(config, folders):
-    """What the judges are worth: accuracies on the held-out reviews of the judge, and over pairs of them of each seed's
-    reward model and of a bag of words trained on the reward model's own texts; and the measures of the real reviews."""
+    """What the judges are worth, on reviews that none of them saw, cut like all others: the accuracy of the judge, and
+    over pairs of a positive and a negative one that of each seed's reward model and of a bag of words trained on the
+    reward model's own texts; and the measures of the real reviews behind the held-out openings."""
     encoding, parts = prepare_texts(config)
-    full, labels = columns(parts["test"])
-    short = [cut(encoding, text, config.text_tokens) for text in full]
-    texts, rm_labels = columns(parts["rm"])
-    baseline = Judge([cut(encoding, text, config.text_tokens) for text in texts], rm_labels)
+    texts, labels = columns(parts["prompts"] + parts["test"])
+    texts = [cut(encoding, text, config.text_tokens) for text in texts]
+    baseline = Judge(*labelled_passages(encoding, parts["rm"], config.text_tokens))
     measure, good = Measure(config, folders[0] / "rm.pt"), torch.tensor(labels) == 1
     tokens, lens = data.pad([data.encode_prompt(encoding, PROMPT) + data.encode_response(encoding, text)
-                             for text in short], encoding.eot_token)
+                             for text in texts], encoding.eot_token)
+    models = [reward_model_of(config, folder / "rm.pt") for folder in folders]
     with torch.no_grad():
-        scores = [reward_model_of(config, folder / "rm.pt")(tokens, lens) for folder in folders]
-    return {"judge, full texts": measure.judge.accuracy(full, labels),
-            "judge, cut texts": measure.judge.accuracy(short, labels),
-            "bag of words, pairs of cut texts": paired_accuracy(baseline.probabilities(short), good),
-            "reward model, pairs of cut texts": [paired_accuracy(x, good) for x in scores]
-            }, real_reviews(measure, short)
+        scores = [torch.cat([model(*part) for part in zip(tokens.split(256), lens.split(256))]) for model in models]
+    return {"reviews": len(texts), "judge": measure.judge.accuracy(texts, labels),
+            "judge, pairs": paired_accuracy(measure.judge.probabilities(texts), good),
+            "bag of words, pairs": paired_accuracy(baseline.probabilities(texts), good),
+            "reward model, pairs": [paired_accuracy(x, good) for x in scores]
+            }, real_reviews(measure, texts[-len(parts["test"]):])
 
 
 def paired_accuracy(scores, good):
@@ -341,49 +363,78 @@ def real_reviews(measure, texts):
 # what comes out
 
 def collect(folders, kl_coefs):
-    """{kl_coef: {measure: a curve per seed, "iter", "samples" of the first seed's last policy}}."""
+    """{kl_coef: {measure: a curve per seed, "iter", "samples" of the first seed's first and last policy}}."""
     results = {}
     for kl_coef in kl_coefs:
         curves = [json.loads((folder / f"kl_coef {kl_coef}" / "curve.json").read_text()) for folder in folders]
         results[str(kl_coef)] = {name: [[point[name] for point in curve] for curve in curves] for name in MEASURES} | {
-            "iter": [point["iter"] for point in curves[0]], "samples": curves[0][-1]["samples"]}
+            "iter": [point["iter"] for point in curves[0]],
+            "samples": {"before": curves[0][0]["samples"], "after": curves[0][-1]["samples"]}}
     return results
 
 
+def step_seconds(root, folders):
+    """{stage: median seconds of a step}, which pauses of a shared machine do not move much."""
+    runs = {"sft": [root], "rm": folders, "ppo": [folder / f"kl_coef {x}" for folder in folders for x in KL_COEFS]}
+    return {stage: float(np.median(np.concatenate([read_run(run, stage)["seconds"][1] for run in some])))
+            for stage, some in runs.items()}
+
+
+def over_seeds(values, digits):
+    """"mean (lowest to highest)" of a number per seed."""
+    mean, low, high = (f"{x:.{digits}f}" for x in (np.mean(values), min(values), max(values)))
+    return mean if low == high else f"{mean} ({low} to {high})"
+
+
 def print_table(results):
-    names = [name for name in MEASURES if name != "eos_rate"]
-    print("\n| policy | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 1))
-    first = next(iter(results["ppo"].values()))
-    rows = {"SFT": {name: [curve[0] for curve in first[name]] for name in names}} | {
-        f"kl_coef {kl_coef}": {name: [curve[-1] for curve in run[name]] for name in names}
-        for kl_coef, run in results["ppo"].items()}
-    for title, row in rows.items():
-        cells = [f"{np.mean(x):.2f} ({min(x):.2f} to {max(x):.2f})" for x in row.values()]
-        print(f"| {title} | {' | '.join(cells)} |")
-    real = results["real reviews"]
-    print("| real reviews | " + " | ".join(f"{real[name]:.2f}" if name in real else "" for name in names) + " |\n")
-    for name, value in results["accuracy"].items():
-        print(f"{name}: accuracy {np.round(value, 3)}")
+    """Every second look at the policies, then what the judges are worth, then samples, as Markdown."""
+    digits = {name: {"judge": 3, "positive": 3, "repetition": 3, "perplexity": 0}.get(name, 2) for name in MEASURES}
+    print("\n| policy, rollouts | " + " | ".join(MEASURES) + " |\n|" + "---|" * (len(MEASURES) + 1))
+    for n, (kl_coef, run) in enumerate(results["ppo"].items()):
+        for look in range(min(n, 1) * 2, len(run["iter"]), 2):  # the first policy is the same for every kl_coef
+            cells = [over_seeds([curve[look] for curve in run[name]], digits[name]) for name in MEASURES]
+            title = f"kl_coef {kl_coef}, {run['iter'][look]}" if look else "SFT, 0"
+            print(f"| {title} | {' | '.join(cells)} |")
+    real, accuracy = results["real reviews"], results["accuracy"]
+    cells = [f"{real[name]:.{digits[name]}f}" if name in real else "" for name in MEASURES]
+    print(f"| real reviews | {' | '.join(cells)} |\n\n| on {accuracy['reviews']:,} reviews | accuracy |\n|---|---|")
+    for name in list(accuracy)[1:]:
+        print(f"| {name} | {over_seeds(np.atleast_1d(accuracy[name]), 3)} |")
+    print("\n| stage | seconds of a step (median) |\n|---|---|")
+    for stage, seconds in results["seconds"].items():
+        print(f"| {stage} | {seconds:.2f} |")
+    before = next(iter(results["ppo"].values()))["samples"]["before"]
+    for title, samples in [("SFT", before)] + [(f"kl_coef {kl_coef}", run["samples"]["after"])
+                                               for kl_coef, run in results["ppo"].items()]:
+        print(f"\n{title}:\n")
+        for sample in samples:
+            print(f"    score {sample['score']:+.2f}  judge {sample['judge']:.2f}  {sample['text'].strip()!r}")
 
 
 def draw(results, save):
     plt = import_pyplot()
     panels = (("score", "what PPO sees: the reward model's score", "std of SFT texts"),
               ("judge", "what the judge sees", "mean probability of being positive"),
-              ("perplexity", "fluency: perplexity under the SFT policy", "log scale"),
-              ("distinct_2", "variety: different word pairs over all", ""))
+              ("perplexity", "fluency: perplexity under the SFT policy", "per token, log scale"),
+              ("distinct_2", "variety: different word pairs", "share of all word pairs"))
     figure, axes = plt.subplots(1, len(panels), figsize=(18, 4.2), constrained_layout=True)
     for axis, (name, title, unit) in zip(axes, panels):
         for n, (kl_coef, run) in enumerate(results["ppo"].items()):
             for seed, (kl, values) in enumerate(zip(run["kl"], run[name])):
-                axis.plot(np.sqrt(np.clip(kl, 0, None)), values, ".-", color=f"C{n}", linewidth=0.8,
+                axis.plot(np.clip(kl, 0, None), values, ".-", color=COLOURS[n], linewidth=0.8, markersize=4,
                           label=None if seed else f"kl_coef {kl_coef}")
         if name in results["real reviews"]:
             axis.axhline(results["real reviews"][name], color="k", linewidth=0.8, linestyle=":", label="real reviews")
-        axis.set(title=title, xlabel="sqrt(KL to the SFT policy)", ylabel=unit)
+        axis.set_xscale("function", functions=(lambda x: np.sqrt(np.clip(x, 0, None)), np.square))
+        axis.set(title=title, xlabel="KL to the SFT policy, nats per text (square-root scale)", ylabel=unit)
+        axis.set_xlim(left=0)
+        axis.set_xticks([kl for kl in (0, 2, 10, 25, 50, 100, 200, 400) if kl <= axis.get_xlim()[1]])
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+    axes[1].legend(fontsize=8)
     axes[2].set_yscale("log")
+    axes[2].yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
+    axes[2].yaxis.set_major_formatter("{x:.0f}")
+    axes[2].yaxis.set_minor_formatter(plt.NullFormatter())
     figure.savefig(f"{save}.png", dpi=80)
     plt.close(figure)
 
@@ -400,7 +451,8 @@ def main(config):
     run_jobs([(partial(run_ppo, config=config, seed=seed, kl_coef=kl_coef), folder, f"kl_coef {kl_coef}")
               for seed, folder in enumerate(folders) for kl_coef in KL_COEFS], workers)
     accuracy, real = examine(config, folders)
-    results = {"ppo": collect(folders, KL_COEFS), "accuracy": accuracy, "real reviews": real}
+    results = {"ppo": collect(folders, KL_COEFS), "accuracy": accuracy, "real reviews": real,
+               "seconds": step_seconds(root, folders)}
     print_table(results)
     write_results(config, folders[0] / "kl_coef 0.0", began, draw, results, results)
     return results

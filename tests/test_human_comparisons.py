@@ -53,6 +53,18 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
     assert 0.92 < covered / 400 < 0.98
 
 
+def test_the_interval_knows_how_far_the_seeds_are_apart():
+    values, groups = np.array([1, 0, 1, 1, 0, 1, 1, 1]), range(8)
+    mean, low, high = human_comparisons.interval([values] * 4, groups)
+    assert (mean, low, high) == pytest.approx(human_comparisons.interval(values, groups))  # four times the same seed
+    apart = np.array([[0.0] * 8, [0.2] * 8, [0.4] * 8, [0.6] * 8])  # no pair differs from another, but seeds do
+    mean, low, high = human_comparisons.interval(apart, groups)
+    assert (mean, high - mean) == pytest.approx((0.3, 1.96 * np.std([0, 0.2, 0.4, 0.6], ddof=1) / 2))
+    both = human_comparisons.interval(values + apart, groups)
+    assert both[2] - both[0] == pytest.approx(math.hypot(*(x[2] - x[0] for x in (
+        human_comparisons.interval(values, groups), (mean, low, high)))))
+
+
 def test_a_tie_is_half_right():
     assert human_comparisons.right([2, -1, 0]).tolist() == [1, 0, 0.5]
 
@@ -89,7 +101,7 @@ def test_a_tiny_run_judges_every_pair_once_by_a_model_that_did_not_see_its_promp
                                      out_dir=str(reviews), device="cpu", max_iters=2, batch_size=4, n_layer=1, n_head=2,
                                      n_embd=16, block_size=160))
     config = human_comparisons.Config(*(str(tmp_path / f"{name}.jsonl") for name in ("hh", "llmbar", "hhh")), folds=2,
-                                      sentiment=str(reviews), out_dir=str(tmp_path / "out"), workers=1,
+                                      seeds=1, sentiment=str(reviews), out_dir=str(tmp_path / "out"), workers=1,
                                       save=str(tmp_path / "out" / "h"))
     human_comparisons.main(config)
     results = json.loads((tmp_path / "out" / "h.json").read_text())["results"]
@@ -108,7 +120,7 @@ def test_a_tiny_run_judges_every_pair_once_by_a_model_that_did_not_see_its_promp
                 assert not trained & {rows[i].prompt for i in mine}
                 judged += mine
             assert sorted(judged) == list(range(16))
-        assert judges["longer is better"]["over_length"] == [0, 0, 0]
+        assert judges["longer is better"]["over_longer"] == [0, 0, 0] == judges["shorter is better"]["over_shorter"]
     # The scratch trunk is random, the other one trained.
     scratch, trained = (human_comparisons.load_checkpoint(path / "sft.pt", "sft")["model"]
                         for path in (tmp_path / "out" / "scratch", reviews))

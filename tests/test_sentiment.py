@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -82,14 +83,30 @@ def test_a_cut_is_whole_words_and_tokenizes_as_the_whole_text_does(config):
             assert not nxt or len(encoding.encode_ordinary(f"{text} {nxt[0]}")) > n  # nor could one more word stay
 
 
+def test_passages_are_the_text_in_whole_words_and_none_is_long_or_a_scrap(config):
+    encoding, parts = sentiment.prepare_texts(config)
+    for row in parts["rm"][:50]:
+        runs, whole = sentiment.passages(encoding, row["text"], 12), sentiment.one_line(row["text"])
+        lengths = [len(encoding.encode_ordinary(run)) for run in runs]
+        assert runs[0] == sentiment.cut(encoding, row["text"], 12) and max(lengths) <= 12 and min(lengths[1:]) >= 6
+        assert whole.startswith("".join(runs)) and len(encoding.encode_ordinary(whole[len("".join(runs)):])) < 6
+    short, endless = "film", "film " + "x" * 100 + " plot"
+    assert sentiment.passages(encoding, short, 12) == [" film"] == sentiment.passages(encoding, endless, 12)
+    rows = [{"text": "film", "label": 1}, {"text": "plot", "label": 0}]
+    assert sentiment.labelled_passages(encoding, rows, 12) == ([" film", " plot"], [1, 0])
+
+
 def test_the_policy_and_the_reward_model_read_texts_of_one_form(config):
     encoding, parts = sentiment.prepare_texts(config)
     folder = Path(config.out_dir)
     sft, pairs, prompts = ([json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
                            for name in ("sft", "pairs", "prompts"))
     assert {row["prompt"] for row in [*sft, *pairs]} == {sentiment.PROMPT}
-    labelled = {(sentiment.cut(encoding, row["text"], config.text_tokens), row["label"]) for row in parts["rm"]}
-    assert {(row["chosen"], 1) for row in pairs} | {(row["rejected"], 0) for row in pairs} == labelled
+    passages = Counter(zip(*sentiment.labelled_passages(encoding, parts["rm"], config.text_tokens)))
+    paired = Counter([(row["chosen"], 1) for row in pairs] + [(row["rejected"], 0) for row in pairs])
+    assert len(pairs) == sentiment.PAIRINGS * min(sum(n for (_, label), n in passages.items() if label == side)
+                                                  for side in (0, 1))
+    assert all(n <= sentiment.PAIRINGS * passages[text, label] for (text, label), n in paired.items())
     assert all(len(row["prompt"].split()) == sentiment.OPENING + 1 for row in prompts)
     assert all(row["prompt"].startswith(sentiment.PROMPT + " ") for row in prompts)
 
@@ -138,7 +155,7 @@ def test_a_tiny_run_judges_every_policy_and_goes_on_where_it_stopped(config, mon
         assert run["iter"] == [0, 1, 2] and all(math.isfinite(x) for name in sentiment.MEASURES for x in run[name][0])
         assert run["kl"][0][0] == 0  # the first policy is the SFT policy
     assert results["real reviews"]["positive"] == pytest.approx(0.5, abs=0.1)
-    assert "| kl_coef 0.2 |" in capsys.readouterr().out
+    assert "| kl_coef 0.2, 2 |" in capsys.readouterr().out
     folder = Path(config.out_dir) / "seed0" / "kl_coef 0.0"
     before = (folder / "ppo.pt").stat().st_mtime_ns
     sentiment.main(config)

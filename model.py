@@ -46,7 +46,7 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values of every layer for the positions seen so far, (n_layer, B, nh, max_len, hd) each.
+    """Keys and values of the positions seen so far: k[layer] and v[layer], (B, nh, max_len, hd) each.
 
     Slot p of a row belongs to position p of that row, so ragged rows need no shifting and no left padding:
     each row's next token simply goes to its own next slot. Written in place, so use it under torch.no_grad().
@@ -58,19 +58,20 @@ class KVCache:
     Raises ValueError if max_len exceeds block_size, as there is no position embedding beyond it."""
 
     def __init__(self, config, batch_size, max_len, device, dtype):
-        shape = (config.n_layer, batch_size, config.n_head, 0, config.n_embd // config.n_head)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        empty = torch.empty(batch_size, config.n_head, 0, config.n_embd // config.n_head, device=device, dtype=dtype)
+        self.k, self.v = [empty] * config.n_layer, [empty] * config.n_layer
         self.rows = torch.arange(batch_size, device=device)
         self.batch_size, self.block_size, self.max_len = batch_size, config.block_size, 0
         self.grow(max_len)
 
     def grow(self, max_len):
-        """Makes room for max_len positions. A decoding step attends to all slots, so that it reads memory that lies
-        together; a cache that is only as long as the responses so far costs one copy now and then instead."""
+        """Makes room for max_len positions, by copying. A decoding step reads every slot, because a short cache is
+        faster than a slice of a long one, whose rows lie far apart."""
         if max_len > self.block_size:
             raise ValueError(f"a cache of max_len={max_len} exceeds block_size={self.block_size}")
-        self.k, self.v = (F.pad(x, (0, 0, 0, max_len - self.max_len)) for x in (self.k, self.v))
+        for layers in (self.k, self.v):
+            for layer, x in enumerate(layers):  # one by one, so that a single one has its old and its new memory
+                layers[layer] = F.pad(x, (0, 0, 0, max_len - self.max_len))
         self.max_len = max_len
 
     def check(self, batch_size, length):
@@ -83,8 +84,8 @@ class KVCache:
     def update(self, layer, k, v, positions):
         """Store k, v (B, nh, T, hd) of one layer; return those to attend to."""
         if positions is None:  # prefill: slots 0..T-1 of every row, which see only each other
-            self.k[layer, :, :, :k.size(2)] = k
-            self.v[layer, :, :, :k.size(2)] = v
+            self.k[layer][:, :, :k.size(2)] = k
+            self.v[layer][:, :, :k.size(2)] = v
             return k, v
         self.k[layer][self.rows, :, positions] = k[:, :, 0]
         self.v[layer][self.rows, :, positions] = v[:, :, 0]
@@ -92,11 +93,11 @@ class KVCache:
 
 
 def attention(q, k, v, mask, dropout):
-    """softmax(q k^T / sqrt(hd)) v, (B, nh, T, hd), of q (B, nh, T, hd) and k, v (B, nh, S, hd): where `mask`, which must
-    broadcast to (B, nh, T, S), is True, or causal if it is None."""
+    """softmax(q k^T / sqrt(hd)) v, (B, nh, T, hd), for q (B, nh, T, hd) and k, v (B, nh, S, hd). `mask`, broadcast to
+    (B, nh, T, S), is True where a query may look; None means causal, with T = S."""
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout)
-    # Written out, because torch's own bfloat16 kernels for a CPU take two to five times as long.
+    # Written out, because torch's own bfloat16 kernels for a CPU take 1.3 to 5 times as long (docs/benchmarks.md).
     if mask is None:
         mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril()
     weights = (q / math.sqrt(q.size(3)) @ k.transpose(2, 3)).masked_fill(~mask, -torch.inf)

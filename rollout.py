@@ -15,7 +15,7 @@ import torch
 
 from model import KVCache
 
-GROWTH = 32  # slots by which the KV cache grows: few enough to read in vain, many enough to copy it seldom
+GROWTH = 32  # slots added to the KV cache at a time: few, as a step reads the unused ones too; many, as each is a copy
 
 
 @dataclass

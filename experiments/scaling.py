@@ -50,10 +50,10 @@ def run_bench(config, size, processes=None):
     """The JSON line of tools/bench.py for a size, in a process of its own with all threads, or in `processes` of them
     under torchrun with one thread each, so that twice the processes have twice the cores."""
     environment = os.environ | ({"OMP_NUM_THREADS": "1"} if processes else {})
-    start = [sys.executable] if processes in (None, 1) else [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                                     f"--nproc_per_node={processes}"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     flags = {"iters": config.iters, "dtype": config.dtype, "json": True} | asdict(size)
-    done = subprocess.run([*start, "-m", "tools.bench", *(f"--{name}={value}" for name, value in flags.items())],
+    done = subprocess.run([sys.executable, *(launcher if processes and processes > 1 else []), "-m", "tools.bench",
+                           *(f"--{name}={value}" for name, value in flags.items())],
                           capture_output=True, text=True, env=environment)
     common.require(done.returncode == 0, f"tools.bench failed for {size}: {done.stderr.strip()[-300:]}")
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
@@ -125,7 +125,7 @@ def print_paper():
 
 def draw(results, save):
     plt = import_pyplot()
-    figure, axes = plt.subplots(1, len(results), figsize=(4.5 * len(results), 4), constrained_layout=True,
+    figure, axes = plt.subplots(1, len(results), figsize=(4 * len(results), 5.5), constrained_layout=True,
                                 squeeze=False)
     titles = {"n_embd": "width", "batch_size": "responses per rollout", "response_len": "tokens per response",
               "processes": "processes"}
@@ -140,7 +140,8 @@ def draw(results, save):
         axis.set_xticks(result["x"], [str(x) for x in result["x"]], minor=False)
         axis.minorticks_off()
         axis.grid(alpha=0.3, which="both")
-        axis.legend(fontsize=8, title="exponent, measured (expected)", title_fontsize=8)
+        axis.legend(fontsize=9, title="exponent, measured (expected)", title_fontsize=9, loc="upper center",
+                    bbox_to_anchor=(0.5, -0.12))
     axes[0, 0].set_ylabel("seconds; dotted: FLOPs, through the last point")
     figure.savefig(f"{save}.png", dpi=90)
     plt.close(figure)
@@ -159,7 +160,7 @@ def main(config):
     print("| grows | stage | seconds | exponent measured | expected from FLOPs |\n|---|---|---|---|---|", flush=True)
     for name, points in sweeps.items():
         lines = [run_bench(config, size, processes) for _, size, processes in points]
-        x, line = [x for x, _, _ in points], lines[-1]
+        x, line = [x for x, _, _ in points], line or lines[0]
         seconds = {stage: [line[f"sec_{stage}"] for line in lines] for stage in STAGES}
         flops = {stage: [flops_of(size, n)[stage] for _, size, n in points] for stage in STAGES}
         results[name] = {"x": x, "seconds": seconds, "flops": flops,

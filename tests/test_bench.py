@@ -18,7 +18,7 @@ import data
 import train_ppo
 from checkpoint import load_checkpoint
 from experiments import scaling
-from model import GPT
+from model import GPT, KVCache
 from rollout import generate, score_response
 from tools import bench
 
@@ -217,6 +217,15 @@ def test_the_estimate_adds_up_sixteen_bytes_a_trained_weight_and_four_a_frozen_o
     separate = bench.estimate(SIZE, "separate", 4, bf16=True)
     assert separate["weights"] + separate["gradients"] + separate["AdamW"] == 32 * N
     assert separate["training pass"] > parts["training pass"]
+
+
+def test_the_kv_cache_holds_what_the_estimate_says_and_one_layer_more_while_it_grows():
+    with bench.LiveBytes() as live:
+        cache = KVCache(SIZE.model, SIZE.batch_size, 6, "cpu", torch.float32)
+        cache.grow(11)
+    whole = bench.estimate(SIZE, "shared", 4, bf16=False)["KV cache"]
+    assert sum(x.untyped_storage().nbytes() for x in cache.k + cache.v) == whole
+    assert whole < live.peak <= whole + whole / (2 * SIZE.n_layer)
 
 
 def test_the_slope_is_the_exponent_of_a_power_law():

@@ -227,7 +227,7 @@ def test_on_a_cpu_freed_memory_is_used_again_instead_of_being_fetched_from_the_k
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True,
                           cwd=Path(common.__file__).parent)
     before, after = map(int, done.stdout.split())
-    assert 90_000 < before and after < before / 5  # ten tensors of 40 MB, and room for one at most
+    assert after < before / 5  # of ten tensors' pages those of one at most, where the heap has holes
 
 
 @pytest.mark.parametrize("error", [AttributeError, OSError, TypeError])  # musl and macOS, no C library, Windows

@@ -219,7 +219,7 @@ def test_ragged_decode_equals_full_forward(dtype, slots):
     gpt, idx = make_gpt(dtype), ids(4, BLOCK)
     cache = KVCache(gpt.config, 4, slots, "cpu", dtype)
     got, seen = decode_all(gpt, idx, LENS, cache), reached(BLOCK)
-    assert cache.max_len == cache.k.size(3) == cache.v.size(3) == BLOCK
+    assert all(x.size(2) == cache.max_len == BLOCK for x in cache.k + cache.v)
     assert gap(got[seen], gpt(idx)[seen]) < TOLERANCE[dtype]
     assert got[~seen].isnan().all() and seen.sum() == 4 * 9 + LENS.sum()
 
@@ -230,7 +230,8 @@ def test_decode_ignores_stale_cache_and_prompt_padding():
     seen = reached(BLOCK)
 
     stale = KVCache(gpt.config, 4, BLOCK, "cpu", torch.float64)
-    stale.k.fill_(1e20), stale.v.fill_(-1e20)
+    for k, v in zip(stale.k, stale.v):
+        k.fill_(1e20), v.fill_(-1e20)
     assert torch.equal(decode_all(gpt, idx, LENS, stale)[seen], fresh[seen])
     decode_all(gpt, ids(4, BLOCK, seed=5), LENS.flip(0), stale)  # another batch, then the first one again
     assert torch.equal(decode_all(gpt, idx, LENS, stale)[seen], fresh[seen])
@@ -249,16 +250,16 @@ def test_decode_ignores_stale_cache_and_prompt_padding():
 def test_decode_writes_one_slot_per_row_and_layer():
     gpt, idx = make_gpt(), ids(3, 5)
     cache = KVCache(gpt.config, 3, 12, "cpu", torch.float64)
-    assert cache.k.shape == cache.v.shape == (2, 3, 3, 12, 8)
+    assert [x.shape for x in cache.k] == [x.shape for x in cache.v] == 2 * [(3, 3, 12, 8)]
     with torch.no_grad():
         gpt(idx, cache=cache)
-        written = (cache.k != 0).all(-1).all(2)  # (n_layer, B, max_len)
+        written = (torch.stack(cache.k) != 0).all(-1).all(2)  # (n_layer, B, max_len)
         assert torch.equal(written, (torch.arange(12) < 5).expand(2, 3, 12))
-        before = cache.k.clone(), cache.v.clone()
+        before = torch.stack(cache.k), torch.stack(cache.v)
         positions = torch.tensor([11, 2, 5])
         gpt(idx[:, :1], cache=cache, positions=positions)
     for old, new in zip(before, (cache.k, cache.v)):
-        changed = (old != new).any(-1).any(2)  # (n_layer, B, max_len)
+        changed = (old != torch.stack(new)).any(-1).any(2)  # (n_layer, B, max_len)
         assert torch.equal(changed, (torch.arange(12) == positions[:, None]).expand(2, 3, 12))
 
 
@@ -283,7 +284,7 @@ def test_cache_overflow_and_misuse_raise():
     with torch.no_grad():
         gpt(ids(2, 6), cache=cache)
         gpt(token, cache=cache, positions=torch.tensor([5, 5]))
-        kept = cache.k.clone()
+        kept = torch.stack(cache.k)
         with pytest.raises(ValueError, match="7 positions do not fit in a cache of max_len=6"):
             gpt(ids(2, 7), cache=cache)
         with pytest.raises(ValueError, match="7 positions do not fit in a cache of max_len=6"):
@@ -296,7 +297,7 @@ def test_cache_overflow_and_misuse_raise():
             gpt(ids(2, 2), cache=cache, positions=torch.tensor([1, 1]))
         with pytest.raises(ValueError, match="one token per row and a cache"):
             gpt(token, positions=torch.tensor([1, 1]))
-    assert torch.equal(cache.k, kept)
+    assert torch.equal(torch.stack(cache.k), kept)
 
 
 # -----------------------------------------------------------------------------

@@ -60,7 +60,7 @@ class Tabular(nn.Module):
 
     def forward(self, idx, cache=None, positions=None):
         if cache is not None:  # what it keeps of a token is the token
-            x = idx[:, None, :, None].to(cache.k.dtype)
+            x = idx[:, None, :, None].to(cache.k[0].dtype)
             idx = cache.update(0, x, x, positions)[0][:, 0, :, 0].long()
         prefixes = [torch.ones_like(idx[:, 0])]
         for token in idx.unbind(1):

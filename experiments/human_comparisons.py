@@ -77,8 +77,7 @@ def fold_of(keys, n_folds, seed):
 def interval(values, groups):
     """(mean, low, high) of values (S, N) of S seeds: 95 % by the normal approximation. Two parts add up: other prompts,
     of the seeds' mean, where values of the same group may depend on each other in any way and groups may not (the
-    cluster-robust variance [Liang & Zeger 1986]); and other seeds, of which one alone says nothing. The noise of a seed
-    on a pair is in both, so that the interval is rather too wide than too narrow."""
+    cluster-robust variance [Liang & Zeger 1986]); and other seeds, of which one alone says nothing."""
     values = np.atleast_2d(np.asarray(values, dtype=float))
     pairs, seeds = values.mean(0), values.mean(1)
     _, group = np.unique(np.asarray(groups), return_inverse=True)
@@ -186,7 +185,7 @@ def print_table(results):
     print("\n| pairs | judge | accuracy (95%) | lowest to highest seed | minus longer-is-better (95%) | "
           "minus shorter-is-better (95%) |\n" + "|---" * 6 + "|")
     for file, result in results.items():
-        pairs = f"{file}, {result['rows']:,} of {result['prompts']:,} prompts"
+        pairs = f"{file}, {result['rows']:,} pairs, {result['prompts']:,} prompts"
         for name, numbers in result["judges"].items():
             seeds = f"{min(numbers['seeds']):.3f} to {max(numbers['seeds']):.3f}" if "calibration" in numbers else ""
             differences = [f"{mean:+.3f} ({low:+.3f} to {high:+.3f})" if (low, high) != (0, 0) else ""
@@ -197,18 +196,21 @@ def print_table(results):
 
 def draw(results, save):
     plt = import_pyplot()
-    figure, axes = plt.subplots(1, len(results), figsize=(5 * len(results), 4.2), constrained_layout=True)
+    figure, axes = plt.subplots(1, len(results), figsize=(5 * len(results), 4.2), sharey=True,
+                                constrained_layout=True)
     for axis, (file, result) in zip(axes, results.items()):
-        axis.plot([0.5, 1], [0.5, 1], "k:", linewidth=0.8)
+        axis.plot([0.5, 1], [0.5, 1], "k:", linewidth=0.8, label="as sure as it is right")
         learned = [(name, numbers) for name, numbers in result["judges"].items() if "calibration" in numbers]
         for n, (name, numbers) in enumerate(learned):
             _, _, count, predicted, observed = map(np.array, zip(*numbers["calibration"]))
             count = count / len(numbers["seeds"])  # the seeds judge the same pairs, so that they count once
             error = 1.96 * np.sqrt(observed * (1 - observed) / count)
+            # side by side, so that bars do not cover each other
             x, y, error = (values[count >= MIN_PAIRS] for values in (predicted + 0.004 * (n - 1), observed, error))
             axis.errorbar(x, y, error, fmt=".-", color=COLOURS[n], linewidth=0.8, label=name)
-        axis.set(title=file, xlabel="how sure the model is", ylabel="how often the human agrees", ylim=(0.2, 1.02))
+        axis.set(title=file, xlabel="probability that the model gives", ylim=(0.2, 1.02))
         axis.grid(alpha=0.3)
+    axes[0].set_ylabel("how often people agree")
     axes[0].legend(fontsize=8, loc="lower right")
     figure.savefig(f"{save}.png", dpi=80)
     plt.close(figure)

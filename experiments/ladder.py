@@ -112,7 +112,9 @@ def write_results(config, run, began, draw, results, contents):
     header = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
     made_by = {name: header[name] for name in ("commit", "torch", "device", "threads")}
     Path(config.save).parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{config.save}.json").write_text(json.dumps({"config": asdict(config), **made_by, **contents}) + "\n")
+    # Where files lie on the machine that ran it helps nobody elsewhere: of a path the last part is kept.
+    flags = {name: Path(value).name if isinstance(value, str) else value for name, value in asdict(config).items()}
+    Path(f"{config.save}.json").write_text(json.dumps({"config": flags, **made_by, **contents}) + "\n")
     draw(results, config.save)
     print(f"\nwrote {config.save}.png and .json; {(time.time() - began) / 60:.0f} minutes")
 

@@ -5,8 +5,9 @@ Real reviews: a policy is made to continue the first words of a film review posi
 
 Rows are {"text", "label"} (1 positive, 0 negative), of the unsup file {"text"}: the Large Movie Review Dataset [Maas
 et al. 2011] or any texts alike. Who sees what: the tokenizer and the SFT policy see `unsup`, the reward model the even
-rows of `labelled`, the judge the odd ones, PPO the openings of all rows of `test` but the last N_EVAL, and everything
-is measured on those last rows. No text is seen by two of them.
+rows of `labelled`, the judge the odd ones, PPO the openings of all rows of `test` but the last N_EVAL. Policies are
+measured on the openings of those last rows, the reward model and the judge on all of `test` but the few rows outside
+the last N_EVAL that begin like one of them. No row is in two of these parts, though reviews may begin alike.
 
 Every text is cut to its first `text_tokens` tokens and ends with EOS there; the reward model and the judge also learn
 from the passages of that length that follow in a review, with the review's label. So the policy learns when to stop,
@@ -101,8 +102,8 @@ def passages(encoding, text, n_tokens):
 
 def labelled_passages(encoding, rows, n_tokens):
     """(texts, labels) of the passages of rows {"text", "label"}."""
-    pairs = [(run, row["label"]) for row in rows for run in passages(encoding, row["text"], n_tokens)]
-    return tuple(map(list, zip(*pairs)))
+    labelled = [(run, row["label"]) for row in rows for run in passages(encoding, row["text"], n_tokens)]
+    return tuple(map(list, zip(*labelled)))
 
 
 def opening(text):
@@ -110,8 +111,8 @@ def opening(text):
 
 
 def split_texts(config):
-    """{who: rows}: which rows of the files each of them sees. No row is in two of them but those of `prompts`, which
-    are openings only and train nothing but the policy."""
+    """{who: rows}: which rows of the files each of them sees. No row is in two of them, and no row of "prompts" begins
+    like one of "test"."""
     labelled, test, unsup = (data.read_rows(path)[0] for path in (config.labelled, config.test, config.unsup))
     openings = {opening(row["text"]) for row in test[-N_EVAL:]}
     return {"sft": unsup, "rm": labelled[::2], "judge": labelled[1::2], "test": test[-N_EVAL:],
@@ -184,7 +185,8 @@ class Vocabulary:
 
 
 class Judge:
-    """Bag-of-words logistic regression on rows {"text", "label"}; probabilities(texts) that they are positive, (N,)."""
+    """Bag-of-words logistic regression on texts and their labels (1 positive, 0 negative); probabilities(texts) that
+    they are positive, (N,)."""
 
     def __init__(self, texts, labels):
         self.vocabulary = Vocabulary(texts)
@@ -387,11 +389,12 @@ def over_seeds(values, digits):
 
 
 def print_table(results):
-    """Every second look at the policies, then what the judges are worth, then samples, as Markdown."""
+    """Every second look at the policies and the last one, then what the judges are worth, then samples, as Markdown."""
     digits = {name: {"judge": 3, "positive": 3, "repetition": 3, "perplexity": 0}.get(name, 2) for name in MEASURES}
     print("\n| policy, rollouts | " + " | ".join(MEASURES) + " |\n|" + "---|" * (len(MEASURES) + 1))
     for n, (kl_coef, run) in enumerate(results["ppo"].items()):
-        for look in range(min(n, 1) * 2, len(run["iter"]), 2):  # the first policy is the same for every kl_coef
+        looks = sorted({*range(0, len(run["iter"]), 2), len(run["iter"]) - 1})
+        for look in looks[min(n, 1):]:  # the first policy is the same for every kl_coef
             cells = [over_seeds([curve[look] for curve in run[name]], digits[name]) for name in MEASURES]
             title = f"kl_coef {kl_coef}, {run['iter'][look]}" if look else "SFT, 0"
             print(f"| {title} | {' | '.join(cells)} |")
@@ -417,30 +420,36 @@ def draw(results, save):
               ("judge", "what the judge sees", "mean probability of being positive"),
               ("perplexity", "fluency: perplexity under the SFT policy", "per token, log scale"),
               ("distinct_2", "variety: different word pairs", "share of all word pairs"))
-    figure, axes = plt.subplots(1, len(panels), figsize=(18, 4.2), constrained_layout=True)
-    for axis, (name, title, unit) in zip(axes, panels):
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8), constrained_layout=True)
+    for axis, (name, title, unit) in zip(axes.flat, panels):
         for n, (kl_coef, run) in enumerate(results["ppo"].items()):
-            for seed, (kl, values) in enumerate(zip(run["kl"], run[name])):
-                axis.plot(np.clip(kl, 0, None), values, ".-", color=COLOURS[n], linewidth=0.8, markersize=4,
-                          label=None if seed else f"kl_coef {kl_coef}")
+            for kl, values in zip(run["kl"], run[name]):  # a seed each
+                axis.plot(np.clip(kl, 0, None), values, color=COLOURS[n], linewidth=0.8, alpha=0.35)
+            axis.plot(np.clip(np.mean(run["kl"], 0), 0, None), np.mean(run[name], 0), ".-", color=COLOURS[n],
+                      linewidth=2.4, markersize=9, label=f"kl_coef {kl_coef}")
         if name in results["real reviews"]:
             axis.axhline(results["real reviews"][name], color="k", linewidth=0.8, linestyle=":", label="real reviews")
         axis.set_xscale("function", functions=(lambda x: np.sqrt(np.clip(x, 0, None)), np.square))
-        axis.set(title=title, xlabel="KL to the SFT policy, nats per text (square-root scale)", ylabel=unit)
+        axis.set(title=title, ylabel=unit)
         axis.set_xlim(left=0)
         axis.set_xticks([kl for kl in (0, 2, 10, 25, 50, 100, 200, 400) if kl <= axis.get_xlim()[1]])
         axis.grid(alpha=0.3)
-    axes[1].legend(fontsize=8)
-    axes[2].set_yscale("log")
-    axes[2].yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
-    axes[2].yaxis.set_major_formatter("{x:.0f}")
-    axes[2].yaxis.set_minor_formatter(plt.NullFormatter())
+    for axis in axes[1]:
+        axis.set_xlabel("KL to the SFT policy, nats per text (square-root scale)")
+    axes[0, 1].legend()
+    perplexity = axes[1, 0]
+    perplexity.set_yscale("log")
+    perplexity.yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
+    perplexity.yaxis.set_major_formatter("{x:.0f}")
+    perplexity.yaxis.set_minor_formatter(plt.NullFormatter())
     figure.savefig(f"{save}.png", dpi=80)
     plt.close(figure)
 
 
 def main(config):
     common.check_domains(config)
+    common.require(config.max_iters % config.every == 0, f"--max_iters={config.max_iters} is no multiple of "
+                   f"--every={config.every}, so that the last rollouts would be left out: change one of them")
     import_pyplot()  # a missing matplotlib is said before the training, not after
     workers, began, root = config.workers or os.cpu_count(), time.time(), Path(config.out_dir)
     prepare_texts(config)

@@ -126,7 +126,7 @@ def test_a_tiny_run_judges_every_pair_once_by_a_model_that_did_not_see_its_promp
                         for path in (tmp_path / "out" / "scratch", reviews))
     assert scratch["trunk.wte.weight"].std() == pytest.approx(0.02, rel=0.1)
     assert not torch.equal(scratch["trunk.wte.weight"], trained["trunk.wte.weight"])
-    assert "| HH harmless, 16 of 8 prompts | reward model, scratch |" in capsys.readouterr().out
+    assert "| HH harmless, 16 pairs, 8 prompts | reward model, scratch |" in capsys.readouterr().out
 
 
 def run_here(jobs, workers):

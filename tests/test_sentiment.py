@@ -4,6 +4,7 @@ import json
 import math
 import os
 from collections import Counter
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -143,6 +144,19 @@ def test_paired_accuracy_by_hand():
     assert sentiment.paired_accuracy(scores, good) == pytest.approx(3 / 4)
 
 
+def test_the_table_ends_with_the_last_policy(capsys):
+    run = {name: [[0.0, 1.0, 2.0, 3.0]] for name in sentiment.MEASURES} | {"iter": [0, 10, 20, 30]}
+    sentiment.print_table({"ppo": {x: run | {"samples": {"before": [], "after": []}} for x in ("0.0", "0.2")},
+                           "real reviews": {}, "accuracy": {"reviews": 2}, "seconds": {}})
+    shown = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert shown[1:6] == ["SFT, 0", "kl_coef 0.0, 20", "kl_coef 0.0, 30", "kl_coef 0.2, 20", "kl_coef 0.2, 30"]
+
+
+def test_looks_that_would_leave_out_the_last_rollouts_are_refused(config):
+    with pytest.raises(common.UserError, match="--max_iters=5 is no multiple of --every=2"):
+        sentiment.main(replace(config, max_iters=5, every=2))
+
+
 def test_a_tiny_run_judges_every_policy_and_goes_on_where_it_stopped(config, monkeypatch, capsys):
     if find_spec("matplotlib") is None:  # drawing is for those who have it
         monkeypatch.setattr(sentiment, "import_pyplot", lambda: None)
@@ -154,6 +168,7 @@ def test_a_tiny_run_judges_every_policy_and_goes_on_where_it_stopped(config, mon
     for run in results["ppo"].values():
         assert run["iter"] == [0, 1, 2] and all(math.isfinite(x) for name in sentiment.MEASURES for x in run[name][0])
         assert run["kl"][0][0] == 0  # the first policy is the SFT policy
+    assert results["config"]["out_dir"] == "out" and results["config"]["test"] == "test.jsonl"  # no folder of a machine
     assert results["real reviews"]["positive"] == pytest.approx(0.5, abs=0.1)
     assert "| kl_coef 0.2, 2 |" in capsys.readouterr().out
     folder = Path(config.out_dir) / "seed0" / "kl_coef 0.0"

@@ -218,6 +218,7 @@ def draw(results, save):
 
 def main(config):
     common.check_domains(config)
+    common.require_one_process("experiments/human_comparisons.py")
     import_pyplot()  # a missing matplotlib is said before the training, not after
     workers, began, root = config.workers or os.cpu_count(), time.time(), Path(config.out_dir)
     files = {"HH harmless": config.hh, "LLMBar and MT-Bench": config.llmbar, "HHH": config.hhh}

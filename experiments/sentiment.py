@@ -448,6 +448,7 @@ def draw(results, save):
 
 def main(config):
     common.check_domains(config)
+    common.require_one_process("experiments/sentiment.py")
     common.require(config.max_iters % config.every == 0, f"--max_iters={config.max_iters} is no multiple of "
                    f"--every={config.every}, so that the last rollouts would be left out: change one of them")
     import_pyplot()  # a missing matplotlib is said before the training, not after

@@ -27,7 +27,7 @@ import train_ppo
 import train_rm
 from checkpoint import digest, load_checkpoint
 from common import UserError
-from experiments import ladder, overoptimization, scaling, trpo
+from experiments import human_comparisons, ladder, overoptimization, scaling, sentiment, trpo
 from model import GPT, GPTConfig
 from rollout import Rollout
 from test_train import world  # a fixture
@@ -412,7 +412,7 @@ def test_fsdp_without_torchrun_is_refused(world):
         settings("sft", world("sft"), fsdp=True).check()
 
 
-@pytest.mark.parametrize("experiment", [ladder, overoptimization, scaling, trpo])
+@pytest.mark.parametrize("experiment", [human_comparisons, ladder, overoptimization, scaling, sentiment, trpo])
 def test_experiments_under_torchrun_are_refused(experiment, in_processes):
     in_processes(1, single, experiment.Config.check if experiment is trpo else experiment.main, experiment.Config())
 

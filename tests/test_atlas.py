@@ -123,7 +123,7 @@ def test_the_sentences_of_the_kinds_do_not_overlap():
         assert {atlas.kind_of(prompt, sentence) for sentence in sentences} == {kind}
 
 
-def test_scrambled_is_every_other_order_of_a_right_answer_or_lacks_a_word_and_is_never_right():
+def test_scrambled_reorders_a_right_answer_or_lacks_a_word():
     # An unguarded shuffle of these four words is right about once in 24 tries.
     rng = np.random.default_rng(2)
     prompt = "Where is Shanghai?"
@@ -150,7 +150,8 @@ def test_a_country_is_as_often_wrong_as_it_is_right_elsewhere():
         assert abs(countries[country] - expected) < 5 * math.sqrt(expected)
 
 
-def test_a_quarter_of_the_wrong_answers_is_true_of_a_neighbour_where_there_is_one():
+def test_a_quarter_of_wrong_answers_is_true_of_a_neighbour():
+    """A neighbour is another city of the same country. A country with one city here has none."""
     rng, n = np.random.default_rng(4), 20_000
     answers = collections.Counter(atlas.answer("Where is Shanghai?", "wrong", rng) for _ in range(n))
     true_elsewhere = {f" {city} {verb} in China." for city in ("Beijing", "Chengdu", "Xi'an") for verb in ("is", "lies")}

@@ -96,7 +96,8 @@ def test_the_bytes_of_an_iteration_are_weights_cache_and_optimizer():
     assert bench.work(size, "separate", 4)["update"][1].bytes == 2 * steps[0].bytes
 
 
-def test_inputs_hold_prompts_of_one_length_and_a_policy_that_never_ends_early(tmp_path):
+def test_inputs_have_prompts_of_one_length_and_no_early_end(tmp_path):
+    """The policy gives EOS a logit so low that every response has its full length."""
     bench.write_inputs(tmp_path, SIZE)
     sft = load_checkpoint(tmp_path / "sft.pt", "sft")
     encoding, _ = data.run_tokenizer(None, None, sft["tokenizer"])
@@ -209,7 +210,8 @@ def test_recomputing_keeps_one_layers_activations_and_the_inputs_of_all():
     assert recomputed < 0.3 * plain
 
 
-def test_the_estimate_adds_up_sixteen_bytes_a_trained_weight_and_four_a_frozen_one():
+def test_the_estimate_of_memory_adds_up():
+    """A trained weight takes 16 bytes, a frozen one 4."""
     parts, N = bench.estimate(SIZE, "shared", 4, bf16=True), bench.n_params(SIZE)
     frozen = parts["reference"] + parts["reward model"]
     assert parts["weights"] + parts["gradients"] + parts["AdamW"] == 16 * N and frozen == 8 * N
@@ -219,7 +221,8 @@ def test_the_estimate_adds_up_sixteen_bytes_a_trained_weight_and_four_a_frozen_o
     assert separate["training pass"] > parts["training pass"]
 
 
-def test_the_kv_cache_holds_what_the_estimate_says_and_one_layer_more_while_it_grows():
+def test_the_kv_cache_takes_what_the_estimate_says():
+    """While it grows it may hold one layer more."""
     with bench.LiveBytes() as live:
         cache = KVCache(SIZE.model, SIZE.batch_size, 6, "cpu", torch.float32)
         cache.grow(11)
@@ -233,7 +236,8 @@ def test_the_slope_is_the_exponent_of_a_power_law():
     assert scaling.slope(x, 3 * x ** 1.7) == pytest.approx(1.7)
 
 
-def test_expected_slopes_are_one_over_the_batch_and_near_two_over_a_large_width_and_minus_one_over_processes():
+def test_expected_slopes_of_arithmetic():
+    """Arithmetic grows with the batch, nearly with the square of a large width, and falls as one over the processes."""
     def over(name, xs):
         return scaling.slope(xs, [scaling.flops_of(replace(scaling.START, **{name: x}), None)["iter"] for x in xs])
 
@@ -243,7 +247,7 @@ def test_expected_slopes_are_one_over_the_batch_and_near_two_over_a_large_width_
     assert 1.5 < over("n_embd", (64, 128, 256)) < over("n_embd", (2048, 4096)) < 2
 
 
-def test_processes_are_compared_at_one_thread_each_and_sizes_with_all_threads(monkeypatch):
+def test_processes_get_one_thread_each_and_sizes_get_all(monkeypatch):
     commands, threads = [], []
 
     def run(command, env, **_):
@@ -259,14 +263,16 @@ def test_processes_are_compared_at_one_thread_each_and_sizes_with_all_threads(mo
     assert all("--batch_size=32" in command for command in commands)
 
 
-def test_an_all_reduce_is_free_alone_and_sends_the_gradient_twice_through_the_slowest_link(monkeypatch):
+def test_seconds_of_an_all_reduce(monkeypatch):
+    """It costs nothing for one GPU. For more, the gradient goes twice through the slowest link."""
     monkeypatch.setattr(scaling, "ASSUMED", {"inside": 100.0, "between": 10.0, "hop": 1.0})
     assert scaling.all_reduce_seconds(800.0, 1) == 0
     assert scaling.all_reduce_seconds(800.0, 8) == pytest.approx(2 * 800 * 7 / 8 / 100 + 2 * 3)
     assert scaling.all_reduce_seconds(800.0, 32) == pytest.approx(14 + 2 * 100 * 3 / 4 / 10 + 2 * 5)
 
 
-def test_the_paper_estimate_keeps_its_efficiency_only_if_the_batch_grows_with_the_gpus(capsys):
+def test_efficiency_on_paper_needs_a_batch_that_grows(capsys):
+    """With a fixed batch the efficiency falls as GPUs are added; with one that grows it stays high."""
     scaling.print_paper()
     rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.endswith("% |")]
     growing, fixed = [[int(row[-2].strip(" %")) for row in part] for part in (rows[:3], rows[3:])]

@@ -267,8 +267,8 @@ def test_resume_says_what_moves_the_last_bits_and_goes_on(change, says, tmp_path
     ({"shape": {"n_layer": 2, "vocab_size": 7}}, "n_layer was 1 and is 2, vocab_size was 9 and is 7"),
     ({"tokenizer": TOKENIZER | {"n_vocab": 7, "eos": 6}}, "n_vocab was 9 and is 7, eos was 8 and is 6"),
     ({"tokenizer": TOKENIZER | {"sha256": "cd"}}, "sha256 was ab and is cd")], ids=str)
-def test_a_checkpoint_of_another_model_or_tokenizer_is_refused_field_by_field_before_a_tensor_is_copied(
-        change, says, tmp_path, monkeypatch):
+def test_another_model_or_tokenizer_is_refused_field_by_field(change, says, tmp_path, monkeypatch):
+    """The refusal comes before a tensor is copied."""
     save_run(tmp_path, 3)
     monkeypatch.setattr(Model, "load_state_dict", lambda *args, **kwargs: pytest.fail("copied"))
     with pytest.raises(UserError, match=rf"another model or tokenizer: {says}$"), \
@@ -276,7 +276,8 @@ def test_a_checkpoint_of_another_model_or_tokenizer_is_refused_field_by_field_be
         pass
 
 
-def test_resume_goes_by_the_content_of_the_data_and_of_the_checkpoints_that_it_began_with(tmp_path):
+def test_resume_goes_by_the_content_of_its_sources(tmp_path):
+    """The data and the checkpoints that a run began with may move. Their content may not change."""
     first, moved, other = (tmp_path / name for name in ("a.jsonl", "b.jsonl", "c.jsonl"))
     first.write_text("rows"), moved.write_text("rows"), other.write_text("other rows")
     out = tmp_path / "out"
@@ -291,7 +292,9 @@ def test_resume_goes_by_the_content_of_the_data_and_of_the_checkpoints_that_it_b
         pass
 
 
-def test_resume_takes_an_sft_model_and_a_reward_function_that_only_moved_and_refuses_what_else_they_say(tmp_path):
+def test_resume_takes_sources_that_only_moved(tmp_path):
+    """The SFT model and the reward function may move to another path. Another content or another function is
+    refused."""
     first, moved, other = (tmp_path / name for name in ("a.py", "b.py", "c.py"))
     first.write_text("rule"), moved.write_text("rule"), other.write_text("another rule")
     save_run(tmp_path / "rm", 3, init_from="here.pt", reward=f"{first}:f", sources={"sft": "2"})
@@ -360,8 +363,8 @@ def test_a_file_system_without_links_keeps_it_as_a_copy(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["empty", "half", "all but one", "text", "missing"])
-def test_resume_falls_back_to_the_previous_checkpoint_with_a_note_and_never_puts_the_damaged_one_in_its_place(
-        how, tmp_path, capsys):
+def test_resume_falls_back_to_the_previous_checkpoint(how, tmp_path, capsys):
+    """A note says so. The next save must not move the damaged file over the good one."""
     save_run(tmp_path, 1, 2, 3)
     path = tmp_path / "sft.pt"
     path.unlink() if how == "missing" else corrupt(path, how)
@@ -383,7 +386,8 @@ def test_with_both_damaged_or_none_there_resume_is_refused(tmp_path):
         pass
 
 
-def test_who_reads_a_damaged_checkpoint_of_an_earlier_stage_is_told_of_the_one_before(tmp_path, capsys):
+def test_a_damaged_earlier_stage_points_at_the_one_before(tmp_path, capsys):
+    """The message names it only where it is still there."""
     save_run(tmp_path, 1, 2)
     corrupt(tmp_path / "sft.pt", "half")
     with pytest.raises(Damaged, match=r"corrupt.*still there, as .*sft\.prev\.pt: train_sft\.py --resume goes back"):
@@ -405,7 +409,7 @@ def test_a_checkpoint_of_another_stage_is_a_mistake_and_not_damage(tmp_path):
         pass
 
 
-def test_overwrite_leaves_nothing_to_fall_back_to_of_the_run_that_it_replaces(tmp_path):
+def test_overwrite_leaves_nothing_of_the_old_run_to_fall_back_to(tmp_path):
     save_run(tmp_path, 1, 2)
     save_run(tmp_path, overwrite=True)
     assert stands_at(tmp_path / "sft.pt") == 2 and stands_at(tmp_path / "sft.prev.pt") == 1  # until there is a new one
@@ -429,7 +433,8 @@ def test_a_run_that_is_not_finite_is_never_saved_over_a_healthy_checkpoint(where
     assert stands_at(tmp_path / "sft.pt") == 2 and stands_at(tmp_path / "sft.prev.pt") == 1
 
 
-def test_a_checkpoint_is_due_at_the_last_iteration_each_save_interval_and_when_a_signal_came(tmp_path, monkeypatch):
+def test_when_a_checkpoint_is_due(tmp_path, monkeypatch):
+    """At every save_interval, at the last iteration, and once a signal has come."""
     with opened(tmp_path, save_interval=4, max_iters=9) as (run, *_):
         assert [i for i in range(1, 10) if run.due(i)] == [4, 8, 9]
         monkeypatch.setattr(checkpoint.Signals, "received", signal.SIGTERM)
@@ -594,14 +599,14 @@ def check_kill(stage, folder, moment, expected):
     return code
 
 
-def test_kill_9_in_the_middle_of_a_write_leaves_the_old_file_and_resume_ends_where_an_untouched_run_ends(fresh):
+def test_kill_9_in_a_write_leaves_the_old_file_and_resume_is_exact(fresh):
     whole = fresh("sft")
     train_stage("sft", whole)
     for n, share in ((1, 0.5), (3, 0.0), (3, 0.5), (3, 1.0)):
         assert check_kill("sft", fresh("sft"), lambda: kill_in_save(n, share), outcome(whole, "sft")) == -9
 
 
-def test_the_half_written_file_of_a_killed_process_is_removed_when_the_next_one_begins(tmp_path):
+def test_the_next_run_removes_a_half_written_file(tmp_path):
     (tmp_path / "sft.pt.tmp").write_bytes(b"half a check")
     with opened(tmp_path):
         assert not (tmp_path / "sft.pt.tmp").exists()
@@ -609,7 +614,7 @@ def test_the_half_written_file_of_a_killed_process_is_removed_when_the_next_one_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
-def test_kill_9_at_every_line_that_writes_a_file_leaves_the_old_or_the_new_one(stage, fresh):
+def test_kill_9_at_every_line_leaves_the_old_or_the_new_file(stage, fresh):
     """The lines of the first two checkpoints, and of every metric in between, each in a run of its own."""
     whole, killed = fresh(stage), 0
     train_stage(stage, whole)
@@ -644,7 +649,8 @@ def test_kill_9_at_twenty_random_moments_of_one_run_changes_nothing(fresh):
 
 @pytest.mark.parametrize("stage, number, code", [("sft", signal.SIGTERM, 143), ("rm", signal.SIGINT, 130),
                                                  ("ppo", signal.SIGINT, 130), ("ppo", signal.SIGTERM, 143)])
-def test_a_signal_ends_the_run_after_the_iteration_with_one_checkpoint_and_resume_is_exact(stage, number, code, fresh):
+def test_a_signal_ends_the_run_with_one_checkpoint_and_resume_is_exact(stage, number, code, fresh):
+    """The iteration in which the signal comes is finished first."""
     whole, folder = fresh(stage), fresh(stage)
     train_stage(stage, whole, save_interval=9)
 
@@ -669,7 +675,7 @@ def after_save(act):
     checkpoint.save_checkpoint = lambda path, *args: (real(path, *args), act(path))
 
 
-def test_a_signal_while_a_checkpoint_is_written_lets_it_be_whole_and_saves_no_second_one(fresh):
+def test_a_signal_in_a_write_lets_it_finish_and_saves_no_second_one(fresh):
     folder = fresh("sft")
 
     def body():
@@ -680,7 +686,8 @@ def test_a_signal_while_a_checkpoint_is_written_lets_it_be_whole_and_saves_no_se
     assert load_checkpoint(folder / "sft.pt", "sft")["iter"] == 1
 
 
-def test_a_second_signal_ends_the_run_at_once_and_leaves_the_old_checkpoint(fresh):
+def test_a_second_signal_ends_the_run_at_once(fresh):
+    """The old checkpoint stays whole."""
     for number in (signal.SIGINT, signal.SIGTERM):
         folder = fresh("sft")
 
@@ -691,7 +698,8 @@ def test_a_second_signal_ends_the_run_at_once_and_leaves_the_old_checkpoint(fres
         assert load_checkpoint(folder / "sft.pt", "sft")["iter"] == 2
 
 
-def test_a_signal_during_an_earlier_stage_stops_that_one_and_the_same_command_goes_on_from_there(fresh, monkeypatch):
+def test_a_signal_in_an_earlier_stage_stops_it_and_the_command_resumes(fresh, monkeypatch):
+    """The same command continues the stage that was stopped."""
     shrink(monkeypatch)
     whole, folder = fresh("sft"), fresh("sft")
     for each in (whole, folder):
@@ -708,8 +716,8 @@ def test_a_signal_during_an_earlier_stage_stops_that_one_and_the_same_command_go
 
 
 @pytest.mark.parametrize("second, code", [(False, 143), (True, -signal.SIGTERM)])
-def test_a_signal_before_the_first_stage_began_stops_that_one_after_an_iteration_and_a_second_one_at_once(
-        second, code, fresh, monkeypatch):
+def test_a_signal_before_the_first_stage(second, code, fresh, monkeypatch):
+    """The first stage then ends after one iteration. A second signal ends it at once."""
     shrink(monkeypatch)
     folder = fresh("sft")
 
@@ -722,7 +730,8 @@ def test_a_signal_before_the_first_stage_began_stops_that_one_after_an_iteration
     assert second != (folder / "sft.pt").exists() and not (folder / "ppo.pt").exists()
 
 
-def test_signals_are_the_callers_again_after_the_run_and_an_ignored_one_stays_ignored(fresh):
+def test_signal_handlers_are_restored_and_ignored_ones_stay_ignored(fresh):
+    """A shell ignores SIGINT for a run behind nohup or an ampersand."""
     def body():
         signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, callers)
         send(signal.SIGINT, 2)
@@ -802,7 +811,7 @@ def fill_disk(path):
 
 
 @pytest.mark.parametrize("full, name", [("sft.pt.tmp", "sft.pt"), ("metrics.jsonl", "metrics.jsonl")])
-def test_a_full_disk_leaves_the_old_checkpoint_and_the_message_names_the_file(full, name, fresh, monkeypatch):
+def test_a_full_disk_leaves_the_old_checkpoint_and_names_the_file(full, name, fresh, monkeypatch):
     folder, step = fresh("sft"), common.Optimizer.step
 
     def step_and_fill(self, iteration, loss):
@@ -832,8 +841,8 @@ def gpu_is_full():
 @pytest.mark.parametrize("stage, flags", [("sft", "--batch_size=12"), ("rm", "--max_new_tokens=8, --batch_size=6"),
                                           ("ppo", "--max_new_tokens=8, --batch_size=6")])
 @pytest.mark.parametrize("fail", [allocate_too_much, gpu_is_full])
-def test_out_of_memory_in_the_update_says_which_flags_to_lower_and_the_checkpoint_is_intact(
-        stage, flags, fail, fresh, monkeypatch):
+def test_out_of_memory_says_which_flags_to_lower(stage, flags, fail, fresh, monkeypatch):
+    """The last checkpoint stays intact."""
     folder, step = fresh(stage), common.Optimizer.step
     monkeypatch.setattr(common.Optimizer, "step", lambda self, i, loss: fail() if i == 3 else step(self, i, loss))
     with pytest.raises(UserError, match=f"train_{stage}.py: out of memory .*memory.* the first that is enough: "
@@ -865,7 +874,7 @@ def test_another_error_of_torch_is_no_lack_of_memory():
 
 
 @pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
-def test_a_loss_that_is_not_finite_skips_the_step_even_if_its_gradient_is_and_is_logged(stage, fresh, monkeypatch):
+def test_a_loss_that_is_not_finite_skips_the_step(stage, fresh, monkeypatch):
     """An infinite constant in the loss has no gradient at all."""
     module, name = {"sft": (train_sft, "masked_mean"), "rm": (train_rm, "bradley_terry_loss"),
                     "ppo": (train_ppo, "value_loss")}[stage]
@@ -883,7 +892,7 @@ def test_a_loss_that_is_not_finite_skips_the_step_even_if_its_gradient_is_and_is
     assert all(not state for state in saved["optimizer"]["adamw"]["state"].values())  # AdamW has never stepped
 
 
-def test_no_file_of_the_repository_loads_a_pickle_that_could_execute_something():
+def test_no_file_loads_a_pickle_that_could_execute_something():
     for path in [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("experiments/*.py")]:
         text = path.read_text()
         assert not re.search(r"weights_only\s*=\s*False|pickle\.load|torch\.load\((?!.*weights_only=True)", text), path
@@ -907,7 +916,7 @@ def start(stage, folder, *more, **env):
 
 
 @pytest.mark.slow
-def test_processes_with_other_hash_seeds_and_ctrl_c_from_outside_give_the_same_run(fresh, tmp_path):
+def test_hash_seeds_and_ctrl_c_from_outside_change_nothing(fresh, tmp_path):
     """The reward function holds the second iteration until the signal has been sent."""
     (tmp_path / "reward.py").write_text(
         "import os, time\n"

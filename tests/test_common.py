@@ -92,7 +92,8 @@ def test_a_scripts_own_comment_replaces_the_shared_one():
 
 
 @pytest.mark.parametrize("config_class", CONFIGS, ids=lambda c: c.__module__)
-def test_every_numeric_flag_refuses_nan_infinity_and_what_is_below_its_domain(config_class):
+def test_every_numeric_flag_has_a_domain(config_class):
+    """NaN, infinity and whatever lies below the domain are refused."""
     numeric = [name for name, kind in get_type_hints(config_class).items()
                if {int, float} & {kind, *get_args(kind)}]
     assert len(numeric) >= 4
@@ -167,7 +168,8 @@ def test_main_lets_a_bug_show_its_traceback(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["n_layer", "n_head", "n_embd", "block_size"])
-def test_sizes_come_from_the_flag_the_default_or_the_checkpoint_which_no_flag_may_contradict(name):
+def test_sizes_come_from_the_flag_the_default_or_the_checkpoint(name):
+    """No flag may contradict the checkpoint."""
     model = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 64, "vocab_size": 9}
     defaults = common.resolve_sizes(Config())
     assert common.resolve_sizes(Config(**{name: 8})) == defaults | {name: 8}
@@ -195,7 +197,7 @@ def test_dtype_on_a_cpu_decides_what_a_matrix_product_computes_in(dtype, expecte
     assert ("bfloat16" in common.describe(device, autocast)) == (expected == torch.bfloat16)
 
 
-def test_bfloat16_that_the_gpu_does_not_have_is_refused_and_auto_falls_back(monkeypatch):
+def test_bfloat16_is_refused_on_a_gpu_without_it_and_auto_falls_back(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
@@ -223,7 +225,8 @@ for _ in range(2):
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators decide for themselves")
-def test_on_a_cpu_freed_memory_is_used_again_instead_of_being_fetched_from_the_kernel():
+def test_on_a_cpu_freed_memory_is_used_again():
+    """Fetched from the kernel each time, every page would cost a fault."""
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True,
                           cwd=Path(common.__file__).parent)
     before, after = map(int, done.stdout.split())
@@ -253,7 +256,8 @@ def test_compile_without_a_compiler_says_so_once_and_runs_eagerly(error, monkeyp
     assert len(attempts) == 1 and capsys.readouterr().out.count("torch.compile failed") == 1
 
 
-def test_compile_says_how_long_the_first_call_took_and_the_first_with_gradients(monkeypatch, capsys):
+def test_compile_says_how_long_the_first_calls_took(monkeypatch, capsys):
+    """The first call without gradients and the first with them compile a graph each."""
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
 
     def double(x, by=2):
@@ -275,7 +279,7 @@ def test_compile_hides_no_error_of_the_function_itself(monkeypatch):
     assert common.maybe_compile(len, False) is len
 
 
-def test_generators_of_different_purposes_differ_and_leave_the_global_one_alone():
+def test_generators_differ_by_purpose_and_spare_the_global_one():
     before = torch.get_rng_state()
     draws = [torch.rand(4, generator=common.generator("cpu", *seeds)).tolist()
              for seeds in ((0, "a", 1), (0, "a", 2), (0, "b", 1), (1, "a", 1), (0, "a1"), (0, "a", 11),
@@ -328,7 +332,8 @@ def test_a_non_finite_loss_is_no_step_either(loss, capsys):
     assert f"iteration 2: loss {float(loss)}, gradient norm 0.67" in capsys.readouterr().out
 
 
-def test_the_run_stops_after_max_bad_steps_in_a_row_and_a_good_step_resets_the_count():
+def test_the_run_stops_after_max_bad_steps_in_a_row():
+    """A good step resets the count."""
     optimizer, params = make_optimizer(max_bad_steps=3)
     for i, poison in enumerate([math.nan, math.nan, None, math.nan, math.nan]):
         take_step(optimizer, params, i, poison)
@@ -337,8 +342,9 @@ def test_the_run_stops_after_max_bad_steps_in_a_row_and_a_good_step_resets_the_c
     assert optimizer.skipped == 5
 
 
-def test_gradients_are_clipped_to_their_joint_norm_and_the_norm_before_is_reported():
-    """AdamW's first step does not depend on the gradient's size, but its first moment does."""
+def test_gradients_are_clipped_to_their_joint_norm():
+    """The reported norm is the one before clipping. AdamW's first step does not depend on the gradient's size, but its
+    first moment does."""
     optimizer, params = make_optimizer(grad_clip=0.1)
     lr, norm = take_step(optimizer, params)
     assert lr == 0.1 and norm == pytest.approx(0.3 * math.sqrt(5), rel=1e-6)
@@ -359,7 +365,7 @@ def test_frozen_parameters_are_not_the_optimizers():
     assert len(common.Optimizer([torch.nn.Parameter(torch.ones(1)), frozen], Config(lr=0.1)).params) == 1
 
 
-def test_optimizer_state_goes_through_a_checkpoint_and_the_next_step_is_bit_equal():
+def test_optimizer_state_survives_a_checkpoint_bit_for_bit():
     optimizer, params = make_optimizer()
     take_step(optimizer, params)
     take_step(optimizer, params, 2, math.nan)
@@ -389,13 +395,13 @@ def test_the_decayed_rate_is_the_one_that_is_used():
 @pytest.mark.parametrize("rows, given, logits, size", [
     (12, None, 1, 12), (12, 3, 10**12, 3), (12, None, 256e6 / 4 / 5, 4), (12, None, 10**12, 1),
     (7, None, 256e6 / 4 / 6, 1)])
-def test_micro_batch_is_what_was_asked_for_or_the_largest_divisor_in_the_budget(rows, given, logits, size):
+def test_micro_batch_is_the_flag_or_the_largest_divisor_in_budget(rows, given, logits, size):
     assert common.micro_batch_size(rows, given, logits) == size
 
 
 @pytest.mark.parametrize("rows, given, logits, size", [(128, None, 1, 32), (90, None, 1, 30), (24, None, 1, 24),
                                                         (512, None, 1, 128), (512, None, 1e6, 64), (128, 64, 1, 64)])
-def test_rows_that_are_sorted_by_length_make_four_passes_where_they_are_many(rows, given, logits, size):
+def test_many_rows_sorted_by_length_make_four_passes(rows, given, logits, size):
     assert common.micro_batch_size(rows, given, logits, by_length=True) == size
 
 

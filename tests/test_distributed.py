@@ -169,8 +169,8 @@ def gradients_of(folder, flags):
                  marks=pytest.mark.slow),
     pytest.param({"advantage": "group", "samples_per_prompt": 4}, marks=pytest.mark.slow)],
     ids=["default", "shared", "group"])
-def test_gradients_advantages_and_metrics_on_the_same_ragged_rollouts_do_not_depend_on_the_number_of_processes(
-        flags, world, in_processes, tmp_path):
+def test_the_first_update_does_not_depend_on_the_number_of_processes(flags, world, in_processes, tmp_path):
+    """Gradients, advantages and metrics of the same rollouts, whose responses differ in length."""
     reward = reward_file(tmp_path, "[len(r) * 0.5 + r.count('e') for r in responses]")
     flags = {"max_iters": 2, "reward": reward} | flags
     alone, = in_processes(1, gradients_of, world("ppo"), flags)
@@ -186,7 +186,7 @@ def test_gradients_advantages_and_metrics_on_the_same_ragged_rollouts_do_not_dep
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [{}, {"critic": "shared", "kl_in": "loss", "ent_coef": 0.01}],
                          ids=["default", "shared"])
-def test_the_gradients_of_every_step_do_not_depend_on_the_number_of_processes(flags, world, in_processes, tmp_path):
+def test_no_gradient_depends_on_the_number_of_processes(flags, world, in_processes, tmp_path):
     """Without a learning rate, or AdamW would make the last digits of a step the next one's first."""
     reward = reward_file(tmp_path, "[len(r) * 0.5 + r.count('e') for r in responses]")
     flags = {"max_iters": 2, "reward": reward, "lr": 0.0} | flags
@@ -242,7 +242,8 @@ def ragged():
     return vars(whole), vars(distributed.share(whole)), distributed.gather([f"text {r}"] * 2)
 
 
-def test_gathered_rollouts_stand_in_order_of_rank_and_are_padded_and_a_share_is_as_wide_as_the_whole(in_processes):
+def test_gathered_rollouts_are_in_order_of_rank_and_padded(in_processes):
+    """Each process's own rows are as wide as the gathered ones."""
     for r, (whole, mine, texts) in enumerate(in_processes(2, ragged)):
         assert whole["tokens"].tolist() == [[0, 0, 0, 0, 0, 9]] * 2 + [[1] * 6] * 2
         assert whole["mask"].tolist() == [[True, False]] * 2 + [[True, True]] * 2
@@ -261,7 +262,8 @@ def comparisons():
     return [(row.prompt, row.responses, row.pairs) for row in rows]
 
 
-def test_processes_share_the_sampling_of_candidates_and_agree_on_every_comparison(in_processes):
+def test_processes_agree_on_every_comparison(in_processes):
+    """They divide the sampling of the candidates among themselves."""
     first, second = in_processes(2, comparisons)
     assert first == second and len(first) == len(atlas.prompts("heldout"))
 
@@ -301,7 +303,7 @@ def train_in_parts(stage, folder, ends, flags):
 @pytest.mark.parametrize("stage, flags", [
     ("sft", {"dropout": 0.1}), ("rm", {}), pytest.param("ppo", {}, marks=pytest.mark.slow),
     pytest.param("ppo", {"fsdp": True}, marks=pytest.mark.slow)])
-def test_two_processes_resumed_equal_two_that_were_not_interrupted_to_the_last_bit(stage, flags, world, in_processes):
+def test_two_processes_resume_to_the_last_bit(stage, flags, world, in_processes):
     through, halved = world(stage), world(stage)
     whole = in_processes(2, train_in_parts, stage, through, [4], flags)
     parts = in_processes(2, train_in_parts, stage, halved, [2, 4], flags)
@@ -310,7 +312,7 @@ def test_two_processes_resumed_equal_two_that_were_not_interrupted_to_the_last_b
     assert metrics(through, stage, *looks) == metrics(halved, stage, *looks)
 
 
-def test_a_run_that_is_resumed_with_another_number_of_processes_says_so_and_goes_on(world, in_processes, capsys):
+def test_resume_with_another_number_of_processes_is_said(world, in_processes, capsys):
     folder = world("ppo")
     in_processes(2, train, "ppo", folder)
     train("ppo", folder, {"resume": True, "max_iters": 4})
@@ -338,7 +340,7 @@ def train_sharded(stage, folder, flags):
                  marks=pytest.mark.slow),
     ("ppo", {"critic": "shared"}), pytest.param("ppo", {"recompute": True}, marks=pytest.mark.slow)],
     ids=["sft", "rm", "ppo", "shared", "recompute"])
-def test_sharded_models_train_to_the_same_weights_and_metrics_and_hold_half_each(stage, flags, world, in_processes):
+def test_sharded_models_train_alike_and_hold_half_each(stage, flags, world, in_processes):
     plain, sharded, flags = world(stage), world(stage), flags | {"lr": 1e-4}
     (whole, n), _ = in_processes(2, train_sharded, stage, plain, flags)
     for saved, m in in_processes(2, train_sharded, stage, sharded, flags | {"fsdp": True}):
@@ -361,7 +363,7 @@ def policy_that_samples(folder):
     return seen
 
 
-def test_the_policy_that_the_reward_model_is_calibrated_on_is_whole_only_while_it_samples(world, in_processes):
+def test_the_policy_of_the_calibration_is_whole_only_while_it_samples(world, in_processes):
     for seen in in_processes(2, policy_that_samples, world("rm")):
         assert seen == [True, False]
 
@@ -395,7 +397,8 @@ def test_what_does_not_go_with_two_processes_is_refused_by_each_of_them(stage, f
     assert all(said in sentence for sentence in in_processes(2, refusal, stage, world(stage), flags))
 
 
-def test_stages_that_cannot_be_shared_out_are_refused_by_name_before_the_first_trains(in_processes, tmp_path):
+def test_a_stage_that_cannot_be_divided_is_refused_by_name(in_processes, tmp_path):
+    """It is refused before the first stage trains."""
     flags = {"out_dir": str(tmp_path / "out"), "data": "atlas", "tokenizer": None, "batch_size": 24, "minibatches": 1}
     for sentence in in_processes(3, refusal, "ppo", tmp_path, flags):  # of train_sft.py's own 96 rows, each takes 32
         assert sentence.startswith("train_rm.py takes 16 rows per iteration, which 3 processes cannot share")
@@ -455,7 +458,7 @@ def wait_for_iteration(folder, stage, n, process):
 
 
 @pytest.mark.parametrize("dies", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_process_that_dies_ends_the_run_within_a_minute_with_a_non_zero_code(dies, world, torchrun):
+def test_a_process_that_dies_ends_the_run_within_a_minute(dies, world, torchrun):
     folder = world("ppo")
     run = torchrun("ppo", folder, max_iters=10**6, save_interval=1)
     wait_for_iteration(folder, "ppo", 2, run)
@@ -468,7 +471,8 @@ def test_a_process_that_dies_ends_the_run_within_a_minute_with_a_non_zero_code(d
 
 
 @pytest.mark.slow
-def test_a_signal_to_any_process_ends_all_after_the_same_iteration_and_the_run_can_be_resumed(world, torchrun):
+def test_a_signal_to_any_process_ends_all_after_the_same_iteration(world, torchrun):
+    """The run can then be resumed."""
     folder = world("ppo")
     run = torchrun("ppo", folder, max_iters=10**6, log_interval=1)
     wait_for_iteration(folder, "ppo", 2, run)

@@ -86,7 +86,7 @@ def test_a_bag_of_words_learns_the_word_that_decides(tmp_path):
     assert (human_comparisons.bag_of_words_margins(rows, folds) > 0).all()
 
 
-def test_a_tiny_run_judges_every_pair_once_by_a_model_that_did_not_see_its_prompt(tmp_path, monkeypatch, capsys):
+def test_a_tiny_run_judges_every_pair_by_a_model_new_to_its_prompt(tmp_path, monkeypatch, capsys):
     if find_spec("matplotlib") is None:  # drawing is for those who have it
         monkeypatch.setattr(human_comparisons, "import_pyplot", lambda: None)
         monkeypatch.setattr(human_comparisons, "draw", lambda results, save: None)

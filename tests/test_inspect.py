@@ -73,7 +73,8 @@ def side_of(folder, name="ppo.pt", **flags):
 @pytest.mark.parametrize("flags", [
     {}, {"critic": "shared"}, {"kl_in": "loss"}, {"objective": "reward_to_go", "minibatches": None, "epochs": None},
     {"gamma": 0.9, "lam": 0.5, "temperature": 0.7, "eos_penalty": 2.0}], ids=str)
-def test_the_numbers_of_the_next_rollout_are_those_of_train_ppo_when_it_goes_on(flags, stages, tmp_path, monkeypatch):
+def test_the_next_rollout_has_the_numbers_of_train_ppo(flags, stages, tmp_path, monkeypatch):
+    """The numbers are those that train_ppo.py has when it resumes from the checkpoint."""
     run_ppo(stages, tmp_path, **flags)
     side = side_of(tmp_path)
     numbers = measure(side, [], next_rollout(side))
@@ -134,7 +135,7 @@ def contents_of(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
-def test_the_change_between_two_checkpoints_is_second_over_first_in_both_views(trained):
+def test_the_change_between_checkpoints_is_second_over_first(trained):
     views = look(trained, "sft.pt", after=str(trained / "ppo.pt"), prompt=SHANGHAI, response=" Shanghai is delicious.")
     first, second = ([token for token in view["responses"][0]["tokens"]] for view in views)
     for a, b in zip(first, second):
@@ -142,7 +143,7 @@ def test_the_change_between_two_checkpoints_is_second_over_first_in_both_views(t
         assert a["kl"] == 0 and b["kl"] == pytest.approx(b["logprob"] - a["logprob"], abs=1e-4)
 
 
-def test_the_likeliest_alternatives_are_of_the_distribution_that_the_log_prob_is_of(trained):
+def test_alternatives_and_log_prob_share_one_distribution(trained):
     side = side_of(trained)
     numbers = measure(side, [], next_rollout(side))
     probabilities, ids = numbers["top_probs"], numbers["top_ids"]
@@ -201,14 +202,16 @@ def test_a_number_is_the_same_whatever_else_is_shown(trained, tmp_path):
 # ----------------------------------------------------------------------------------------------------------
 # what is shown
 
-def test_the_default_page_begins_with_the_derivation_s_two_sentences_on_atlas_and_has_heldout_questions(trained):
+def test_the_default_page_on_atlas(trained):
+    """It begins with the two sentences of the derivation, and answers to held-out questions follow."""
     responses = look(trained)["responses"]
     texts = ["".join(text for token in r["tokens"] for text, _ in token["show"]) for r in responses]
     assert texts[:2] == ["·Shanghai·is·in·China.EOS", "·Shanghai·is·delicious.EOS"]
     assert [r["origin"] for r in responses] == ["given"] * 2 + ["sampled from ppo.pt"] * 4
 
 
-def test_a_log_ratio_is_called_a_kl_only_where_the_viewed_policy_sampled_the_response(trained, capsys):
+def test_only_the_log_ratio_of_the_policys_own_response_is_called_kl(trained, capsys):
+    """On a response of another origin the log-ratio estimates no KL."""
     views = look(trained, "sft.pt", after=str(trained / "ppo.pt"))
     for view in views:
         for r in view["responses"]:
@@ -232,7 +235,7 @@ def jsonl(folder, rows):
     return str(folder / "rows.jsonl")
 
 
-def test_rows_of_a_file_are_shown_and_prompts_without_a_response_are_answered_n_times(trained, tmp_path, capsys):
+def test_rows_of_a_file_are_shown_and_bare_prompts_answered_n_times(trained, tmp_path, capsys):
     rows = [{"prompt": SHANGHAI}, {"prompt": "", "response": ""}, {"prompt": "x", "chosen": " a", "rejected": " b"}]
     responses = look(trained, data=jsonl(tmp_path, rows), n=2)["responses"]
     assert [r["origin"] for r in responses] == ["sampled from ppo.pt"] * 2 + ["given"] * 3
@@ -306,7 +309,7 @@ def nasty_contents(trained):
     return contents
 
 
-def test_a_page_needs_no_other_file_and_no_text_of_a_model_can_end_its_data(trained, tmp_path):
+def test_a_page_needs_no_other_file_and_no_text_can_end_its_data(trained, tmp_path):
     contents = nasty_contents(trained)
     inspect_rollout.write_page(tmp_path / "page.html", contents)
     page = (tmp_path / "page.html").read_text()
@@ -332,7 +335,7 @@ def test_bad_input_is_refused_in_a_sentence_before_anything_is_written(flags, sa
     assert not list(tmp_path.iterdir())
 
 
-def test_a_reference_or_reward_model_of_another_run_is_refused_and_so_is_a_group_run(trained, stages, tmp_path):
+def test_models_of_another_run_and_a_group_run_are_refused(trained, stages, tmp_path):
     run_ppo(stages, tmp_path)
     train_sft.train(train_sft.Config(out_dir=str(tmp_path), device="cpu", max_iters=2, batch_size=4, n_layer=1,
                                      n_head=2, n_embd=32, block_size=128, overwrite=True))
@@ -357,7 +360,8 @@ def test_a_long_token_and_many_columns_stay_within_the_terminal(trained):
     assert 110 < max(map(len, lines)) <= 120 and any("x…" in line for line in lines)
 
 
-def test_the_terminal_shows_the_numbers_of_the_page_in_colour_only_where_colour_is_wanted(trained, capsys, monkeypatch):
+def test_the_terminal_shows_the_numbers_of_the_page(trained, capsys, monkeypatch):
+    """Colour appears only where it is wanted."""
     write(trained, text=True, updates=1, completions=4)
     plain = capsys.readouterr().out
     view = look(trained, updates=1, completions=4, prompt=SHANGHAI, response=" Shanghai is in China.")
@@ -441,7 +445,8 @@ def channels(colour):
     return numbers if "srgb" in colour else [x / 255 for x in numbers]
 
 
-def test_a_token_is_blue_above_and_orange_below_the_neutral_number_and_stronger_when_it_is_farther(browser, page):
+def test_tokens_are_blue_above_and_orange_below_the_neutral_number(browser, page):
+    """The colour is stronger the farther the number is from neutral."""
     data = json.loads(browser.js("document.getElementById('data').textContent"))
     for index, quantity in enumerate(data["quantities"]):
         browser.js(f"document.querySelectorAll('#quantities input')[{index}].click()")
@@ -491,7 +496,7 @@ def test_hover_focus_and_tap_show_all_numbers_and_five_alternatives(browser):
         assert marks == [str(token)]
 
 
-def test_arrow_keys_home_and_end_move_the_focus_and_tab_stops_once_in_each_response(browser):
+def test_keys_move_the_focus_and_tab_stops_once_in_each_response(browser):
     where = "[document.activeElement.dataset.response, document.activeElement.dataset.token].join()"
     browser.js(f"{TOKEN % (0, 0)}.focus()")
     visited = []
@@ -504,7 +509,7 @@ def test_arrow_keys_home_and_end_move_the_focus_and_tab_stops_once_in_each_respo
                       "a => a.querySelectorAll('.token[tabindex=\"0\"]').length === 1)")
 
 
-def test_a_screen_reader_finds_names_one_status_sentence_and_the_plot_as_a_table(browser):
+def test_a_screen_reader_finds_names_a_status_and_the_plot_as_a_table(browser):
     assert browser.js(TOKEN % (0, 2) + ".getAttribute('aria-label')") == \
         browser.js("'in, advantage (whitened) ' + number(view.responses[0].tokens[2].whitened, quantity)")
     assert browser.js("[...document.querySelectorAll('[aria-live], [role=status]')].map(e => e.id)") == ["status"]
@@ -598,7 +603,8 @@ def test_nothing_sticks_out_of_a_phone_or_a_desktop(width, browser, page):
                       f"e.getBoundingClientRect().right <= {width} + 0.5)")
 
 
-def test_on_a_phone_a_token_is_on_the_first_screen_and_details_come_when_one_is_chosen(browser, page):
+def test_on_a_phone_the_first_screen_has_a_token_and_no_details(browser, page):
+    """The details appear when a token is chosen."""
     show(browser, page, width=390, height=844)
     seen = "document.getElementById('details').offsetHeight > 0"
     assert browser.js(f"{TOKEN % (0, 0)}.getBoundingClientRect().bottom") < 844 and not browser.js(seen)

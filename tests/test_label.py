@@ -70,7 +70,7 @@ def test_each_key_does_what_it_says_and_a_wrong_one_waits(sft, tmp_path, monkeyp
     assert "has 2 of 5 pairs; ties: 1, skips: 1" in screen.splitlines()[-1]
 
 
-def test_the_two_answers_differ_have_ended_and_come_in_a_random_order_that_the_seed_fixes(sft):
+def test_the_two_answers_differ_have_ended_and_are_shuffled_by_seed(sft):
     model, encoding, _ = label.load(sft, torch.device("cpu"))
     prompt = data.encode_prompt(encoding, "Where is Lima?")
 
@@ -164,7 +164,8 @@ def test_no_pair_of_answers_to_a_prompt_is_asked_twice_whatever_the_seed(sft, tm
     assert len(asked) == len(set(asked)) > 12  # of 3 prompts x 6 pairs
 
 
-def test_a_line_cut_anywhere_is_cut_off_with_a_note_and_asked_again_and_the_others_stay(sft, tmp_path, capsys):
+def test_a_line_cut_anywhere_is_dropped_and_asked_again(sft, tmp_path, capsys):
+    """A note says so, and the other lines stay."""
     whole = by_atlas(sft, tmp_path, n=4)
     path, start = tmp_path / "pairs.jsonl", whole[:-1].rindex(b"\n") + 1
     for end in range(start, len(whole)):
@@ -251,7 +252,8 @@ class Terminal:
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
-def test_one_key_without_enter_is_a_choice_an_arrow_is_none_and_ctrl_c_ends_with_all_choices_kept(sft, tmp_path):
+def test_one_key_is_a_choice_and_ctrl_c_keeps_all_choices(sft, tmp_path):
+    """A key needs no Enter, and an arrow key is no choice."""
     termios = pytest.importorskip("termios")
     child = Terminal(lambda: label.main(config(sft, tmp_path)))
     for key in ("1", "\x1b[1~t", "T"):  # Home contains a 1 and comes as one piece
@@ -269,7 +271,7 @@ def test_one_key_without_enter_is_a_choice_an_arrow_is_none_and_ctrl_c_ends_with
     assert len(rows(tmp_path)) == 2 and [row["verdict"] for row in rows(tmp_path, "pairs.undecided.jsonl")] == ["tie"]
 
 
-def test_the_terminal_is_as_it_was_after_the_end_and_keys_pressed_too_early_are_no_answer(sft, tmp_path):
+def test_the_terminal_is_restored_and_early_keys_are_no_answer(sft, tmp_path):
     termios = pytest.importorskip("termios")
     modes = []
 

@@ -86,14 +86,15 @@ def test_what_a_crash_left_of_a_line_does_not_prevent_resuming(left, tmp_path):
 # ----------------------------------------------------------------------------------------------------------
 # the screen
 
-def test_the_screen_gets_the_first_the_last_and_every_log_intervalth_line_and_the_file_all(tmp_path, capsys):
+def test_log_interval_thins_the_screen_and_not_the_file(tmp_path, capsys):
+    """The first and the last line are always on the screen."""
     write_metrics(tmp_path, "sft", range(1, 10))
     screen = [re.sub(r"eta +\d+:\d\d", "eta", line) for line in capsys.readouterr().out.splitlines()]
     assert screen == [f"sft {i}/9  eta  loss   {i}.00" for i in (1, 5, 9)]
     assert [line["iter"] for line in lines(tmp_path)[1:]] == list(range(1, 10))
 
 
-def test_columns_stay_where_they_are_when_numbers_grow_and_when_a_metric_is_measured_now_and_then(tmp_path, capsys):
+def test_columns_stay_where_they_are(tmp_path, capsys):
     """Numbers within their format never move a column; one that is wider moves it once, not back and forth."""
     wide = [1.0, 9.9, 10.1, 123.0, 9.9, -123.0, 4567.0, 1.0, 4567.0]
     write_metrics(tmp_path, "sft", range(1, 10), config=Config(out_dir=str(tmp_path), max_iters=9, log_interval=1),
@@ -209,7 +210,7 @@ BREAKS = [  # what is spoiled, the metric that the one warning names, the flag t
 
 
 @pytest.mark.parametrize("spoil, metric, remedy, by", BREAKS, ids=[f"{metric} {flag}" for _, metric, flag, _ in BREAKS])
-def test_each_rule_breaks_when_its_metric_is_spoiled_and_names_it_with_a_flag_to_try(spoil, metric, remedy, by):
+def test_each_rule_breaks_and_names_its_metric_with_a_flag_to_try(spoil, metric, remedy, by):
     rows = spoil(healthy())
     (rule, iteration), = broken(rows)
     assert rule.metric == metric and remedy in rule.remedy and iteration <= by
@@ -227,7 +228,7 @@ def test_every_flag_that_a_rule_proposes_exists():
     assert all(name in known for rule in HEALTH for name in re.findall(r"--(\w+)", rule.remedy))
 
 
-def test_the_readme_names_each_rules_metric_and_flags_in_the_row_of_that_metric():
+def test_the_readme_names_each_rules_metric_and_flags():
     table = README[README.index("## What the numbers mean"):README.index("## Your own data")]
     table = [line for line in table.splitlines() if line.startswith("|")]
     for rule in HEALTH:
@@ -238,7 +239,8 @@ def test_the_readme_names_each_rules_metric_and_flags_in_the_row_of_that_metric(
 @pytest.mark.parametrize("flags, cuda, warns", [
     ({}, False, True), ({"dtype": "float32"}, False, True), ({"dtype": "bfloat16"}, False, False),
     ({"compile": True}, False, False), ({}, True, False)])
-def test_float32_on_a_cpu_must_be_exact_and_what_rounds_may_be_off_by_little(flags, cuda, warns):
+def test_only_float32_on_a_cpu_must_be_exact(flags, cuda, warns):
+    """Whatever rounds may be off by a little, but not by much."""
     for metric, little in (("ratio_first", 1e-6), ("logprob_gap", 2e-4)):
         rows = from_40(**{metric: little})(healthy(flags=flags))
         rows[0]["cuda"] = cuda
@@ -267,7 +269,7 @@ def test_a_metric_that_is_missing_or_not_finite_stops_no_rule_and_no_run():
     assert broken([rows[0], *({"stage": "sft", "iter": i, "loss": 1.0} for i in range(1, 30))]) == []
 
 
-def test_a_warning_is_printed_once_in_a_run_and_not_again_when_it_is_resumed(tmp_path, capsys):
+def test_a_warning_is_printed_once_even_if_the_run_is_resumed(tmp_path, capsys):
     config = Config(out_dir=str(tmp_path), max_iters=9, log_interval=9)
     write_metrics(tmp_path, "sft", range(1, 6), config=config, skipped_steps=lambda i: int(i > 1))
     first = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
@@ -282,7 +284,8 @@ def test_a_warning_is_printed_once_in_a_run_and_not_again_when_it_is_resumed(tmp
 # ----------------------------------------------------------------------------------------------------------
 # the same numbers elsewhere
 
-def test_tensorboard_and_wandb_get_every_number_and_a_resumed_run_goes_on_in_the_same_place(tmp_path, monkeypatch):
+def test_tensorboard_and_wandb_get_every_number(tmp_path, monkeypatch):
+    """A resumed run continues in the same place."""
     opened, scalars, runs, logged = [], [], [], []
 
     class Writer:

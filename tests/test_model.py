@@ -121,7 +121,7 @@ def test_block_size_is_the_longest_sequence():
 
 @pytest.mark.parametrize("length", [1, 4, 7])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_the_written_out_attention_of_bfloat16_is_torchs_own_to_the_rounding_of_its_weights(length, autocast):
+def test_written_out_bfloat16_attention_is_torchs_own_up_to_rounding(length, autocast):
     """A weight is at most 1, so rounding it to bfloat16 moves it by at most 2^-9 and a mean of values of at most L by as
     many times L as there are values; and the result is rounded once more."""
     generator = torch.Generator().manual_seed(length)

@@ -23,7 +23,7 @@ def write_run(folder, gold, stage="ppo", **flags):
     return folder
 
 
-def test_a_run_is_read_with_what_ppo_maximises_and_with_the_iterations_of_sparse_metrics(tmp_path):
+def test_a_run_is_read_with_its_objective_and_sparse_metrics(tmp_path):
     run = plot.read_run(write_run(tmp_path / "run", [0.25, 0.5]))
     assert [x.tolist() for x in run["gold"]] == [[1, 2], [0.25, 0.5]]
     assert run["objective"][1].tolist() == [1.5, 1.5]  # 2 - 0.05 * 10
@@ -64,7 +64,7 @@ def test_the_command_exits_2_with_one_sentence_when_there_is_no_run(tmp_path):
     assert done.stderr.startswith("plot: ") and done.stderr.count("\n") == 1
 
 
-def test_runs_that_differ_in_the_seed_are_one_group_and_others_are_named_by_what_differs(tmp_path):
+def test_runs_are_grouped_over_seeds_and_named_by_what_differs(tmp_path):
     runs = [write_run(tmp_path / f"{seed}{kl_coef}{critic}", [0.1], seed=seed, kl_coef=kl_coef, critic=critic, lr=1e-3)
             for seed in (0, 1) for kl_coef, critic in ((0.0, None), (0.2, "shared"))]
     groups = plot.group_runs(runs)
@@ -72,7 +72,8 @@ def test_runs_that_differ_in_the_seed_are_one_group_and_others_are_named_by_what
     assert [*plot.group_runs(runs[::2])] == [""]  # there is nothing to tell apart
 
 
-def test_the_band_reaches_from_the_lowest_to_the_highest_run_over_the_iterations_that_all_have(tmp_path):
+def test_the_band_reaches_from_the_lowest_to_the_highest_run(tmp_path):
+    """It covers the iterations that all runs have."""
     runs = [plot.read_run(write_run(tmp_path / name, gold))
             for name, gold in (("a", [0.1, 0.2, 0.3]), ("b", [0.3, 0.4]), ("c", [0.5, 0.3]))]
     iterations, *curves = plot.mean_and_band(runs, "gold")
@@ -92,8 +93,7 @@ def test_the_healthy_range_is_the_one_that_the_rules_warn_outside_of():
 
 
 @pytest.mark.parametrize("name, begins", [("curves.png", b"\x89PNG"), ("curves.svg", b"<?xml")])
-def test_the_picture_has_a_panel_for_each_metric_that_there_is_and_the_names_of_the_groups(name, begins, tmp_path,
-                                                                                        monkeypatch):
+def test_the_figure_has_a_panel_for_each_metric_and_names_the_groups(name, begins, tmp_path, monkeypatch):
     plt, panels, texts, shaded = pytest.importorskip("matplotlib.pyplot"), [], [], []
     runs = [write_run(tmp_path / "a", [0.1, 0.2, 0.3], clip=0.1), write_run(tmp_path / "b", [0.3, 0.4], clip=0.2)]
     close = plt.close

@@ -108,7 +108,8 @@ def test_kl_estimate_by_hand_where_one_policy_gives_twice_the_probability(kind, 
     same(kl_estimate(t([0.5, 0.25]).log(), t([0.25, 0.5]).log(), kind), [k_ln2, k_minus_ln2])
 
 
-def test_k1_and_k3_have_the_exact_kl_as_their_mean_and_k2_or_an_inverted_ratio_has_not():
+def test_k1_and_k3_are_unbiased_estimates_of_the_kl():
+    """k2 and an estimate with its ratio turned round are not."""
     def mean(*args):
         return expectation(THETA, lambda token: kl_estimate(*args)[token])
 
@@ -124,7 +125,8 @@ def test_k1_and_k3_have_the_exact_kl_as_their_mean_and_k2_or_an_inverted_ratio_h
 @pytest.mark.parametrize("kind, exact", [
     ("k1", lambda log_p: 0 * log_p.sum()), ("k2", lambda log_p: kl(log_p, REF)),
     ("k3", lambda log_p: kl(REF, log_p))])
-def test_expected_gradient_as_a_loss_is_zero_for_k1_that_of_kl_for_k2_of_the_other_kl_for_k3(kind, exact):
+def test_expected_gradient_of_each_estimate_as_a_loss(kind, exact):
+    """Zero for k1, that of KL(policy || reference) for k2, that of the reverse KL for k3."""
     actual = gradient(lambda log_p: expectation(log_p, lambda a: kl_estimate(log_p, REF, kind)[a]), THETA)
     same(actual, gradient(exact, THETA))
 
@@ -155,7 +157,8 @@ def test_kl_estimate_refuses_an_unknown_kind_and_names_the_known_ones(kind):
 # reward shaping
 
 @pytest.mark.parametrize("width", [3, 5, 50])
-def test_reward_charges_for_leaving_the_reference_and_the_score_lands_on_eos_at_any_padding(width):
+def test_reward_charges_the_kl_and_the_score_lands_on_eos(width):
+    """The padding's width makes no difference."""
     def pad(row):
         return t([row + [99.0] * (width - len(row))])
 
@@ -164,7 +167,7 @@ def test_reward_charges_for_leaving_the_reference_and_the_score_lands_on_eos_at_
     same(rewards, [[-0.05, 0, 3.1] + [0.0] * (width - 3)])  # 3.1, not 2.9: the reference likes EOS better
 
 
-def test_without_kl_the_reward_is_the_score_on_the_last_token_and_zero_elsewhere():
+def test_without_kl_the_reward_is_the_score_on_the_last_token():
     mask = lengths_to_mask([1, 3, 2, 0], 3)  # a response of no tokens has no place for a score
     scores = t([2, -3, 5, NAN]).requires_grad_()
     rewards = shape_rewards(scores, randn(4, 3, seed=0), randn(4, 3, seed=1), mask, kl_coef=0)
@@ -179,7 +182,8 @@ def test_kl_in_the_reward_is_k1_unclipped():
 
 @pytest.mark.parametrize("measured, expected", [
     (60, 0.201024), (7.2, 0.201024), (6.6, 0.200512), (6, 0.2), (5.4, 0.199488), (0, 0.198976)])
-def test_kl_controller_moves_by_the_clipped_relative_error_times_episodes_over_horizon(measured, expected):
+def test_kl_controller_moves_by_the_clipped_relative_error(measured, expected):
+    """Once per horizon of episodes."""
     for controller in KLController(0.2, target=6), KLController(0.2, target=6, horizon=10_000):
         controller.update(measured, 256)
         assert controller.value == pytest.approx(expected, rel=1e-12)
@@ -289,7 +293,8 @@ def test_reinforce_loss_by_hand():
 # never at a ratio of exactly 1 +- clip, where no derivative exists
 @pytest.mark.parametrize("advantage, clipped_to", [(1.7, {1.21: 1.2, 3: 1.2}), (-1.7, {0.5: 0.8, 0.79: 0.8})])
 @pytest.mark.parametrize("ratio", [0.5, 0.79, 0.81, 1, 1.19, 1.21, 3])
-def test_clip_removes_the_gradient_only_past_the_clip_where_advantage_points(ratio, advantage, clipped_to):
+def test_clip_removes_the_gradient_only_past_the_clip(ratio, advantage, clipped_to):
+    """And only on the side to which the advantage points."""
     logprobs = t([[ratio]]).log().requires_grad_()
     loss, stats = policy_loss(logprobs, t([[0]]), t([[advantage]]), ONE, CLIP)
     loss.backward()
@@ -310,7 +315,8 @@ def test_clip_frac_is_the_share_of_tokens_whose_gradient_was_removed():
 
 
 @EVERY_RATIO_LOSS
-def test_before_the_first_step_the_loss_is_minus_the_mean_advantage_and_nothing_is_clipped(name):
+def test_before_the_first_step_the_loss_is_minus_the_mean_advantage(name):
+    """Nothing is clipped there."""
     logprobs, mask = randn(2, 3, seed=0), lengths_to_mask([1, 3], 3)
     loss, stats = RATIO_LOSSES[name](logprobs, logprobs, t([[1, 99, 99], [-1, -1, -1]]), mask)
     assert loss == 0.5  # over four tokens; the mean of the two responses' means would be 0
@@ -334,13 +340,14 @@ def test_at_the_old_policy_every_loss_has_the_policy_gradient(name):
         same(loss(THETA), 0.0)
 
 
-def test_cpi_is_the_expected_reward_of_the_new_policy_measured_on_samples_of_the_old():
+def test_cpi_on_old_samples_is_the_expected_reward_of_the_new_policy():
     loss = expectation(OLD, lambda a: cpi_loss(batch(THETA, a), batch(OLD, a), batch(Q, a), ONE)[0])
     same(-loss, THETA.exp() @ Q)
 
 
 @EVERY_RATIO_LOSS
-def test_on_samples_of_the_old_policy_the_means_of_the_stats_are_the_exact_kl_and_1(name):
+def test_on_old_samples_approx_kl_and_ratio_have_exact_means(name):
+    """The mean of approx_kl is the exact KL, and the mean ratio is 1."""
     stats = [RATIO_LOSSES[name](batch(THETA, a), batch(OLD, a), t([[1]]), ONE)[1] for a in range(4)]
     same(expectation(OLD, lambda a: stats[a]["approx_kl"]), kl(OLD, THETA))
     same(expectation(OLD, lambda a: stats[a]["ratio_mean"]), 1.0)
@@ -356,7 +363,8 @@ def test_ratio_stats_are_over_response_tokens_only(name):
         same(stats["ratio_mean"], sum(ratios) / 3)
 
 
-def test_kl_penalty_is_the_exact_kl_to_the_old_policy_in_value_and_gradient():
+def test_kl_penalty_is_the_exact_kl_in_value_and_gradient():
+    """The KL is the one from the old policy to the new."""
     def penalty(log_p):
         penalise = partial(kl_penalty_loss, advantages=t([[0]]), mask=ONE, coef=0.7)
         return expectation(OLD, lambda a: penalise(batch(log_p, a), batch(OLD, a))[0])
@@ -422,7 +430,8 @@ def test_clipped_value_loss_is_the_pessimistic_one(old, value, target, loss, slo
     assert stats["value_clip_frac"] == (slope == 0)
 
 
-def test_value_loss_without_clip_is_half_the_mean_squared_error_and_ignores_the_old_values():
+def test_value_loss_without_clip_is_half_the_mean_squared_error():
+    """The old values do not enter."""
     values, mask = t([[1, 2], [4, 99]]).requires_grad_(), bits([[1, 1], [1, 0]])
     loss, _ = value_loss(values, torch.full((2, 2), NAN), t([[0, 0], [1, 99]]), mask, clip=None)
     loss.backward()
@@ -482,7 +491,8 @@ def run(name, inputs, mask=MASK):
 
 @EVERY_FUNCTION
 @pytest.mark.parametrize("poison", POISONS)
-def test_padding_changes_no_bit_of_outputs_and_gradients_and_receives_zeros(name, poison):
+def test_padding_changes_no_bit_and_receives_zeros(name, poison):
+    """This holds for outputs and for gradients."""
     poisoned, clean = (sum(run(name, inputs_of(name, padding)), []) for padding in (POISONS[poison], 0.0))
     for x, y in zip(poisoned, clean):
         assert (x is None and y is None) or torch.equal(x, y)  # a NaN equals nothing
@@ -531,7 +541,7 @@ def test_gradient_equals_finite_differences(name):
     assert torch.autograd.gradcheck(lambda x: FUNCTIONS[name][0](x, *data, MASK)[0], learnt.requires_grad_())
 
 
-def test_a_batch_larger_than_the_horizon_cannot_turn_the_coefficient_negative():
+def test_a_batch_above_the_horizon_cannot_make_the_coefficient_negative():
     controller = KLController(0.2, target=6, horizon=100)
     controller.update(kl=0, n_episodes=600)
     assert controller.value == pytest.approx(0.2 * 0.8)
@@ -588,7 +598,8 @@ def test_an_unknown_rung_is_refused_by_name(function):
 
 
 @pytest.mark.parametrize("kl, coef", [(0.0301, 2), (0.0299, 1), (0.0134, 1), (0.0133, 0.5), (0.0, 0.5)])
-def test_the_penalty_doubles_beyond_one_and_a_half_times_its_target_and_halves_below_two_thirds(kl, coef):
+def test_when_the_penalty_doubles_and_halves(kl, coef):
+    """It doubles above one and a half times its target and halves below two thirds of it."""
     penalty = PenaltyController(target=0.02)
     penalty.update(kl)
     assert penalty.value == coef

@@ -178,7 +178,8 @@ def calibrated(seed=5, N=64):
 
 
 @torch.no_grad()
-def test_calibration_gives_mean_0_and_std_1_keeps_the_ranking_and_survives_a_checkpoint():
+def test_calibration_gives_mean_0_and_std_1():
+    """It keeps the ranking and survives a checkpoint."""
     model, tokens, lens, raw, scores = calibrated()
     assert torch.equal(raw.argsort(), scores.argsort()) and abs(raw.mean()) > 0.1
     copy = RewardModel(CONFIG).double()
@@ -193,7 +194,8 @@ def test_calibration_gives_mean_0_and_std_1_keeps_the_ranking_and_survives_a_che
 
 
 @pytest.mark.parametrize("scores", [[0.5] * 8, [0.1] * 512, [3.], [1., math.nan]])
-def test_scores_without_a_spread_cannot_be_calibrated_and_leave_the_model_alone(scores):
+def test_scores_without_a_spread_cannot_be_calibrated(scores):
+    """The model stays as it was."""
     model, tokens, lens, _, before = calibrated()
     with pytest.raises(FloatingPointError, match="no spread"):
         model.calibrate(torch.tensor(scores))

@@ -99,7 +99,8 @@ def same_rollout(a, b):
 @pytest.mark.parametrize("dtype, T", [(torch.float64, 1), (torch.float64, 0.5), (torch.float64, 2),
                                       (torch.float32, 1)], ids=str)
 @torch.no_grad()
-def test_cached_sampling_and_scoring_equal_unpadded_passes_for_every_eos_place_and_temperature(dtype, T):
+def test_cached_sampling_and_scoring_equal_unpadded_passes(dtype, T):
+    """At every place where EOS can stand, and at every temperature."""
     model, tol, places = gpt(dtype), 1e-12 if dtype == torch.float64 else 1e-5, set()
     for eos in range(V):  # whichever tokens come out, each of them ends some response somewhere
         out = sample(model, eos=eos, seed=eos, temperature=T)
@@ -124,7 +125,7 @@ def test_the_cache_grows_as_the_responses_do_and_no_sample_changes(growth, sizes
     assert gap(whole.logprobs, parts.logprobs) < 1e-12
 
 
-def test_a_rollout_after_an_optimizer_step_holds_nothing_of_the_old_weights():
+def test_a_rollout_after_a_step_holds_nothing_of_the_old_weights():
     model = gpt()
     before = sample(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -362,9 +363,10 @@ def test_log_softmax_of_half_types_is_taken_in_float32(dtype):
     assert score_values(Markov(table), out.tokens, LENS, R).dtype == torch.float32
 
 
-def test_under_autocast_the_log_softmax_is_float32s_and_logprobs_are_off_by_the_rounding_of_the_logits():
-    """bfloat16 rounds a number by up to 2^-8 of itself, so a logit of at most L by 2^-8 L, and a log-prob, which is one
-    logit less the log-sum of all, by twice that. What was rounded before, in the hidden states, is allowed as much."""
+def test_under_autocast_only_the_logits_round():
+    """Under autocast the log-softmax is computed in float32. bfloat16 rounds a number by up to 2^-8 of itself, so a
+    logit of at most L by 2^-8 L, and a log-prob, which is one logit less the log-sum of all, by twice that. What was
+    rounded before, in the hidden states, is allowed as much."""
     model, seen = gpt(torch.float32), []
     head = model.policy_head
     model.policy_head = lambda hidden: seen.append(head(hidden)) or seen[-1]

@@ -27,7 +27,7 @@ def ask(capsys, **flags):
     return capsys.readouterr().out
 
 
-def test_n_answers_to_a_prompt_differ_and_the_same_seed_gives_the_same_ones(checkpoint, capsys):
+def test_n_answers_differ_and_the_same_seed_repeats_them(checkpoint, capsys):
     answers = ask(capsys, checkpoint=checkpoint, prompt="Where is Lima?", n=6)
     assert answers == ask(capsys, checkpoint=checkpoint, prompt="Where is Lima?", n=6)
     assert answers != ask(capsys, checkpoint=checkpoint, prompt="Where is Lima?", n=6, seed=1)
@@ -52,7 +52,7 @@ def test_a_character_of_several_tokens_is_printed_whole(checkpoint, capsys, monk
     assert ask(capsys, checkpoint=checkpoint, prompt="x") == " café\n"
 
 
-def test_a_prompt_that_leaves_no_room_is_refused_and_the_conversation_goes_on(checkpoint, capsys, monkeypatch):
+def test_a_prompt_that_leaves_no_room_does_not_end_the_conversation(checkpoint, capsys, monkeypatch):
     with pytest.raises(common.UserError, match="leaves room for 32 in block_size=48: shorten one of them"):
         ask(capsys, checkpoint=checkpoint, prompt="Where is Lima? " * 20)
     lines = iter(["Where is Lima? " * 20, "Where is Lima?", ""])

@@ -55,7 +55,7 @@ def check_disjoint(parts):
     assert not openings["prompts"] & openings["test"]
 
 
-def test_no_text_is_seen_by_two_of_policy_reward_model_judge_and_measurement(config):
+def test_policy_reward_model_judge_and_measurement_share_no_text(config):
     check_disjoint(sentiment.split_texts(config))
 
 

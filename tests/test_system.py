@@ -40,8 +40,8 @@ def hh_rows(encoding):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not HH.exists(), reason="the HH file is not there")
-def test_every_stage_runs_on_hh_at_1024_tokens_with_truncations_long_prompts_and_odd_characters(tmp_path, monkeypatch,
-                                                                                                capsys):
+def test_every_stage_runs_on_hh_at_1024_tokens(tmp_path, monkeypatch, capsys):
+    """The rows have truncated responses, long prompts and odd characters."""
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(DATA / "tiktoken_cache"))
     rows, out = hh_rows(data.get_tokenizer("gpt2")), tmp_path / "out"
     path = tmp_path / "hh.jsonl"

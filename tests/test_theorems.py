@@ -246,7 +246,7 @@ def test_t01_comparisons_do_not_fix_the_zero_of_a_prompts_scores():
     assert gap(bradley_terry_loss(chosen, rejected)[0], bradley_terry_loss(chosen + c, rejected + c)[0]) <= 1e-10
 
 
-def test_t02a_bradley_terry_gradient_pushes_the_pair_apart_by_the_doubt_that_is_left():
+def test_t02a_bradley_terry_pushes_apart_by_the_doubt_that_is_left():
     """dL/dr_w = -sigmoid(-(r_w - r_l)) / B = -dL/dr_l, and L(0) = ln 2."""
     chosen, rejected = (randn(20, seed=seed).requires_grad_() for seed in (7, 8))
     up, down = torch.autograd.grad(bradley_terry_loss(chosen, rejected)[0], (chosen, rejected))
@@ -254,8 +254,9 @@ def test_t02a_bradley_terry_gradient_pushes_the_pair_apart_by_the_doubt_that_is_
     assert gap(bradley_terry_loss(chosen * 0, rejected * 0)[0], math.log(2)) <= 1e-14
 
 
-def test_t02b_enough_comparisons_recover_the_scores_up_to_a_constant_but_with_their_scale():
-    """argmin of the expected loss = r* - mean(r*): Bradley-Terry fixes more than the ranking."""
+def test_t02b_comparisons_recover_the_scores_up_to_a_constant():
+    """The scale of the scores is recovered, too. argmin of the expected loss = r* - mean(r*): Bradley-Terry fixes more
+    than the ranking."""
     r = torch.zeros_like(ANSWERS)
     for _ in range(20):  # Newton's method; the Hessian knows no constant shift
         curvature = hessian(expected_bradley_terry_loss, r)
@@ -264,7 +265,7 @@ def test_t02b_enough_comparisons_recover_the_scores_up_to_a_constant_but_with_th
     assert gradient(expected_bradley_terry_loss, 2 * ANSWERS).norm() > 0.01  # same ranking, other scale: not a minimum
 
 
-def test_t03_a_constant_added_to_all_scores_is_harmless_only_without_discount_and_if_cut_responses_get_it_too():
+def test_t03_when_a_constant_added_to_all_scores_is_harmless():
     """score + 5 leaves grad J alone iff gamma = 1 and every response is scored, also one that the limit cut; and GAE's
     gradient iff lambda = 1 or the critic moves by 5 too."""
     def step_for(scores, gamma):
@@ -290,7 +291,7 @@ def test_t03_a_constant_added_to_all_scores_is_harmless_only_without_discount_an
 # ---------------------------------------------------------------------------------------------------------------------
 # T4 to T9: the policy gradient
 
-def test_t04_responses_have_probabilities_that_sum_to_1_and_scores_that_sum_to_0():
+def test_t04_probabilities_sum_to_1_and_score_functions_to_0():
     """sum P = 1; log P = sum of log pi; E[grad log P] = 0."""
     assert gap(P(OLD).sum(), 1.0) <= 1e-12
     assert gap(logprobs(OLD), OLD_LOGPROBS) <= 1e-12
@@ -311,8 +312,9 @@ def test_t06_reinforce_is_the_gradient_of_the_expected_return():
     assert rel(step(reinforce_loss, OLD, weights), gradient(J, OLD)) <= 1e-10
 
 
-def test_t07_on_200000_sampled_responses_every_coordinate_is_within_5_standard_errors():
-    """The only sampled test: generate -> score_response -> reinforce_loss as one batch. Fixed seed."""
+def test_t07_200000_samples_agree_within_5_standard_errors():
+    """Every coordinate of the gradient is compared. The only sampled test: generate -> score_response -> reinforce_loss
+    as one batch. Fixed seed."""
     n = 200_000
     prompts, prompt_lens = torch.full((n, 1), EOS), torch.ones(n, dtype=torch.long)
     rollout = generate(Policy(OLD), prompts, prompt_lens, R, eos=EOS, generator=torch.Generator().manual_seed(0))
@@ -392,7 +394,7 @@ def test_t11_a_baseline_may_depend_on_the_state_but_not_on_the_token():
     assert rel(step_with(table(NODE, seed=21)), exact) > 0.1
 
 
-def test_t12_a_baseline_may_hurt_and_the_value_function_is_a_good_one_but_not_the_best():
+def test_t12_a_baseline_may_hurt_and_the_value_is_not_the_best_one():
     """Variance: best baseline < V < none < 100. The best b(s) is the solution of a least-squares problem."""
     score, root = token_scores(), P_OLD.sqrt()
     lhs = torch.einsum("n,ntk,nts->nks", root, score, VISITS).flatten(0, 1)
@@ -418,7 +420,7 @@ def induction(rewards, theta, backup):
     return Q, values
 
 
-def test_t13_the_advantage_has_mean_0_in_each_state_and_is_the_td_error_of_the_exact_value():
+def test_t13_the_advantage_has_mean_0_and_is_the_exact_td_error():
     """E_a[A(s, a)] = 0; V(s_0) = J; Q by backward induction; A = r + V(s') - V(s), which is GAE with lambda 0."""
     Q, values = induction(REWARDS, OLD, lambda pi, q: pi @ q)
     assert gap(Q, Q_OLD) <= 1e-14 and gap(values, V_OLD) <= 1e-14 and gap(values[0, 0], J(OLD)) <= 1e-14
@@ -427,7 +429,7 @@ def test_t13_the_advantage_has_mean_0_in_each_state_and_is_the_td_error_of_the_e
     assert gap(advantages, A_OLD) <= 1e-14
 
 
-def test_t14_the_exact_advantage_gives_the_policy_gradient_with_less_variance_than_the_baseline():
+def test_t14_the_exact_advantage_has_less_variance_than_the_baseline():
     """E[sum_t A(s_t, a_t) grad log pi_t] = grad J, and the noise of what follows the token is gone."""
     weights, _ = token_advantages("gae", REWARDS, V_OLD, MASK, gamma=1, lam=0)
     assert rel(step(reinforce_loss, OLD, weights), gradient(J, OLD)) <= 1e-10
@@ -441,9 +443,10 @@ def test_t15_performance_difference_lemma():
         assert gap(P(theta) @ total(advantages), J(theta) - J(OLD)) <= 1e-12
 
 
-def test_t16_the_usual_discounted_estimator_is_not_the_gradient_of_the_discounted_return():
-    """That needs gamma^t in front of grad log pi_t, which everybody drops. The whole return of the response on each of
-    its tokens (the reinforce rung) needs no such factor: the rungs agree only if gamma = 1."""
+def test_t16_the_usual_discounted_estimator_has_another_gradient():
+    """It is not the gradient of the discounted return. That needs gamma^t in front of grad log pi_t, which everybody
+    drops. The whole return of the response on each of its tokens (the reinforce rung) needs no such factor: the rungs
+    agree only if gamma = 1."""
     exact = gradient(lambda theta: J(theta, gamma=0.9), OLD)
     whole, _ = token_advantages("reinforce", REWARDS, V_OLD, MASK, gamma=0.9, lam=1)
     assert rel(step(reinforce_loss, OLD, whole), exact) <= 1e-10
@@ -463,7 +466,7 @@ def test_t17_gae_is_between_the_td_error_and_the_whole_return(gamma):
 
 
 @pytest.mark.parametrize("lam", [0, 0.5, 0.95, 1])
-def test_t18_with_the_exact_value_gae_is_the_advantage_in_the_mean_for_every_lambda(lam):
+def test_t18_with_the_exact_value_gae_has_the_advantage_as_its_mean(lam):
     """E[GAE | s, a] = A(s, a), and the critic's target has E[A + V | s] = V(s)."""
     advantages, returns = gae(REWARDS, V_OLD, MASK, gamma=1, lam=lam)
     assert gap(given(NODE, advantages), A_OLD) <= 1e-12
@@ -483,7 +486,7 @@ def test_t19_with_a_wrong_value_gae_is_biased_unless_lambda_is_1():
 # ---------------------------------------------------------------------------------------------------------------------
 # T20 to T25: importance sampling and trust regions
 
-def test_t20_importance_sampling_evaluates_a_policy_on_responses_of_another():
+def test_t20_importance_sampling_is_exact():
     """E_p[f] = E_q[(p/q) f], exact for one token and for whole responses: E_old[product of ratios * R] = J(new)."""
     f = randn(V, seed=24)[TOKENS]
     losses = [cpi_loss(NEW_LOGPROBS[i], OLD_LOGPROBS[i], f[i], FIRST[i])[0] for i in torch.arange(N).split(1)]
@@ -498,7 +501,8 @@ EVERY_RATIO_LOSS = pytest.mark.parametrize("name", RATIO_LOSSES)
 
 
 @EVERY_RATIO_LOSS
-def test_t21a_at_the_old_policy_ratios_are_1_and_the_surrogate_is_0_with_the_gradient_of_j(name):
+def test_t21a_at_the_old_policy_the_surrogate_has_the_gradient_of_j(name):
+    """All ratios are 1 there, and the surrogate is 0."""
     loss = RATIO_LOSSES[name]
     assert rel(step(loss, OLD, OLD_LOGPROBS, A_OLD), gradient(J, OLD)) <= 1e-10
     assert gap(mean(per_response(loss, OLD_LOGPROBS, OLD_LOGPROBS, A_OLD)), 0.0) <= 1e-12
@@ -508,7 +512,7 @@ def test_t21a_at_the_old_policy_ratios_are_1_and_the_surrogate_is_0_with_the_gra
 
 
 @EVERY_RATIO_LOSS
-def test_t21b_the_ratio_is_to_the_policy_that_sampled_and_not_to_the_reference(name):
+def test_t21b_the_ratio_is_to_the_policy_that_sampled(name):
     """With the reference in its place the very first step is not along grad J."""
     wrong = step(RATIO_LOSSES[name], OLD, REF_LOGPROBS, A_OLD)
     assert rel(wrong, gradient(J, OLD)) > 0.1
@@ -518,7 +522,7 @@ def surrogate(theta, loss=cpi_loss):
     return -mean(per_response(loss, exact_logprobs(theta), OLD_LOGPROBS, A_OLD))
 
 
-def test_t22_away_from_the_old_policy_the_surrogate_is_another_function_that_agrees_to_first_order():
+def test_t22_elsewhere_the_surrogate_agrees_with_j_to_first_order_only():
     """grad L(new) is not grad J(new): states and advantages are the old ones. |J - J_old - L| = O(h^2)."""
     assert rel(step(cpi_loss, NEW, OLD_LOGPROBS, A_OLD), gradient(J, NEW)) > 0.1
     thetas = [OLD + h * (NEW - OLD) for h in (0.01, 0.001, 0.0001)]
@@ -595,8 +599,9 @@ def test_t25b_a_natural_step_spends_the_kl_it_was_given_if_that_is_small():
 
 @pytest.mark.parametrize("advantage, flat", [(1.7, {1.21, 3}), (-1.7, {0.5, 0.79})])
 @pytest.mark.parametrize("ratio", [0.5, 0.79, 0.81, 1, 1.19, 1.21, 3])  # at 1 +- clip there is no derivative
-def test_t26a_clip_is_a_lower_bound_of_ratio_times_advantage_and_flat_only_past_the_clip(ratio, advantage, flat):
-    """dL/dratio = 0 iff A > 0 and ratio > 1 + clip, or A < 0 and ratio < 1 - clip; else it is A."""
+def test_t26a_clip_is_a_lower_bound_and_flat_only_past_the_clip(ratio, advantage, flat):
+    """The bound is of ratio times advantage. dL/dratio = 0 iff A > 0 and ratio > 1 + clip, or A < 0 and ratio < 1 -
+    clip; else it is A."""
     r = torch.tensor([[ratio]], dtype=torch.float64, requires_grad=True)
     one, A = torch.ones(1, 1, dtype=torch.bool), torch.full((1, 1), advantage, dtype=torch.float64)
     loss, stats = policy_loss(r.log(), torch.zeros(1, 1), A, one, clip=0.2)
@@ -606,7 +611,7 @@ def test_t26a_clip_is_a_lower_bound_of_ratio_times_advantage_and_flat_only_past_
     assert -loss <= -cpi_loss(r.log(), torch.zeros(1, 1), A, one)[0]
 
 
-def test_t26b_the_lower_bound_is_of_the_cpi_surrogate_and_not_of_the_return():
+def test_t26b_clip_bounds_the_cpi_surrogate_and_not_the_return():
     """L_CLIP <= L_CPI for each response and any policy, yet L_CLIP(new) > J(new) - J(old) for some: it does not bound
     how much worse the policy may have become."""
     promised_too_much = 0
@@ -631,7 +636,7 @@ def test_t27a_clip_does_not_bound_the_ratio_of_one_token(lr, end):
     assert ratio > 1.2 and (slope == 0).all() and abs(ratio - end) <= 5e-4  # as many digits as the numbers have
 
 
-def test_t27b_with_shared_weights_a_clipped_token_is_carried_further_by_the_others():
+def test_t27b_shared_weights_carry_a_clipped_token_further():
     """No overshoot here: no ratio moves by more than 0.03 in a step. Yet one whose own gradient ends at 1.2 goes on to
     1.35 with the gradients of other states."""
     theta, ratio = OLD, torch.ones(N, R)
@@ -703,7 +708,7 @@ def test_t31_k1_in_the_loss_does_nothing():
     assert rel(step(kl_loss, NEW, REF_LOGPROBS, kind="k1"), gradient(kl_to_old, NEW)) <= 1e-10
 
 
-def test_t32_even_the_exact_kl_in_the_loss_ignores_what_a_token_does_to_the_states_to_come():
+def test_t32_the_exact_kl_in_the_loss_ignores_the_states_to_come():
     """grad KL of responses = sum_s d(s) grad KL(s) + E[sum_t grad log pi_t * sum_{u > t} KL(s_u)]; the second part is
     missing. It is 0 for responses of one token."""
     exact, in_loss, kl = gradient(kl_of_responses, OLD), gradient(frozen_kl, OLD), kl_of_states(OLD)
@@ -771,7 +776,7 @@ def test_t34_in_the_reward_only_k1_will_do():
         assert all(abs(math.log10(a / b) - order) <= 0.1 for a, b in zip(pulls, pulls[1:]))
 
 
-def test_t35_as_estimates_of_the_value_k1_and_k3_are_unbiased_and_k3_is_never_negative():
+def test_t35_k1_and_k3_are_unbiased_and_k3_is_never_negative():
     """E[k1] = E[k3] = KL; k2 is biased; Var k3 < Var k1 here; k3 with its ratio turned round is another number."""
     k1, k2, k3 = (kl_estimate(OLD_LOGPROBS, REF_LOGPROBS, kind) for kind in ("k1", "k2", "k3"))
     exact = kl_of_responses(OLD)
@@ -791,7 +796,7 @@ def test_t35_as_estimates_of_the_value_k1_and_k3_are_unbiased_and_k3_is_never_ne
     assert gap(largest, (NEW_LOGPROBS - OLD_LOGPROBS)[MASK].exp().max()) <= 1e-12
 
 
-def test_t36a_whitening_rescales_the_kl_in_the_reward_with_the_rest_but_not_the_kl_in_the_loss():
+def test_t36a_whitening_rescales_the_kl_in_the_reward_only():
     """A constant shift and scale keep the direction of grad J_beta; the exact grad KL beside whitened advantages of the
     score alone does not, for its beta is in effect beta * std."""
     def whitened_step(kl_coef):
@@ -803,7 +808,7 @@ def test_t36a_whitening_rescales_the_kl_in_the_reward_with_the_rest_but_not_the_
     assert cosine(whitened_step(0) - BETA * gradient(kl_of_responses, OLD), exact) < 0.99
 
 
-def test_t36b_lambda_below_1_discounts_the_kl_to_go_unless_the_value_is_exact():
+def test_t36b_lambda_below_1_discounts_the_kl_to_go():
     """GAE gives -grad KL of responses for every lambda with the exact V of the KL to go, with V = 0 only for 1."""
     rewards, exact, error = SHAPED(torch.zeros(N), kl_coef=1), -gradient(kl_of_responses, OLD), {}
     for lam in 1, 0.95, 0.5:
@@ -813,7 +818,7 @@ def test_t36b_lambda_below_1_discounts_the_kl_to_go_unless_the_value_is_exact():
     assert 0.01 < error[0.95] < error[0.5]
 
 
-def test_t36c_after_some_updates_the_reward_still_charges_the_kl_of_the_old_policy():
+def test_t36c_the_reward_keeps_charging_the_kl_of_the_old_policy():
     """-grad KL at new != old needs the log-probs of new in the reward: importance weights alone do not mend it."""
     ratio = log_ratio(NEW_LOGPROBS, OLD_LOGPROBS, MASK).sum(1, keepdim=True).exp()
 
@@ -868,7 +873,7 @@ def test_t38_the_distance_to_the_optimum_is_a_kl():
     assert gap(BETA * LOG_Z - J_beta(OLD), BETA * mean(distance)) <= 1e-12
 
 
-def test_t39_the_scale_of_the_scores_trades_off_with_beta_so_the_ranking_alone_decides_nothing():
+def test_t39_the_scale_of_the_scores_trades_off_with_beta():
     """score -> c * score is beta -> beta / c. Scores of the same ranking (their cubes) have another optimum."""
     assert gap(optimum(3 * SCORES, BETA)[0], optimum(SCORES, BETA / 3)[0]) <= 1e-12
     assert gap(SHAPED(3 * SCORES, kl_coef=BETA), 3 * SHAPED(SCORES, kl_coef=BETA / 3)) <= 1e-12
@@ -898,7 +903,7 @@ def test_t40_the_penalty_is_the_exact_kl_from_the_old_policy_to_the_new():
     assert gap(lost, -surrogate(NEW) + 0.7 * forward(NEW)) <= 1e-12
 
 
-def test_t41_the_penalty_controller_keeps_the_kl_near_its_target_but_need_not_come_to_rest():
+def test_t41_the_penalty_controller_keeps_the_kl_near_its_target():
     """A natural step of 1 / coef has KL ~ 1 / coef^2, so doubling quarters it: from above the KL lands in [3/8, 3/2] of
     the target, from below in [2/3, 8/3]. It rests in [2/3, 3/2], which a factor 4 can jump: from 1/2 it swings on."""
     natural, target = natural_gradient(), 1e-5
@@ -916,7 +921,7 @@ def test_t41_the_penalty_controller_keeps_the_kl_near_its_target_but_need_not_co
         assert controller.value == coef
 
 
-def test_t42_the_kl_controller_finds_the_beta_whose_best_policy_has_the_target_kl():
+def test_t42_the_kl_controller_finds_the_beta_of_the_target_kl():
     """KL(best policy of beta || ref) falls with beta, so raising beta where the KL is too high is negative feedback."""
     def kl_of_best(beta):
         log_p, _ = optimum(SCORES, beta)
@@ -937,7 +942,7 @@ def test_t42_the_kl_controller_finds_the_beta_whose_best_policy_has_the_target_k
 
 
 @pytest.mark.parametrize("k", [2, 3])
-def test_t43_a_group_of_responses_is_a_baseline_if_each_one_leaves_itself_out(k):
+def test_t43_a_group_is_a_baseline_if_each_one_leaves_itself_out(k):
     """Over all groups of k independent responses: E = grad E[score]. Had the mean its own score in it, the gradient
     would be (k - 1) / k of that. Within a group the advantages sum to 0."""
     groups = torch.cartesian_prod(*[torch.arange(N)] * k)  # (40^k, k)
@@ -965,7 +970,7 @@ def test_t44_whitening_is_a_constant_baseline_and_a_step_size():
     assert gap(whiten(3 * G + 7, MASK), whiten(G, MASK)) <= 1e-6  # the 1e-8 is all that is left of the scale
 
 
-def test_t45_explained_variance_of_the_exact_value_is_the_share_that_states_can_explain():
+def test_t45_explained_variance_of_the_exact_value():
     """Where all 40 responses are equally likely: V = E[G | s] has 1 - EV = E[Var(G | s)] / Var(G) by the law of total
     variance, and no other function of the state has more."""
     fit = given(STATE, G, probs=torch.full((N,), 1 / N, dtype=torch.float64))
@@ -983,7 +988,7 @@ OPTIONS = {"clip": 0.2, "penalty": 0.7}
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_t46_a_loss_is_the_mean_over_tokens_and_a_mean_over_responses_would_point_elsewhere(objective):
+def test_t46_a_loss_is_a_mean_over_tokens_and_not_over_responses(objective):
     """Loss of a batch = sum over responses of n * loss of each / number of tokens, as `per_response` presumes."""
     loss = partial(surrogate_loss, objective, **OPTIONS)
     alone = per_response(loss, NEW_LOGPROBS, OLD_LOGPROBS, A_OLD)
@@ -993,7 +998,7 @@ def test_t46_a_loss_is_the_mean_over_tokens_and_a_mean_over_responses_would_poin
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_t47_all_rungs_of_the_ladder_have_the_gradient_of_j_at_the_policy_that_sampled(objective):
+def test_t47_all_rungs_have_the_gradient_of_j_at_the_old_policy(objective):
     """With gamma = 1 and the exact V, for any lambda. What the critic is fitted to has the mean V in each state."""
     weights, returns = token_advantages(objective, REWARDS, V_OLD, MASK, gamma=1, lam=0.7)
     loss = partial(surrogate_loss, objective, **OPTIONS)
@@ -1001,7 +1006,7 @@ def test_t47_all_rungs_of_the_ladder_have_the_gradient_of_j_at_the_policy_that_s
     assert gap(given(STATE, returns), V_OLD) <= 1e-12
 
 
-def test_t48_away_from_it_the_first_four_rungs_ignore_the_ratio_and_the_last_three_differ():
+def test_t48_elsewhere_four_rungs_ignore_the_ratio_and_three_differ():
     """Hence one step per rollout for the first four: taken again at new, log pi no longer has the gradient of J."""
     steps = {name: step(partial(surrogate_loss, name, **OPTIONS), NEW, OLD_LOGPROBS, A_OLD) for name in OBJECTIVES}
     for name in OBJECTIVES[:4]:
@@ -1030,7 +1035,7 @@ def test_t49_value_clipping_moves_the_optimum_of_the_critic():
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_t50a_advantages_and_old_logprobs_are_numbers_even_if_they_come_with_a_graph(objective):
+def test_t50a_no_gradient_flows_through_advantages_and_old_logprobs(objective):
     """-E[loss] still has the gradient of J with log pi itself for log pi_old, and with a V in the advantages that has
     the policy's weights: the ratio keeps its slope, and the baseline stays a baseline."""
     def loss(theta):
@@ -1050,7 +1055,7 @@ def test_t50b_the_critic_moves_towards_a_target_that_stands_still():
         assert gap(torch.autograd.grad(losses.sum(), values)[0], -advantages) <= 1e-14
 
 
-def test_t51_letting_go_of_the_reference_raises_what_is_correlated_with_the_score():
+def test_t51_a_smaller_beta_raises_what_correlates_with_the_score():
     """Along the optima, eta = 1 / beta: d E[g] / d eta = Cov(g, score), and d KL / d eta = eta * Var(score)."""
     def moments(eta, g):
         best = total(optimum(SCORES, 1 / eta)[0])

@@ -161,15 +161,17 @@ def test_heldout_rows_are_read_without_dropout(world):
     assert len({row["loss"] for row in metrics(folder, "sft")}) == 4
 
 
-def test_rm_goes_below_the_loss_of_no_opinion_on_training_and_heldout_pairs(world):
+def test_rm_goes_below_the_loss_of_no_opinion(world):
+    """On training pairs and on held-out ones."""
     folder = world("rm")
     final = run("rm", folder, max_iters=30)
     assert final["loss"] < 0.5 * math.log(2) and final["accuracy"] > 0.9
     assert final["heldout_loss"] < math.log(2)
 
 
-def test_the_reward_model_is_an_average_of_its_weights_over_about_the_last_tenth_of_the_iterations(world, monkeypatch):
-    """Weight 9 / (t + 8) on iteration t: a copy at first, and of 200 iterations the first 100 count for 0.2 %."""
+def test_the_reward_model_averages_its_latest_weights(world, monkeypatch):
+    """The average reaches over about the last tenth of the iterations. Weight 9 / (t + 8) on iteration t: a copy at
+    first, and of 200 iterations the first 100 count for 0.2 %."""
     model, average = torch.nn.Linear(3, 1), torch.nn.Linear(3, 1)
     for iteration in range(1, 201):
         with torch.no_grad():
@@ -198,8 +200,9 @@ def test_ppo_raises_a_simple_reward_clearly(flags, world, reward_e):
     assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.5
 
 
-def test_a_finished_reward_model_gives_the_sft_policys_answers_mean_0_and_std_1(world):
-    """PPO's first scores are of such answers, but not those of the calibration: within 4 standard errors."""
+def test_a_finished_reward_model_is_calibrated_on_the_sft_policy(world):
+    """Answers of that policy have scores of mean 0 and standard deviation 1. PPO's first scores are of such answers,
+    but not those of the calibration: within 4 standard errors."""
     folder = world("ppo", "atlas")
     run("ppo", folder, max_iters=1, batch_size=1000, lr=0.0)
     saved = load_checkpoint(folder / "rm.pt", "rm")["model"]
@@ -225,8 +228,7 @@ def test_the_first_ratio_is_exactly_1_in_every_iteration(flags, world):
 
 
 @pytest.mark.parametrize("flags", [{}, {"critic": "shared", "micro_batch_size": 2}], ids=str)
-def test_in_bfloat16_the_ratio_starts_at_exactly_1_and_sampling_differs_by_no_more_than_the_rounding_of_its_logits(
-        flags, world, monkeypatch):
+def test_in_bfloat16_the_ratio_starts_at_1_and_sampling_only_rounds(flags, world, monkeypatch):
     """Ratios come from one kind of pass, over the same rows in the same order, where every product rounds in the same
     way. The sampler's products, of one token a row, may round in another. bfloat16 keeps a number to 2^-8 of itself: a
     logit of at most L moves by 2^-8 L, a log-prob, which is one logit less the log-sum of all, by twice that, and the
@@ -241,14 +243,14 @@ def test_in_bfloat16_the_ratio_starts_at_exactly_1_and_sampling_differs_by_no_mo
     assert all(row["logprob_gap"] < 2 ** -8 * largest for row in rows)
 
 
-def test_old_and_reference_logprobs_come_from_passes_of_the_updates_own_shape(world, monkeypatch):
+def test_old_and_reference_logprobs_come_from_passes_of_update_shape(world, monkeypatch):
     """A matrix product may round differently for another number of rows, though not on every CPU and size."""
     score_response = Spy(monkeypatch, "score_response")
     run("ppo", world("ppo"), micro_batch_size=2)
     assert {len(tokens) for (_, tokens, *_), _ in score_response.calls} == {2}
 
 
-def test_the_policy_of_an_sft_model_with_dropout_samples_and_trains_without_it(world):
+def test_ppo_samples_and_trains_without_the_dropout_of_sft(world):
     folder = world("sft")
     run("sft", folder, dropout=0.5), run("rm", folder)
     run("ppo", folder)
@@ -292,8 +294,8 @@ def test_gradients_and_weights_do_not_depend_on_the_micro_batch(stage, splits, w
 
 @pytest.mark.parametrize("stage, flags", [("sft", {"dropout": 0.2}), ("rm", {}), ("ppo", {}),
                                           ("ppo", {"critic": "shared"}), ("ppo", {"dtype": "bfloat16"})], ids=str)
-def test_recomputed_activations_change_no_bit_of_a_run_and_are_recomputed_in_every_module_that_is_trained(
-        stage, flags, world, monkeypatch):
+def test_recomputed_activations_change_no_bit_of_a_run(stage, flags, world, monkeypatch):
+    """They are recomputed in every module that is trained."""
     again, finals = Spy(monkeypatch, "checkpoint", model), []
     for recompute in (False, True):
         folder = world(stage)
@@ -314,8 +316,7 @@ def test_train_ppo_hands_recompute_on_to_the_stages_that_it_runs_first(tmp_path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [{}, {"recompute": True}], ids=str)
-def test_nothing_is_compiled_again_after_the_first_iterations_whatever_the_lengths_of_prompts(
-        flags, world, monkeypatch, capsys, reward_e):
+def test_no_length_of_a_prompt_compiles_anything_again(flags, world, monkeypatch, capsys, reward_e):
     """The sizes B, T and R of a compiled pass are symbols. The warm-up sees each kind of pass once: the policy's with
     and without gradients, the reference's, the critic's; and then no new length may cost a graph. Nor may the warm-up
     have made so many that torch gave up on compiling, which looks the same from outside."""
@@ -349,7 +350,7 @@ def test_nothing_is_compiled_again_after_the_first_iterations_whatever_the_lengt
 # ----------------------------------------------------------------------------------------------------------
 # inside one PPO iteration
 
-def test_old_logprobs_advantages_and_returns_are_made_once_and_reused_in_every_epoch(world, monkeypatch):
+def test_every_epoch_reuses_old_logprobs_advantages_and_returns(world, monkeypatch):
     """Fresh old log-probs each epoch would keep the ratio at 1 and the clip dead; whitening per minibatch
     would compare answers with their few neighbours; returns after whitening would have the wrong scale."""
     surrogate_loss, value_loss = Spy(monkeypatch, "surrogate_loss"), Spy(monkeypatch, "value_loss")
@@ -405,7 +406,7 @@ def test_the_ratio_moves_between_epochs(world):
 
 
 @pytest.mark.parametrize("critic", ["shared", "separate"])
-def test_reference_and_reward_model_are_frozen_and_share_nothing_with_the_policy(critic, world, monkeypatch):
+def test_reference_and_reward_model_are_frozen_and_unshared(critic, world, monkeypatch):
     policies, reward_models = Spy(monkeypatch, "load_policy"), Spy(monkeypatch, "load_reward_model")
     optimizers = Spy(monkeypatch, "Optimizer", common)
     folder = world("ppo")
@@ -422,7 +423,8 @@ def test_reference_and_reward_model_are_frozen_and_share_nothing_with_the_policy
     assert digest(policy.state_dict()) != digest(reference.state_dict())
 
 
-def test_a_separate_critic_starts_from_the_reward_model_trains_and_leaves_the_policys_value_head_alone(world):
+def test_a_separate_critic_starts_from_the_reward_model_and_trains(world):
+    """The policy's own value head stays as it was."""
     folder = world("ppo")
     run("ppo", folder, critic="separate")
     saved, sft, rm = weights(folder, "ppo"), weights(folder, "sft")["model"], weights(folder, "rm")["model"]
@@ -433,7 +435,8 @@ def test_a_separate_critic_starts_from_the_reward_model_trains_and_leaves_the_po
     assert torch.equal(saved["model"]["value_head.linear.weight"], sft["value_head.linear.weight"])
 
 
-def test_the_missing_eos_penalty_is_taken_off_the_reward_of_each_cut_response_and_not_off_the_score(world):
+def test_the_eos_penalty_lowers_the_reward_and_not_the_score(world):
+    """It is taken off the reward of each response that was cut."""
     rows = {}
     for penalty in (0.0, 2.5):
         folder = world("ppo")
@@ -452,7 +455,8 @@ def test_reward_is_score_minus_kl_coef_times_kl_and_kl_is_per_response(world):
 
 
 @pytest.mark.parametrize("kl_kind", [None, "k2", "k3"])
-def test_with_kl_in_loss_the_reward_is_the_score_and_the_kl_still_holds_the_policy(kl_kind, world, reward_e):
+def test_with_kl_in_loss_the_reward_is_the_score(kl_kind, world, reward_e):
+    """The KL in the loss still holds the policy near the reference."""
     kls = {}
     for kl_coef in (0.0, 20.0):
         folder = world("ppo")
@@ -473,7 +477,7 @@ def test_target_kl_ends_the_epochs_early(world):
     assert steps == {1e-9: [1, 1, 1], 1e9: [4, 4, 4], None: [4, 4, 4]}
 
 
-def test_target_kl_below_the_rounding_of_the_first_ratio_still_takes_a_step(world, monkeypatch):
+def test_target_kl_below_rounding_still_takes_a_step(world, monkeypatch):
     """In bfloat16 the first ratio is not exactly 1; a minibatch before any step means nothing yet."""
     surrogate_loss = train_ppo.surrogate_loss
 
@@ -487,14 +491,15 @@ def test_target_kl_below_the_rounding_of_the_first_ratio_still_takes_a_step(worl
 
 
 @pytest.mark.parametrize("objective", ["reinforce", "reward_to_go", "baseline", "gae"])
-def test_an_objective_without_a_ratio_takes_one_step_per_rollout_over_all_of_it(objective, world, monkeypatch):
+def test_an_objective_without_a_ratio_takes_one_step_per_rollout(objective, world, monkeypatch):
+    """The step is over the whole rollout."""
     surrogate_loss, folder = Spy(monkeypatch, "surrogate_loss"), world("ppo")
     run("ppo", folder, objective=objective, **ONE_STEP)
     assert [row["optimizer_steps"] for row in metrics(folder, "ppo")] == [1] * 3
     assert [len(args[1]) for args, _ in surrogate_loss.calls] == [12] * 3
 
 
-def test_advantages_are_whitened_on_every_rung_that_has_a_baseline_and_on_no_other(world, monkeypatch):
+def test_advantages_are_whitened_on_rungs_with_a_baseline_only(world, monkeypatch):
     """Whitening takes the mean off: reinforce and reward_to_go would get a baseline that the formula does not have."""
     for flags in LADDER:
         with monkeypatch.context() as patch:
@@ -523,7 +528,8 @@ def test_a_group_answers_one_prompt_and_its_advantages_need_no_critic(world, mon
     assert len(rows) == 2
 
 
-def test_the_penalty_doubles_when_the_update_went_too_far_and_its_metric_is_the_one_that_was_used(world):
+def test_the_penalty_doubles_when_the_update_went_too_far(world):
+    """The metric shows the penalty that was used."""
     folder = world("ppo")
     run("ppo", folder, objective="kl_penalty", penalty_target=1e-9, lr=1e-2)
     assert [row["penalty"] for row in metrics(folder, "ppo")] == [1.0, 2.0, 4.0]
@@ -537,7 +543,7 @@ def test_kl_target_moves_kl_coef_and_metrics_show_the_one_that_was_used(world):
     assert used[3] != used[2]
 
 
-def test_a_bad_gradient_is_counted_and_ends_the_run_before_it_ends_the_weights(world, monkeypatch):
+def test_bad_gradients_end_the_run_before_they_reach_the_weights(world, monkeypatch):
     surrogate_loss = train_ppo.surrogate_loss
     monkeypatch.setattr(train_ppo, "surrogate_loss",
                         lambda *args: (surrogate_loss(*args)[0] * math.nan, surrogate_loss(*args)[1]))
@@ -550,7 +556,7 @@ def test_a_bad_gradient_is_counted_and_ends_the_run_before_it_ends_the_weights(w
 # ----------------------------------------------------------------------------------------------------------
 # metrics
 
-def test_every_iteration_has_a_line_with_every_metric_that_other_code_relies_on(world):
+def test_every_iteration_has_a_line_with_every_metric(world):
     folder = world("ppo", "atlas")
     run("ppo", folder, max_iters=5, log_interval=100)
     header = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
@@ -589,8 +595,9 @@ RESUMED = {"sft": dict(dropout=0.2, lr_decay_iters=20),  # dropout draws from to
 
 
 @pytest.mark.parametrize("case", RESUMED)
-def test_three_iterations_and_three_resumed_equal_six_and_a_second_six_to_the_last_bit(case, world):
-    """Weights, AdamW's moments, the KL coefficient, generators, and every logged number but the clocks."""
+def test_three_iterations_and_three_resumed_equal_six_to_the_last_bit(case, world):
+    """A second run of six equals the first, too. Weights, AdamW's moments, the KL coefficient, generators, and every
+    logged number but the clocks."""
     stage = case.split(",")[0]
     whole, again, parts = world(stage), world(stage), world(stage)
     flags = RESUMED[case] | {"log_interval": 1}
@@ -760,7 +767,8 @@ def baselines():
      r"--batch_size=10 must be a multiple of --minibatches=4, but 10 = 4 x 2 \+ 2"),
     ({"micro_batch_size": 4}, "--micro_batch_size=4 must divide the 6 rows of a step: 6 = 1 x 4 [+] 2"),
     ({"max_new_tokens": 64}, "longer than block_size=64")], ids=lambda x: str(x)[:40])
-def test_combinations_that_would_leave_a_flag_dead_or_a_batch_undivided_are_refused(flags, says, world):
+def test_combinations_of_flags_that_are_refused(flags, says, world):
+    """Each would leave a flag without effect, a batch undivided, or a row without room."""
     folder = world("ppo")
     with pytest.raises((UserError, data.DataError), match=says):
         run("ppo", folder, **flags)
@@ -770,7 +778,7 @@ def test_combinations_that_would_leave_a_flag_dead_or_a_batch_undivided_are_refu
 # ----------------------------------------------------------------------------------------------------------
 # the reward function
 
-def test_the_reward_function_gets_prompts_and_responses_as_text_without_eos(world, tmp_path):
+def test_the_reward_function_gets_texts_without_eos(world, tmp_path):
     (tmp_path / "reward.py").write_text(
         "import json, pathlib\n"
         "def f(prompts, responses):\n"
@@ -797,7 +805,7 @@ def test_what_the_reward_function_may_not_return(body, says, world, tmp_path):
         run("ppo", world("ppo"), max_iters=1, reward=reward_file(tmp_path, body))
 
 
-def test_an_exception_of_the_reward_function_comes_with_the_prompt_and_with_its_own_traceback(world, tmp_path):
+def test_an_exception_of_the_reward_function_comes_with_the_prompt(world, tmp_path):
     """The traceback points into the user's file, which no sentence of ours could, and the prompt is the one at fault."""
     body = "[float('?' in prompt or {}['mine']) for prompt in prompts]"
     folder = world("ppo")
@@ -811,12 +819,13 @@ def test_an_exception_of_the_reward_function_comes_with_the_prompt_and_with_its_
     assert raised.value.__cause__.__traceback__.tb_next.tb_frame.f_code.co_filename.endswith("reward.py")
 
 
-def test_a_reward_function_that_fails_on_a_batch_alone_is_reported_with_its_first_prompt(world, tmp_path):
+def test_a_reward_function_that_fails_on_a_batch_only(world, tmp_path):
+    """The message then names the first prompt of the batch."""
     with pytest.raises(RuntimeError, match="for 12 responses at once and for none of them alone; the first prompt is '"):
         run("ppo", world("ppo"), reward=reward_file(tmp_path, "[1.0] if len(prompts) == 1 else 1 / 0"))
 
 
-def test_a_score_of_the_reward_model_that_is_not_finite_is_an_error_with_its_prompt(world, monkeypatch):
+def test_a_score_that_is_not_finite_is_an_error_with_its_prompt(world, monkeypatch):
     """Averaged into the advantages it would reach every token of the rollout."""
     forward = train_ppo.RewardModel.forward
 
@@ -927,7 +936,8 @@ def test_reward_model_and_policy_with_different_tokenizers_are_refused(world, wo
     assert not (folder / "ppo.pt").exists()
 
 
-def test_a_reward_model_that_reads_less_than_the_policy_writes_is_refused_before_training(world):
+def test_a_reward_model_must_read_all_that_the_policy_writes(world):
+    """One that reads less is refused before training."""
     folder, small = world("ppo"), world("sft")
     run("sft", small, block_size=32)
     run("rm", small)
@@ -1025,7 +1035,7 @@ def test_ppo_first_resumes_an_earlier_stage_that_was_interrupted(stage, world, m
     assert metrics(folder, stage) == metrics(whole, stage)
 
 
-def test_overwrite_replaces_ppo_alone_and_without_it_an_occupied_out_dir_is_refused(world):
+def test_an_occupied_out_dir_needs_overwrite_which_replaces_ppo_alone(world):
     folder = world("ppo")
     run("ppo", folder)
     before = {name: (folder / name).read_bytes() for name in ("sft.pt", "rm.pt", "ppo.pt", "metrics.jsonl")}
@@ -1037,7 +1047,8 @@ def test_overwrite_replaces_ppo_alone_and_without_it_an_occupied_out_dir_is_refu
     assert changed == ["ppo.pt", "metrics.jsonl"]
 
 
-def test_the_last_table_shows_ten_questions_before_and_after_and_looking_changes_nothing(world, capsys):
+def test_the_last_table_shows_ten_questions_before_and_after(world, capsys):
+    """Showing samples changes nothing in the run."""
     looked, plain = world("ppo", "atlas"), world("ppo", "atlas")
     run("ppo", looked, sample_interval=1)
     table = capsys.readouterr().out.split("the same questions before")[1]
@@ -1076,7 +1087,7 @@ REAL = ["hh_harmless_base_test.jsonl.gz", "llmbar_mtbench_human_pairs.jsonl.gz",
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", REAL)
-def test_real_comparisons_run_through_all_three_stages_from_the_command_line(file, tmp_path):
+def test_real_comparisons_run_through_all_three_stages(file, tmp_path):
     if not (DATA / file).exists():
         pytest.skip(f"{DATA / file} is not there")
     where = [f"--data={DATA / file}", "--tokenizer=gpt2", f"--out_dir={tmp_path}", "--device=cpu"]

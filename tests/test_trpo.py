@@ -113,13 +113,13 @@ def problem():
 # ----------------------------------------------------------------------------------------------------------
 # the parts of a step, exactly
 
-def test_the_whole_distributions_hold_the_log_probs_that_rollouts_are_scored_with(problem):
+def test_distributions_hold_the_log_probs_that_rollouts_are_scored_with(problem):
     distributions = problem.distributions()
     assert torch.equal(distributions.gather(2, RESPONSES.unsqueeze(2)).squeeze(2)[MASK], problem.logprobs()[MASK])
     assert (distributions.exp().sum(-1) - 1).abs().max() < 1e-14
 
 
-def test_token_kl_summed_over_a_response_has_the_mean_log_ratio_of_whole_responses_as_its_mean(problem):
+def test_token_kl_sums_to_the_kl_of_responses(problem):
     """The chain rule of KL(pi_old || pi). KL(pi || pi_old) of the same two policies is another number."""
     set_flat(problem.params, flat(problem.params) + 0.1 * randn(3440, seed=5))
     with torch.no_grad():
@@ -130,19 +130,22 @@ def test_token_kl_summed_over_a_response_has_the_mean_log_ratio_of_whole_respons
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_fisher_vector_product_is_the_mean_outer_product_of_response_gradients_times_the_vector(seed):
+def test_fisher_vector_product_is_exact(seed):
+    """F is the mean outer product of the gradients of responses."""
     problem, v = Problem(seed), randn(3440, seed=7)
     assert relative(problem.matvec(damping=0)(v), problem.fisher_product(v)) < 1e-13
 
 
-def test_fisher_vector_products_may_be_taken_again_and_are_linear_and_symmetric(problem):
+def test_fisher_vector_products_are_linear_and_symmetric(problem):
+    """They may be taken repeatedly from one graph."""
     product, u, v = problem.matvec(damping=0), randn(3440, seed=1), randn(3440, seed=2)
     assert relative(product(2 * u - 3 * v), 2 * product(u) - 3 * product(v)) < 1e-13
     assert abs(u @ product(v) - v @ product(u)) < 1e-12 * abs(u @ product(v))
 
 
 @pytest.mark.parametrize("n", [1, 5, 30])
-def test_conjugate_gradient_solves_a_system_of_n_distinct_eigenvalues_in_n_products(n):
+def test_conjugate_gradient_takes_one_product_per_eigenvalue(n):
+    """It solves a system of n distinct eigenvalues in at most n products."""
     q, _ = torch.linalg.qr(randn(30, 30, seed=0))
     matrix, b = q * torch.linspace(1, 2, n).double().repeat(30 // n) @ q.t(), randn(30, seed=1)
     calls = []
@@ -156,7 +159,8 @@ def test_conjugate_gradient_solves_a_system_of_n_distinct_eigenvalues_in_n_produ
     assert n < 30 or len(calls) > 5  # a narrow spectrum: it need not use all
 
 
-def test_conjugate_gradient_ends_at_its_tolerance_or_its_iterations_and_gives_0_for_0():
+def test_conjugate_gradient_ends_at_its_tolerance_or_its_iterations():
+    """For a right-hand side of 0 it gives 0."""
     matrix, b = torch.diag(torch.logspace(0, 3, 20).double()), randn(20, seed=1)
     errors = [relative(matrix @ conjugate_gradient(lambda v: matrix @ v, b, 100, tolerance), b)
               for tolerance in (1e-1, 1e-4, 1e-8)]
@@ -169,8 +173,9 @@ def test_conjugate_gradient_ends_at_its_tolerance_or_its_iterations_and_gives_0_
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_natural_direction_is_the_pseudo_inverse_of_the_exact_fisher_matrix_times_the_gradient(seed):
-    """Damping d changes the part along an eigenvalue e by d / e: at most 1e-10 / 1e-4."""
+def test_the_natural_direction_is_exact(seed):
+    """The direction is the pseudo-inverse of the exact Fisher matrix times the gradient. Damping d changes the part
+    along an eigenvalue e by d / e: at most 1e-10 / 1e-4."""
     problem = Problem(seed)
     direction = conjugate_gradient(problem.matvec(damping=1e-10), problem.gradient(), iters=300)
     assert relative(direction, problem.natural()) < 1e-6
@@ -196,7 +201,8 @@ def search(kl, surrogate, step=1.0, delta=0.5, start=0.0, **settings):
     (lambda x: 0 * x, lambda x: x - (x > 0.3).double(), 0.25),
     (lambda x: torch.where(x > 0.3, math.nan, 0 * x), lambda x: x, 0.25),   # NaN is out of bounds, not in
     (lambda x: 0 * x, lambda x: torch.where(x > 0.3, math.nan, x), 0.25)])
-def test_line_search_takes_the_longest_step_that_meets_the_constraint_and_raises_the_surrogate(kl, surrogate, fraction):
+def test_line_search_takes_the_longest_step_that_meets_both(kl, surrogate, fraction):
+    """It must meet the constraint and raise the surrogate."""
     x, stats = search(kl, surrogate, shrink=0.5)
     assert x == fraction == stats["step_fraction"]
     at = torch.tensor([fraction], dtype=torch.float64)
@@ -236,7 +242,8 @@ def proposed(problem, monkeypatch, *args, **settings):
     return step(problem, *args, **settings)["step"]
 
 
-def test_the_proposed_step_is_sqrt_of_2_delta_over_g_finv_g_along_the_natural_direction(problem, monkeypatch):
+def test_the_proposed_step_has_the_length_of_the_derivation(problem, monkeypatch):
+    """It is sqrt(2 delta / (g F^-1 g)) along the natural direction."""
     for delta in (1e-6, 1e-2):
         assert relative(proposed(problem, monkeypatch, delta), exact_step(problem, delta)) < 1e-6
 
@@ -253,7 +260,8 @@ def test_the_full_step_attains_a_kl_of_delta_the_closer_the_smaller_delta(seed, 
     assert errors[1] < 0.01 and 7 < errors[0] / errors[1] < 13
 
 
-def test_at_equal_kl_the_natural_step_gains_what_theory_says_and_more_than_the_gradient(problem, monkeypatch):
+def test_at_equal_kl_the_natural_step_gains_more_than_the_gradient(problem, monkeypatch):
+    """The gain is the one that theory gives."""
     delta, gradient = 1e-8, problem.gradient()
     before, start = problem.surrogate().item(), flat(problem.params)
     best, curvature = math.sqrt(2 * delta * (gradient @ problem.natural())), problem.fisher_product(gradient)
@@ -267,7 +275,7 @@ def test_at_equal_kl_the_natural_step_gains_what_theory_says_and_more_than_the_g
     assert abs(natural / best - 1) < 0.002 and 0 < plain < 0.9 * natural
 
 
-def test_the_curvature_comes_from_fisher_kl_fn_and_the_constraint_from_kl_fn(problem, monkeypatch):
+def test_curvature_is_of_fisher_kl_fn_and_the_constraint_of_kl_fn(problem, monkeypatch):
     full = proposed(problem, monkeypatch, 1e-4)
     half = proposed(problem, monkeypatch, 1e-4, damping=4e-10, fisher_kl_fn=lambda: 4 * problem.kl())
     assert relative(half, full / 2) < 1e-6
@@ -277,7 +285,7 @@ def test_the_curvature_comes_from_fisher_kl_fn_and_the_constraint_from_kl_fn(pro
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_after_every_step_the_constraint_holds_and_the_surrogate_has_not_fallen(seed):
+def test_every_step_holds_the_constraint_and_raises_the_surrogate(seed):
     """Settings from sensible to absurd. Rejected steps leave no trace."""
     problem, rng = Problem(seed), torch.Generator().manual_seed(seed)
     fractions = []
@@ -297,7 +305,8 @@ def test_after_every_step_the_constraint_holds_and_the_surrogate_has_not_fallen(
 
 
 @pytest.mark.parametrize("broken", ["falls", "kl", "nan surrogate", "nan kl", "no gradient"])
-def test_a_step_that_cannot_meet_both_is_rejected_and_parameters_are_restored_bit_for_bit(broken, problem):
+def test_a_rejected_step_restores_the_parameters_bit_for_bit(broken, problem):
+    """A step is rejected when no fraction of it meets the constraint and raises the surrogate."""
     start = flat(problem.params)
 
     def moved():
@@ -358,7 +367,7 @@ def run(world, tmp_path):
     return go
 
 
-def test_a_run_on_atlas_writes_the_metrics_of_steps_that_hold_the_constraint(run, world):
+def test_a_run_on_atlas_holds_the_constraint_and_writes_its_metrics(run, world):
     final, rows, checkpoint = run(delta=0.02)
     assert [row["iter"] for row in rows] == [1, 2, 3] and final == rows[-1]
     names = ("episodes score kl reward gold entropy approx_kl surrogate_gain step_fraction grad_norm cg_residual "
@@ -394,7 +403,8 @@ def test_a_policy_that_stands_still_samples_and_scores_what_train_ppo_does(run, 
     assert rows[-1]["gold_heldout"] == theirs[-1]["gold_heldout"]
 
 
-def test_both_kls_are_zero_where_a_step_begins_and_the_fisher_matrix_is_measured_on_some_of_the_rows(run, monkeypatch):
+def test_both_kls_are_zero_where_a_step_begins(run, monkeypatch):
+    """The Fisher matrix is measured on some of the rows."""
     real, kls = trpo.trpo_step, []
 
     def spy(params, surrogate_fn, kl_fn, *args, fisher_kl_fn):
@@ -458,8 +468,8 @@ def command(monkeypatch, *flags):
 
 
 @pytest.mark.parametrize("missing", ["sft", "rm"])
-def test_without_a_policy_or_a_reward_model_it_says_who_makes_them_and_exits_2(missing, world, tmp_path, monkeypatch,
-                                                                            capsys):
+def test_a_missing_policy_or_reward_model_exits_2(missing, world, tmp_path, monkeypatch, capsys):
+    """The message names the script that trains it."""
     out = tmp_path / "out"
     if missing == "rm":
         out.mkdir()

@@ -1,19 +1,56 @@
-"""What several test files share."""
+"""The fixtures that several test files use. This file also puts tests/ on sys.path, for tiny.py and the like."""
 
 import os
+import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+import torch
+
+from paths import ROOT
+from tiny import pairs, reward_file, run, write_jsonl
+
+torch.set_num_threads(1)  # with more, sums are taken in another order and the last bits differ
+
+
+@pytest.fixture(scope="session")
+def worlds(tmp_path_factory):
+    """Folders with finished sft.pt and rm.pt, on pairs and on atlas; tests write into copies of them."""
+    folders = {}
+    for name in ("pairs", "atlas"):
+        folders[name] = folder = tmp_path_factory.mktemp(name)
+        (folder / "atlas").touch() if name == "atlas" else write_jsonl(folder / "pairs.jsonl", pairs())
+        run("sft", folder, max_iters=30 if name == "atlas" else 60)
+        run("rm", folder)
+    return folders
+
+
+@pytest.fixture
+def world(worlds, tmp_path):
+    """Copies a world into a fresh folder, with the checkpoints of the stages before `stage`."""
+    count = iter(range(10**6))
+
+    def make(stage, name="pairs"):
+        folder = tmp_path / f"world{next(count)}"
+        ahead = {"sft": ["sft.pt", "rm.pt"], "rm": ["rm.pt"], "ppo": []}[stage] + ["metrics.jsonl"]
+        shutil.copytree(worlds[name], folder, ignore=shutil.ignore_patterns(*ahead))
+        return folder
+    return make
+
+
+@pytest.fixture
+def reward_e(tmp_path):
+    """The value for --reward of a function that counts the letter e."""
+    return reward_file(tmp_path, "[float(response.count('e')) for response in responses]")
 
 
 @pytest.fixture(scope="session")
 def default_run(tmp_path_factory):
     """(out_dir, what it printed) of `python train_ppo.py` as a user starts it, in a process of its own. It takes
     minutes, so all slow tests that need a trained run share this one; whoever would write into it takes a copy."""
-    folder, root = tmp_path_factory.mktemp("default"), Path(__file__).parents[1]
-    process = subprocess.run([sys.executable, str(root / "train_ppo.py"), f"--out_dir={folder}", "--device=cpu"],
+    folder = tmp_path_factory.mktemp("default")
+    process = subprocess.run([sys.executable, str(ROOT / "train_ppo.py"), f"--out_dir={folder}", "--device=cpu"],
                              cwd=folder, capture_output=True, text=True, env=os.environ)
     assert process.returncode == 0, process.stderr[-2000:]
     return folder, process.stdout

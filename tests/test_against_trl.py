@@ -10,7 +10,6 @@ import common
 from experiments import against_trl
 from tools import bench
 
-torch.set_num_threads(1)
 SIZE = bench.Size(n_layer=1, n_head=2, n_embd=32, vocab_size=300, batch_size=8, prompt_len=5, response_len=6, epochs=2,
                   minibatches=2)
 

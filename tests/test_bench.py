@@ -22,7 +22,6 @@ from model import GPT, KVCache
 from rollout import generate, score_response
 from tools import bench
 
-torch.set_num_threads(1)
 SIZE = bench.Size(n_layer=2, n_head=2, n_embd=32, vocab_size=300, batch_size=8, prompt_len=5, response_len=6, epochs=2,
                   minibatches=2)
 FLAGS = {name: getattr(SIZE, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size", "batch_size", "prompt_len",

@@ -3,16 +3,15 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import regex
 
 import data
+from paths import ROOT
 from tools import bpe
 from tools.bpe import learn_bpe, merge, write_ranks
 
-ROOT = Path(__file__).parents[1]
 TEXTS = ["the cat sat on the mat, the mat sat", " aaaa aaaaa aaa aaaaaaa abab ababab", "naïve café 東京 ☃ don't",
          "a tab\tand\n\nlines  and   blanks "] * 3
 

@@ -11,9 +11,8 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from functools import partial
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Optional, get_args, get_type_hints
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -25,20 +24,9 @@ import train_rm
 import train_sft
 from checkpoint import digest
 from common import UserError
+from tiny import Config, make_optimizer, take_step
 
-torch.set_num_threads(1)
 CONFIGS = [train_sft.Config, train_rm.Config, train_ppo.Config, sample.Config]
-
-
-@dataclass
-class Config(common.Flags):
-    lr: float = 0.1            # a number
-    kl_coef: float = 0.05      # a name of two words
-    width: Optional[int] = 4   # may be none
-    rate: Optional[float] = None  # 5% of something
-    reward: str = "rm"         # a file and a function
-
-    DOMAINS: ClassVar[dict] = common.Flags.DOMAINS
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -291,19 +279,6 @@ def test_generators_differ_by_purpose_and_spare_the_global_one():
 
 # ----------------------------------------------------------------------------------------------------------
 # the optimizer step
-
-def make_optimizer(**flags):
-    params = [torch.nn.Parameter(torch.arange(3.0)), torch.nn.Parameter(torch.ones(2))]
-    return common.Optimizer(params, Config(lr=0.1, **flags)), params
-
-
-def take_step(optimizer, params, iteration=1, poison=None, loss=0.5):
-    for p in params:
-        p.grad = torch.full_like(p, 0.3)
-    if poison is not None:
-        params[-1].grad[-1] = poison  # one number in the last tensor; clipping would spread it to all of them
-    return optimizer.step(iteration, loss)
-
 
 def state_bytes(optimizer, params):
     return digest({"params": [p.detach() for p in params], "adamw": optimizer.adamw.state_dict()})

@@ -6,14 +6,11 @@ import math
 
 import numpy as np
 import pytest
-import torch
 
 import train_rm
 import train_sft
 from checkpoint import load_checkpoint
 from experiments import ladder, overoptimization
-
-torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5])

@@ -9,12 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-import data
 import train_sft
 from experiments import human_comparisons, sentiment
 from tools.bpe import learn_bpe, write_ranks
-
-torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -8,7 +8,6 @@ import io
 import json
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +23,6 @@ from rollout import score_response
 from tools import inspect_rollout
 from tools.inspect_rollout import Config, load_sides, measure, next_rollout
 
-torch.set_num_threads(1)
 RUN = dict(device="cpu", batch_size=16, minibatches=2, epochs=2, lr=3e-3, max_new_tokens=6, save_interval=2)
 SHANGHAI = "Where is Shanghai?"
 

@@ -23,8 +23,6 @@ import train_sft
 from common import UserError
 from tools import label
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture(scope="module")
 def sft(tmp_path_factory):

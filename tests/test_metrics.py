@@ -10,7 +10,6 @@ import random
 import re
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,9 +17,10 @@ import torch
 import metrics
 import train_ppo
 from metrics import HEALTH, Metrics
-from test_common import Config
+from paths import ROOT
+from tiny import Config
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+README = (ROOT / "README.md").read_text()
 
 
 def write_metrics(folder, stage, iterations, start=0, show={"loss": "6.2f"}, config=None, **more):

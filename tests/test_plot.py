@@ -3,15 +3,13 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from common import UserError
 from metrics import HEALTH
+from paths import ROOT
 from tools import plot
-
-ROOT = Path(__file__).parents[1]
 
 
 def write_run(folder, gold, stage="ppo", **flags):

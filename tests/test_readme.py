@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 
@@ -10,15 +9,15 @@ import sample
 import train_ppo
 import train_rm
 import train_sft
+from paths import ROOT
 from tools import inspect_rollout, label
 
-ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]}
 LINES = [(page, *link) for page, text in PAGES.items()
          for link in re.findall(r"\[`([^`\n]+)`\]\(([\w./]+\.py)#L(\d+)\)", text)]
 FILES = sorted({(page, target) for page, text in PAGES.items() for target in re.findall(r"\]\((?!http)([^)#\s]+)", text)})
-THEOREMS = set(re.findall(r"^def test_t(\d\d)", (ROOT / "tests" / "test_theorems.py").read_text(), re.MULTILINE))
+THEOREMS = set(re.findall(r"^def test_t(\d\d)", (ROOT / "tests/core/test_theorems.py").read_text(), re.MULTILINE))
 SCRIPTS = {"train_sft.py": train_sft.Config, "train_rm.py": train_rm.Config, "train_ppo.py": train_ppo.Config,
            "sample.py": sample.Config, "-m tools.inspect_rollout": inspect_rollout.Config,
            "-m tools.label": label.Config}
@@ -37,6 +36,14 @@ def test_a_link_to_a_file_has_its_file(page, target):
 def test_the_derivation_cites_every_theorem_test_and_no_other():
     cited = re.findall(r"\bT(\d+)\b", PAGES["docs/derivation.md"])
     assert {f"{int(number):02}" for number in cited} == THEOREMS
+
+
+def test_every_test_that_the_page_on_reliability_names_exists():
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", PAGES["docs/reliability.md"])
+    assert len(named) > 40
+    for file, name in named:
+        path, = ROOT.glob(f"tests/**/{file}")
+        assert f"def {name}(" in path.read_text(), name
 
 
 COMMANDS = re.findall(r"^(?:.*&& )?python ((?:train|sample)\w*\.py|-m tools\.(?:inspect_rollout|label))(.*)$", TEXT,

@@ -9,8 +9,6 @@ import common
 import sample
 import train_sft
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):

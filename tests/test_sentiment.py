@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections import Counter
 from dataclasses import replace
 from importlib.util import find_spec
@@ -15,13 +14,11 @@ import torch
 import common
 import data
 import train_ppo
-import train_sft
 from checkpoint import load_checkpoint
 from experiments import sentiment
+from paths import DATA
 from rollout import generate
 
-torch.set_num_threads(1)
-DATA = Path(os.environ.get("PPO_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 FILES = {name: DATA / f"{file}.jsonl.gz" for name, file in
          (("labelled", "imdb_train_20k"), ("test", "imdb_test_5k"), ("unsup", "imdb_unsup_25k"))}
 GOOD, BAD = "great lovely superb".split(), "awful dull boring".split()

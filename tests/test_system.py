@@ -5,22 +5,18 @@ numbers of the loop hold, not that anything is learned: the model is tiny and ta
 """
 
 import json
-import os
 import resource
 import time
-from pathlib import Path
 
 import pytest
-import torch
 
 import data
 import train_ppo
 import train_rm
 import train_sft
 from checkpoint import load_checkpoint
+from paths import DATA
 
-torch.set_num_threads(1)
-DATA = Path(os.environ.get("PPO_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 HH = DATA / "hh_harmless_base_test.jsonl.gz"
 BLOCK, NEW = 1024, 24
 ODD = ["<|endoftext|>", "\x00\x01\x7f", "\u202eright to left\u202c", "👩\u200d👩\u200d👧\u200d👦 🇨🇭",

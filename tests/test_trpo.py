@@ -27,7 +27,6 @@ from model import GPT, GPTConfig
 from ppo import cpi_loss, keep
 from rollout import score_response
 
-torch.set_num_threads(1)
 RESPONSES, MASK = enumerate_responses(vocab_size=4, max_len=3)
 (N, R), TEMPERATURE = MASK.shape, 0.7
 TOKENS = torch.cat([torch.ones(N, 1, dtype=torch.long), RESPONSES], dim=1)  # after a prompt of one token

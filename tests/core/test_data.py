@@ -6,9 +6,7 @@ tests on real data look for it in $PPO_TEST_DATA (default ../shared/data) and sk
 import base64
 import gzip
 import json
-import os
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,8 +19,8 @@ from data import (BatchOrder, Comparison, DataError, Demonstration, collate_comp
                   collate_demonstrations, collate_prompts, encode_prompt, encode_response, get_tokenizer,
                   like_lengths, load_comparisons, load_demonstrations, load_prompts, pad, read_rows, run_tokenizer,
                   split_rows, to_row, tokenizer_id)
+from paths import DATA
 
-REAL = Path(os.environ.get("PPO_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 BYTES = get_tokenizer("bytes")
 EOS = 256
 
@@ -49,9 +47,9 @@ def pair(i):
 # tokenizers
 
 def gpt2(monkeypatch):
-    if not (REAL / "tiktoken_cache").is_dir():
+    if not (DATA / "tiktoken_cache").is_dir():
         pytest.skip("no tiktoken cache")
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(REAL / "tiktoken_cache"))
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(DATA / "tiktoken_cache"))
     return get_tokenizer("gpt2")
 
 
@@ -613,7 +611,7 @@ PROMPTS_DIFFER, TOO_LONG = "the two prompts differ", "longer than block_size=102
     ("hhh_alignment_pairs", 221, [{}, {TOO_LONG: 2}, {"the same prompt again": 119}]),
 ])
 def test_real_pairs(monkeypatch, name, rows, losses):
-    path = REAL / f"{name}.jsonl.gz"
+    path = DATA / f"{name}.jsonl.gz"
     if not path.is_file():
         pytest.skip(f"no {path.name}")
     encoding = gpt2(monkeypatch)

@@ -10,16 +10,13 @@ import json
 import math
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import get_type_hints
 
 import pytest
-
 import torch
 
 import atlas
@@ -28,118 +25,19 @@ import common
 import data
 import model
 import rollout
+import tiny
 import train_ppo
-import train_rm
-import train_sft
 from checkpoint import digest, load_checkpoint
 from common import UserError
 from model import GPT, GPTConfig
+from paths import DATA, ROOT
+from tiny import (CLOCKS, SIZES, STAGES, Spy, command, metrics, pairs, reward_file, run, shrink, tiny_flags, weights,
+                  write_jsonl)
 
-torch.set_num_threads(1)
-ROOT = Path(__file__).resolve().parents[1]
-STAGES = {"sft": train_sft, "rm": train_rm, "ppo": train_ppo}
-SIZES = dict(n_layer=1, n_head=2, n_embd=32, block_size=64)
-TINY = {"sft": dict(max_iters=4, batch_size=12, lr=3e-3, **SIZES),
-        "rm": dict(max_iters=4, batch_size=6, lr=3e-3, max_new_tokens=8),
-        "ppo": dict(max_iters=3, batch_size=12, minibatches=2, epochs=2, lr=3e-3, max_new_tokens=8)}
 ONE_STEP = {"minibatches": None, "epochs": None}  # for the objectives that may use a rollout once
 LADDER = [ONE_STEP | {"objective": objective} for objective in ("reinforce", "reward_to_go", "baseline", "gae")] + \
          [{"objective": objective} for objective in ("cpi", "kl_penalty")] + \
          [{"advantage": "group", "samples_per_prompt": 4}]
-CLOCKS = {"seconds", "sec_rollout", "sec_score", "sec_update", "tokens_per_s"}
-
-
-# ----------------------------------------------------------------------------------------------------------
-# a small world: forty pairs, and finished sft.pt and rm.pt on them and on atlas
-
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def pairs(offset=0):
-    words = ["red", "blue", "green", "white", "black", "pink", "grey", "brown"]
-    return [{"prompt": f"{words[i % 8]} or {words[(i + 1 + i // 8) % 8]}{offset + i}?",
-             "chosen": " " + words[i % 8],
-             "rejected": " no" * (1 + i % 3)} for i in range(40)]
-
-
-def settings(stage, folder, **flags):
-    """Config of a tiny run on the CPU in `folder`, with the data and tokenizer that `folder` was made for."""
-    folder, module = Path(folder), STAGES[stage]
-    world = {} if (folder / "atlas").exists() else {"data": str(folder / "pairs.jsonl"), "tokenizer": "bytes"}
-    world |= {"candidates": 3} if stage == "rm" and not world else {}
-    return module.Config(**{"out_dir": str(folder), "device": "cpu"} | world | TINY[stage] | flags)
-
-
-def run(stage, folder, **flags):
-    return STAGES[stage].train(settings(stage, folder, **flags))
-
-
-@pytest.fixture(scope="module")
-def worlds(tmp_path_factory):
-    """Folders with finished sft.pt and rm.pt, on pairs and on atlas; tests write into copies of them."""
-    folders = {}
-    for name in ("pairs", "atlas"):
-        folders[name] = folder = tmp_path_factory.mktemp(name)
-        (folder / "atlas").touch() if name == "atlas" else write_jsonl(folder / "pairs.jsonl", pairs())
-        run("sft", folder, max_iters=30 if name == "atlas" else 60)
-        run("rm", folder)
-    return folders
-
-
-@pytest.fixture
-def world(worlds, tmp_path):
-    """Copies a world into a fresh folder, with the checkpoints of the stages before `stage`."""
-    count = iter(range(10**6))
-
-    def make(stage, name="pairs"):
-        folder = tmp_path / f"world{next(count)}"
-        ahead = {"sft": ["sft.pt", "rm.pt"], "rm": ["rm.pt"], "ppo": []}[stage] + ["metrics.jsonl"]
-        shutil.copytree(worlds[name], folder, ignore=shutil.ignore_patterns(*ahead))
-        return folder
-    return make
-
-
-def metrics(folder, stage, *drop):
-    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in CLOCKS.union(drop)} for row in rows
-            if row["stage"] == stage and "iter" in row]
-
-
-def weights(folder, stage, *more):
-    saved = torch.load(Path(folder) / f"{stage}.pt", weights_only=True)
-    return {name: saved[name] for name in ("model", "critic", "weights", *more) if name in saved}
-
-
-def assert_close(a, b, atol):
-    assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=0, atol=atol)
-
-
-def reward_file(folder, body):
-    """Writes a file with a function f(prompts, responses) that returns `body`; the value for --reward."""
-    (folder / "reward.py").write_text(f"def f(prompts, responses):\n    return {body}\n")
-    return f"{folder / 'reward.py'}:f"
-
-
-@pytest.fixture
-def reward_e(tmp_path):
-    return reward_file(tmp_path, "[float(response.count('e')) for response in responses]")
-
-
-class Spy:
-    """Replaces a function of train_ppo by itself, and keeps the arguments and result of each call."""
-
-    def __init__(self, monkeypatch, name, module=train_ppo):
-        self.calls, real = [], getattr(module, name)
-
-        def spy(*args, **kwargs):
-            result = real(*args, **kwargs)
-            self.calls.append((args, result))
-            return result
-        monkeypatch.setattr(module, name, spy)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -849,22 +747,6 @@ def test_with_a_reward_function_no_reward_model_is_trained_or_read(world, reward
 # ----------------------------------------------------------------------------------------------------------
 # the command line
 
-def command(script, *argv):
-    """Runs the file as `python train_x.py --flags` would, in this process. Returns the exit code."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [script, *argv])
-        try:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-        except SystemExit as exit:
-            return exit.code
-    return 0
-
-
-def tiny_flags(stage, folder, **flags):
-    config = dataclasses.asdict(settings(stage, folder, **flags))
-    default = dataclasses.asdict(STAGES[stage].Config())
-    return [f"--{name}={value}" for name, value in config.items() if value != default[name]]
-
 
 def jsonl(text, compress=False, cut=None):
     def write(folder):
@@ -904,7 +786,7 @@ BAD_INPUT = [  # script, flags or a function that makes them, what the sentence 
     ("ppo", {"rm": "nowhere.pt"}, "nowhere.pt is not there"),
     ("ppo", {"reward": "nowhere.py:f"}, "nowhere.py is not there"),
     ("ppo", {"reward": "length"}, "must be rm or path/to/file.py:function"),
-    ("ppo", {"reward": f"{Path(__file__).parent / 'test_common.py'}:gone"}, "has no function gone"),
+    ("ppo", {"reward": f"{tiny.__file__}:gone"}, "has no function gone"),
     ("sft", {"resume": True}, "sft.pt is not there"),
     ("sft", {"out_dir": __file__}, "cannot be made")]
 
@@ -986,16 +868,6 @@ def test_a_process_of_its_own_says_it_without_a_traceback(argv, code, says, tmp_
 
 # ----------------------------------------------------------------------------------------------------------
 # the stages together
-
-def shrink(monkeypatch, **flags):
-    """Gives the earlier stages, which run with their own defaults, defaults that suit a test."""
-    for stage in ("sft", "rm"):
-        module = STAGES[stage]
-        tiny = {name: value for name, value in (TINY[stage] | flags).items() if name not in SIZES}
-        kinds = get_type_hints(module.Config)
-        fields = [(name, kinds[name], dataclasses.field(default=value)) for name, value in tiny.items()]
-        monkeypatch.setattr(module, "Config",
-                            dataclasses.make_dataclass("Config", fields, bases=(module.Config,)))
 
 
 def test_ppo_trains_the_missing_stages_and_says_so(world, monkeypatch, capsys):
@@ -1080,7 +952,6 @@ def test_the_default_job_learns_the_answers_and_prints_the_table(default_run):
     assert table.count("    before ") == table.count("    after ") == 10
 
 
-DATA = Path(os.environ.get("PPO_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 REAL = ["hh_harmless_base_test.jsonl.gz", "llmbar_mtbench_human_pairs.jsonl.gz",
         "hhh_alignment_pairs.jsonl.gz"]
 

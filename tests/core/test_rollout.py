@@ -16,7 +16,6 @@ import rollout
 from model import GPT, GPTConfig
 from rollout import generate, sample_tokens, score_response, score_values
 
-torch.set_num_threads(1)
 
 V, BLOCK, NEW, EOS = 11, 11, 5, 7
 INF, NAN = math.inf, math.nan

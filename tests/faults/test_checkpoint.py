@@ -33,10 +33,9 @@ import train_sft
 from checkpoint import Damaged, digest, load_checkpoint, save_checkpoint
 from common import UserError
 from metrics import Metrics
-from test_common import Config, make_optimizer, take_step
-from test_train import ROOT, SIZES, metrics, pairs, run, shrink, tiny_flags, weights, write_jsonl
-
-torch.set_num_threads(1)
+from paths import ROOT
+from tiny import (SIZES, Config, make_optimizer, metrics, pairs, run, shrink, take_step, tiny_flags, weights,
+                  write_jsonl)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -463,8 +462,6 @@ def test_an_out_dir_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
     with pytest.raises(UserError, match="is not writable"):
         checkpoint.occupy(Config(), tmp_path / "sft.pt")
-
-
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -896,13 +893,6 @@ def test_no_file_loads_a_pickle_that_could_execute_something():
     for path in [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("experiments/*.py")]:
         text = path.read_text()
         assert not re.search(r"weights_only\s*=\s*False|pickle\.load|torch\.load\((?!.*weights_only=True)", text), path
-
-
-def test_every_test_that_the_page_on_reliability_names_exists():
-    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", (ROOT / "docs" / "reliability.md").read_text())
-    assert len(named) > 40
-    for file, name in named:
-        assert f"def {name}(" in (ROOT / "tests" / file).read_text(), name
 
 
 # ----------------------------------------------------------------------------------------------------------

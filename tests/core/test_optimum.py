@@ -26,7 +26,6 @@ from model import GPT, GPTConfig
 from ppo import gae, keep, kl_estimate, log_ratio, policy_loss, shape_rewards, value_loss, whiten
 from rollout import generate, score_response
 
-torch.set_num_threads(1)
 
 V, R = 4, 3
 KL_COEF = 0.5

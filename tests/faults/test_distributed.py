@@ -29,11 +29,9 @@ from checkpoint import digest, load_checkpoint
 from common import UserError
 from experiments import human_comparisons, ladder, overoptimization, scaling, sentiment, trpo
 from model import GPT, GPTConfig
+from paths import ROOT
 from rollout import Rollout
-from test_train import world  # a fixture
-from test_train import CLOCKS, ROOT, SIZES, STAGES, metrics, pairs, reward_file, settings, weights, write_jsonl
-
-torch.set_num_threads(1)
+from tiny import CLOCKS, SIZES, STAGES, metrics, reward_file, settings, weights
 
 # A server that has imported everything and computed nothing: its children start at once, and no thread of this process
 # is forked with them.
@@ -83,16 +81,6 @@ def in_processes(server, tmp_path):
         assert all(child.exitcode == 0 for child in children), errors
         return [torch.load(folder / f"{rank}.result") for rank in range(n)]
     return call
-
-
-@pytest.fixture(scope="module")
-def worlds(tmp_path_factory):
-    """What `world` copies: a folder with sft.pt and rm.pt of a few iterations, trained in one process."""
-    folder = tmp_path_factory.mktemp("finished")
-    write_jsonl(folder / "pairs.jsonl", pairs())
-    for stage in ("sft", "rm"):
-        STAGES[stage].train(settings(stage, folder))
-    return {"pairs": folder}
 
 
 def train(stage, folder, flags={}):

@@ -32,7 +32,6 @@ from ppo import (OBJECTIVES, KLController, PenaltyController, cpi_loss, explaine
 from reward_model import RewardModel, bradley_terry_loss
 from rollout import generate, score_response
 
-torch.set_num_threads(1)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the problem

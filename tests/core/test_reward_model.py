@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from model import GPT, GPTConfig
 from reward_model import RewardModel, bradley_terry_loss, calibration_table
 
-torch.set_num_threads(1)
 
 V, BLOCK, EOS = 11, 16, 7
 CONFIG = GPTConfig(block_size=BLOCK, vocab_size=V, n_layer=2, n_head=2, n_embd=16)

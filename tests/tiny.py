@@ -5,8 +5,9 @@ import json
 import runpy
 import sys
 from dataclasses import dataclass
+from functools import partialmethod
 from pathlib import Path
-from typing import ClassVar, Optional, get_type_hints
+from typing import ClassVar, Optional
 
 import pytest
 import torch
@@ -96,15 +97,13 @@ def tiny_flags(stage, folder, **flags):
     return [f"--{name}={value}" for name, value in config.items() if value != default[name]]
 
 
-def shrink(monkeypatch, **flags):
-    """Gives the earlier stages, which run with their own defaults, defaults that suit a test."""
+def shrink(monkeypatch):
+    """Gives the earlier stages, which run with their own defaults, defaults that suit a test. The classes stay what
+    they are, because their source is read for the domains of the flags."""
     for stage in ("sft", "rm"):
-        module = STAGES[stage]
-        tiny = {name: value for name, value in (TINY[stage] | flags).items() if name not in SIZES}
-        kinds = get_type_hints(module.Config)
-        fields = [(name, kinds[name], dataclasses.field(default=value)) for name, value in tiny.items()]
-        monkeypatch.setattr(module, "Config",
-                            dataclasses.make_dataclass("Config", fields, bases=(module.Config,)))
+        config = STAGES[stage].Config
+        tiny = {name: value for name, value in TINY[stage].items() if name not in SIZES}
+        monkeypatch.setattr(config, "__init__", partialmethod(config.__init__, **tiny))
 
 
 @dataclass

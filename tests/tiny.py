@@ -23,6 +23,7 @@ SIZES = dict(n_layer=1, n_head=2, n_embd=32, block_size=64)
 TINY = {"sft": dict(max_iters=4, batch_size=12, lr=3e-3, **SIZES),
         "rm": dict(max_iters=4, batch_size=6, lr=3e-3, max_new_tokens=8),
         "ppo": dict(max_iters=3, batch_size=12, minibatches=2, epochs=2, lr=3e-3, max_new_tokens=8)}
+ONE_STEP = {"minibatches": None, "epochs": None}  # for the objectives that may use a rollout once
 CLOCKS = {"seconds", "sec_rollout", "sec_score", "sec_update", "tokens_per_s"}
 
 

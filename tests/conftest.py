@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 
+import train_sft
 from paths import ROOT
-from tiny import pairs, reward_file, run, write_jsonl
+from tiny import SIZES, pairs, reward_file, run, write_jsonl
 
 torch.set_num_threads(1)  # with more, sums are taken in another order and the last bits differ
 
@@ -37,6 +38,15 @@ def world(worlds, tmp_path):
         shutil.copytree(worlds[name], folder, ignore=shutil.ignore_patterns(*ahead))
         return folder
     return make
+
+
+@pytest.fixture(scope="session")
+def sft(tmp_path_factory):
+    """Path of a tiny SFT checkpoint of the built-in task, whose answers look like answers."""
+    folder = tmp_path_factory.mktemp("sft")
+    train_sft.train(train_sft.Config(out_dir=str(folder), device="cpu", max_iters=150, batch_size=64, lr=5e-3,
+                                     **SIZES | {"block_size": 128}))
+    return str(folder / "sft.pt")
 
 
 @pytest.fixture

@@ -154,7 +154,8 @@ def test_a_quarter_of_wrong_answers_is_true_of_a_neighbour():
     """A neighbour is another city of the same country. A country with one city here has none."""
     rng, n = np.random.default_rng(4), 20_000
     answers = collections.Counter(atlas.answer("Where is Shanghai?", "wrong", rng) for _ in range(n))
-    true_elsewhere = {f" {city} {verb} in China." for city in ("Beijing", "Chengdu", "Xi'an") for verb in ("is", "lies")}
+    true_elsewhere = {f" {city} {verb} in China."
+                      for city in ("Beijing", "Chengdu", "Xi'an") for verb in ("is", "lies")}
     assert {answer for answer in answers if "China" in answer} == true_elsewhere
     share = sum(answers[answer] for answer in true_elsewhere) / n
     assert abs(share - atlas.NEIGHBOUR_SHARE) < 5 * math.sqrt(0.25 * 0.75 / n)

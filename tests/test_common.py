@@ -192,7 +192,8 @@ def test_bfloat16_is_refused_on_a_gpu_without_it_and_auto_falls_back(monkeypatch
     with pytest.raises(UserError, match="--dtype=bfloat16 was asked for, but this GPU has none"):
         common.setup(Config(dtype="bfloat16"))
     asked = []
-    monkeypatch.setattr(torch, "autocast", lambda device, dtype, enabled: asked.append((device, enabled)) or nullcontext())
+    monkeypatch.setattr(torch, "autocast",
+                        lambda device, dtype, enabled: asked.append((device, enabled)) or nullcontext())
     device, autocast = common.setup(Config(dtype="auto"))
     with autocast():
         pass

@@ -1,4 +1,4 @@
-"""Tests of experiments/ladder.py and experiments/overoptimization.py: their arithmetic, and a tiny run of each, end to end."""
+"""Tests of experiments/ladder.py and experiments/overoptimization.py: their arithmetic, and a tiny run of each."""
 
 import itertools
 import json

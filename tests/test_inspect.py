@@ -31,11 +31,10 @@ SHANGHAI = "Where is Shanghai?"
 # a tiny run of the built-in task
 
 @pytest.fixture(scope="module")
-def stages(tmp_path_factory):
+def stages(sft, tmp_path_factory):
     """A folder with sft.pt and rm.pt."""
     folder = tmp_path_factory.mktemp("inspect")
-    train_sft.train(train_sft.Config(out_dir=str(folder), device="cpu", max_iters=60, batch_size=32, lr=3e-3, n_layer=1,
-                                     n_head=2, n_embd=32, block_size=128))
+    shutil.copy(sft, folder)
     train_rm.train(train_rm.Config(out_dir=str(folder), device="cpu", max_iters=3, batch_size=4, candidates=3,
                                    max_new_tokens=6))
     return folder
@@ -298,7 +297,7 @@ NASTY = '</script><script>document.title="owned"</script><!--<img src=x onerror=
 
 
 def nasty_contents(trained):
-    """What a page shows, with a prompt and a response of tokens that are markup, as a large vocabulary may have them."""
+    """What a page shows, with a prompt and a response of tokens that are markup, as in a large vocabulary."""
     contents = inspect_rollout.inspect(Config(checkpoint=str(trained / "ppo.pt"), prompt=SHANGHAI, response=" China.",
                                               device="cpu", updates=0, completions=0))
     response = contents["views"][0]["responses"][0]

@@ -24,15 +24,6 @@ from common import UserError
 from tools import label
 
 
-@pytest.fixture(scope="module")
-def sft(tmp_path_factory):
-    """A tiny SFT checkpoint of the built-in task, whose answers look like answers."""
-    folder = tmp_path_factory.mktemp("label")
-    train_sft.train(train_sft.Config(out_dir=str(folder), device="cpu", max_iters=150, batch_size=64, lr=5e-3,
-                                     n_layer=1, n_head=2, n_embd=32, block_size=48))
-    return str(folder / "sft.pt")
-
-
 def config(sft, folder, **flags):
     return label.Config(**{"init_from": sft, "pairs": str(folder / "pairs.jsonl"), "device": "cpu", "n": 5} | flags)
 

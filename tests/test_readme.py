@@ -13,10 +13,12 @@ from paths import ROOT
 from tools import inspect_rollout, label
 
 TEXT = (ROOT / "README.md").read_text()
-PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]}
+PAGES = {str(path.relative_to(ROOT)): path.read_text()
+         for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]}
 LINES = [(page, *link) for page, text in PAGES.items()
          for link in re.findall(r"\[`([^`\n]+)`\]\(([\w./]+\.py)#L(\d+)\)", text)]
-FILES = sorted({(page, target) for page, text in PAGES.items() for target in re.findall(r"\]\((?!http)([^)#\s]+)", text)})
+FILES = sorted({(page, target) for page, text in PAGES.items()
+                for target in re.findall(r"\]\((?!http)([^)#\s]+)", text)})
 THEOREMS = set(re.findall(r"^def test_t(\d\d)", (ROOT / "tests/core/test_theorems.py").read_text(), re.MULTILINE))
 SCRIPTS = {"train_sft.py": train_sft.Config, "train_rm.py": train_rm.Config, "train_ppo.py": train_ppo.Config,
            "sample.py": sample.Config, "-m tools.inspect_rollout": inspect_rollout.Config,
@@ -58,9 +60,9 @@ def test_every_flag_of_a_command_exists(script, rest):
 
 def test_every_metric_of_a_ppo_iteration_is_explained():
     table = TEXT[TEXT.index("## What the numbers mean"):TEXT.index("## Your own data")]
-    metrics = ("score kl reward entropy policy_loss value_loss approx_kl clip_frac ratio_mean ratio_max explained_variance "
-               "response_len eos_rate kl_coef lr grad_norm sec_rollout sec_score sec_update tokens_per_s ratio_first "
-               "logprob_gap logprob_gap_max skipped_steps gold gold_heldout utility penalty").split()
+    metrics = ("score kl reward entropy policy_loss value_loss approx_kl clip_frac ratio_mean ratio_max "
+               "explained_variance response_len eos_rate kl_coef lr grad_norm sec_rollout sec_score sec_update "
+               "tokens_per_s ratio_first logprob_gap logprob_gap_max skipped_steps gold gold_heldout utility penalty").split()
     assert not [name for name in metrics if f"`{name}`" not in table]
 
 

@@ -38,7 +38,7 @@ def test_what_the_reward_function_may_not_return(body, says, world, tmp_path):
 
 
 def test_an_exception_of_the_reward_function_comes_with_the_prompt(world, tmp_path):
-    """The traceback points into the user's file, which no sentence of ours could, and the prompt is the one at fault."""
+    """The traceback points into the user's file, as no sentence of ours could. The prompt is the one at fault."""
     body = "[float('?' in prompt or {}['mine']) for prompt in prompts]"
     folder = world("ppo")
     rows = pairs()
@@ -53,7 +53,8 @@ def test_an_exception_of_the_reward_function_comes_with_the_prompt(world, tmp_pa
 
 def test_a_reward_function_that_fails_on_a_batch_only(world, tmp_path):
     """The message then names the first prompt of the batch."""
-    with pytest.raises(RuntimeError, match="for 12 responses at once and for none of them alone; the first prompt is '"):
+    with pytest.raises(RuntimeError, match="for 12 responses at once and for none of them alone; the first "
+                                           "prompt is '"):
         run("ppo", world("ppo"), reward=reward_file(tmp_path, "[1.0] if len(prompts) == 1 else 1 / 0"))
 
 

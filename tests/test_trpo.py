@@ -16,8 +16,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import common
 import train_ppo
-import train_rm
-import train_sft
 from common import UserError
 from enumerable import enumerate_responses
 from experiments import trpo
@@ -26,15 +24,12 @@ from experiments.trpo import (conjugate_gradient, fisher_vector_product, flat_gr
 from model import GPT, GPTConfig
 from ppo import cpi_loss, keep
 from rollout import score_response
+from tensors import randn
 
 RESPONSES, MASK = enumerate_responses(vocab_size=4, max_len=3)
 (N, R), TEMPERATURE = MASK.shape, 0.7
 TOKENS = torch.cat([torch.ones(N, 1, dtype=torch.long), RESPONSES], dim=1)  # after a prompt of one token
 PROMPT_LENS = torch.ones(N, dtype=torch.long)
-
-
-def randn(*shape, seed):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def relative(actual, expected):
@@ -342,23 +337,18 @@ TINY = dict(max_iters=3, batch_size=24, minibatches=2, epochs=1, fisher_rows=12,
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A folder with finished sft.pt and rm.pt of a tiny model; tests write into copies of it."""
-    folder = tmp_path_factory.mktemp("atlas")
-    sizes = dict(n_layer=1, n_head=2, n_embd=32, block_size=64)
-    train_sft.train(train_sft.Config(out_dir=str(folder), device="cpu", max_iters=30, batch_size=12, lr=3e-3, **sizes))
-    train_rm.train(train_rm.Config(out_dir=str(folder), device="cpu", max_iters=4, batch_size=6, lr=3e-3,
-                                   max_new_tokens=8, candidates=3))
-    return folder
+def atlas(worlds):
+    """The folder with finished sft.pt and rm.pt on atlas; tests write into copies of it."""
+    return worlds["atlas"]
 
 
 @pytest.fixture
-def run(world, tmp_path):
-    """run(folder name, **flags) -> (final metrics, rows of stage trpo, checkpoint), in a copy of the world."""
+def run(atlas, tmp_path):
+    """run(folder name, **flags) -> (final metrics, rows of stage trpo, checkpoint), in a copy of that folder."""
     def go(name="run", **flags):
         folder = tmp_path / name
         if not folder.exists():
-            shutil.copytree(world, folder)
+            shutil.copytree(atlas, folder)
         final = trpo.train(trpo.Config(**TINY | {"out_dir": str(folder)} | flags))
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         rows = [row for row in rows if row["stage"] == "trpo" and "iter" in row]
@@ -366,7 +356,7 @@ def run(world, tmp_path):
     return go
 
 
-def test_a_run_on_atlas_holds_the_constraint_and_writes_its_metrics(run, world):
+def test_a_run_on_atlas_holds_the_constraint_and_writes_its_metrics(run, atlas):
     final, rows, checkpoint = run(delta=0.02)
     assert [row["iter"] for row in rows] == [1, 2, 3] and final == rows[-1]
     names = ("episodes score kl reward gold entropy approx_kl surrogate_gain step_fraction grad_norm cg_residual "
@@ -378,19 +368,19 @@ def test_a_run_on_atlas_holds_the_constraint_and_writes_its_metrics(run, world):
         assert row["reward"] == pytest.approx(row["score"] - 0.05 * row["kl"] - 1.0 * (1 - row["eos_rate"]), abs=1e-5)
     assert rows[0]["kl"] == 0 and rows[1]["kl"] != 0  # the reference stays where the policy began
     assert "gold_heldout" in rows[0] and "gold_heldout" not in rows[1] and "gold_heldout" in final
-    sft, rm = (torch.load(world / f"{name}.pt", weights_only=True)["model"] for name in ("sft", "rm"))
+    sft, rm = (torch.load(atlas / f"{name}.pt", weights_only=True)["model"] for name in ("sft", "rm"))
     for name, weights in checkpoint["model"].items():
         assert torch.equal(weights, sft[name]) == name.startswith("value_head"), name
     assert not torch.equal(checkpoint["critic"]["trunk.wte.weight"], rm["trunk.wte.weight"])
     assert checkpoint["finished"] and checkpoint["iter"] == 3
 
 
-def test_a_policy_that_stands_still_samples_and_scores_what_train_ppo_does(run, world, tmp_path):
+def test_a_policy_that_stands_still_samples_and_scores_what_train_ppo_does(run, atlas, tmp_path):
     """So that the two can be compared rollout by rollout: same prompts in the same order, same random numbers."""
     flags = {"temperature": 0.7, "eos_penalty": 2.0, "kl_coef": 0.5, "seed": 3}
     _, rows, _ = run(delta=1e-30, **flags)
     folder = tmp_path / "ppo"
-    shutil.copytree(world, folder)
+    shutil.copytree(atlas, folder)
     same = {name: value for name, value in TINY.items() if name != "fisher_rows"}
     train_ppo.train(train_ppo.Config(out_dir=str(folder), lr=0.0, **same, **flags))
     theirs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -429,10 +419,10 @@ def test_the_score_rises(run):
 
 
 @pytest.fixture(scope="module")
-def base(world, tmp_path_factory):
+def base(atlas, tmp_path_factory):
     """The checkpoint of a run of two iterations with no flag changed."""
     folder = tmp_path_factory.mktemp("base") / "run"
-    shutil.copytree(world, folder)
+    shutil.copytree(atlas, folder)
     trpo.train(trpo.Config(**TINY | {"out_dir": str(folder), "max_iters": 2}))
     return torch.load(folder / "trpo.pt", weights_only=True)
 
@@ -467,12 +457,12 @@ def command(monkeypatch, *flags):
 
 
 @pytest.mark.parametrize("missing", ["sft", "rm"])
-def test_a_missing_policy_or_reward_model_exits_2(missing, world, tmp_path, monkeypatch, capsys):
+def test_a_missing_policy_or_reward_model_exits_2(missing, atlas, tmp_path, monkeypatch, capsys):
     """The message names the script that trains it."""
     out = tmp_path / "out"
     if missing == "rm":
         out.mkdir()
-        shutil.copy(world / "sft.pt", out)
+        shutil.copy(atlas / "sft.pt", out)
     assert command(monkeypatch, f"--out_dir={out}") == 2
     error = capsys.readouterr().err
     assert f"{missing}.pt is not there" in error and f"train_{missing}.py" in error and error.count("\n") == 1
@@ -485,8 +475,8 @@ def test_a_missing_policy_or_reward_model_exits_2(missing, world, tmp_path, monk
     (["--dtype=bfloat16"], "--dtype"), (["--delta=0"], "--delta"),
     (["--damping=-1"], "--damping"), (["--cg_iters=0"], "--cg_iters"), (["--resume", "--overwrite"], "--resume"),
     (["--clip=0.2"], "--clip"), (["--data=nowhere.jsonl"], "nowhere.jsonl")])
-def test_flags_that_make_no_sense_end_in_a_sentence_and_exit_2(flags, word, world, tmp_path, monkeypatch, capsys):
-    shutil.copytree(world, tmp_path / "out")
+def test_flags_that_make_no_sense_end_in_a_sentence_and_exit_2(flags, word, atlas, tmp_path, monkeypatch, capsys):
+    shutil.copytree(atlas, tmp_path / "out")
     assert command(monkeypatch, f"--out_dir={tmp_path / 'out'}", *flags) == 2
     assert word in capsys.readouterr().err and not (tmp_path / "out" / "trpo.pt").exists()
 

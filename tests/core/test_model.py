@@ -2,6 +2,7 @@
 import json
 import math
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,8 +10,10 @@ import torch
 
 import model
 from model import GPT, GPTConfig, KVCache
+from tensors import gap, random_ids
 
 V, BLOCK = 37, 16
+ids = partial(random_ids, V)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 
@@ -28,15 +31,6 @@ def randomize(module, seed=0):
 def make_gpt(dtype=torch.float64, seed=0, **sizes):
     sizes = dict(block_size=BLOCK, vocab_size=V, n_layer=2, n_head=3, n_embd=24) | sizes
     return randomize(GPT(GPTConfig(**sizes)), seed).to(dtype)
-
-
-def ids(B, T, seed=1, high=V):
-    return torch.randint(high, (B, T), generator=torch.Generator().manual_seed(seed))
-
-
-def gap(a, b):
-    """Largest absolute difference; NaN anywhere counts as infinite."""
-    return (a.double() - b.double()).abs().nan_to_num(nan=math.inf).max().item()
 
 
 # -----------------------------------------------------------------------------
@@ -122,8 +116,8 @@ def test_block_size_is_the_longest_sequence():
 @pytest.mark.parametrize("length", [1, 4, 7])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_written_out_bfloat16_attention_is_torchs_own_up_to_rounding(length, autocast):
-    """A weight is at most 1, so rounding it to bfloat16 moves it by at most 2^-9 and a mean of values of at most L by as
-    many times L as there are values; and the result is rounded once more."""
+    """A weight is at most 1, so rounding it to bfloat16 moves it by at most 2^-9. A mean of values of at most L moves by
+    as many times L as there are values, and the result is rounded once more."""
     generator = torch.Generator().manual_seed(length)
     q, k, v, dy = (torch.randn(3, 2, 7, 8, generator=generator).bfloat16() for _ in range(4))
     causal = length == 7

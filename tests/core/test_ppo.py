@@ -12,6 +12,7 @@ import torch
 from ppo import (OBJECTIVES, KLController, PenaltyController, cpi_loss, explained_variance, gae, group_advantages,
                  keep, kl_estimate, kl_penalty_loss, masked_mean, policy_loss, reinforce_loss, reward_to_go,
                  shape_rewards, surrogate_loss, token_advantages, value_loss, whiten)
+from tensors import randn
 
 NAN, INF = math.nan, math.inf
 
@@ -22,10 +23,6 @@ def t(values):
 
 def bits(values):
     return torch.tensor(values, dtype=torch.bool)
-
-
-def randn(*shape, seed):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def lengths_to_mask(lengths, width):

@@ -1,6 +1,7 @@
 """Tests of reward_model.py: where a score is read, Bradley-Terry by hand, planted preference, calibration."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -8,19 +9,13 @@ import torch.nn.functional as F
 
 from model import GPT, GPTConfig
 from reward_model import RewardModel, bradley_terry_loss, calibration_table
+from tensors import gap, random_ids, rng
 
 
 V, BLOCK, EOS = 11, 16, 7
+ids = partial(random_ids, V)
 CONFIG = GPTConfig(block_size=BLOCK, vocab_size=V, n_layer=2, n_head=2, n_embd=16)
 LENS = torch.tensor([9, 1, 4, 9, 6, 2])
-
-
-def rng(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def ids(N, T, seed=1):
-    return torch.randint(V, (N, T), generator=rng(seed))
 
 
 TOKENS = ids(6, 9)
@@ -29,11 +24,6 @@ TOKENS[:, 0] = EOS  # an EOS in a prompt is not the end
 
 def t(values):
     return torch.tensor(values, dtype=torch.float64, requires_grad=True)
-
-
-def gap(a, b):
-    """Largest absolute difference; NaN anywhere counts as infinite."""
-    return (a.double() - b.double()).abs().nan_to_num(nan=math.inf).max().item()
 
 
 def randomize(module):

@@ -6,6 +6,7 @@ token, and a Markov chain whose table of next-token logits says in advance what 
 
 import math
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -15,27 +16,16 @@ import torch.nn.functional as F
 import rollout
 from model import GPT, GPTConfig
 from rollout import generate, sample_tokens, score_response, score_values
+from tensors import gap, random_ids, rng
 
 
 V, BLOCK, NEW, EOS = 11, 11, 5, 7
+ids = partial(random_ids, V)
 INF, NAN = math.inf, math.nan
 LENS = torch.tensor([6, 1, 3, 6, 2, 4, 5, 1])  # the longest prompt and NEW tokens fill the block exactly
 
 
-def rng(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def ids(B, T, seed=1):
-    return torch.randint(V, (B, T), generator=rng(seed))
-
-
 PROMPTS = ids(8, 6)
-
-
-def gap(a, b):
-    """Largest absolute difference; NaN anywhere counts as infinite."""
-    return (a.double() - b.double()).abs().nan_to_num(nan=INF).max().item()
 
 
 def gpt(dtype=torch.float64, seed=0, **sizes):

@@ -31,6 +31,7 @@ from ppo import (OBJECTIVES, KLController, PenaltyController, cpi_loss, explaine
                  reward_to_go, shape_rewards, surrogate_loss, token_advantages, value_loss, whiten)
 from reward_model import RewardModel, bradley_terry_loss
 from rollout import generate, score_response
+from tensors import randn
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -46,10 +47,6 @@ STEPS = torch.arange(R, dtype=torch.float64)
 FIRST, LAST = MASK & (STEPS == 0), STEPS == LENS.unsqueeze(1) - 1
 PROMPT_LENS = torch.ones(N, dtype=torch.long)
 PROMPT_AND_TOKENS = torch.cat([torch.full((N, 1), EOS), TOKENS], dim=1)  # the only prompt is one token, an EOS
-
-
-def randn(*shape, seed):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 # A number for each prefix, its last token included (a node: state and action), or without it (the state).

@@ -857,7 +857,8 @@ def test_out_of_memory_says_which_flags_to_lower(stage, flags, fail, fresh, monk
     ({"micro_batch_size": 1}, 2, "enough: --recompute, --fsdp. In"),
     ({"micro_batch_size": 4, "recompute": True, "fsdp": True}, 2,
      "enough: --micro_batch_size below what is printed above. In"),
-    ({"micro_batch_size": 1, "recompute": True}, 1, "memory (CUDA out of memory. Tried to allocate 2.00 GiB.). In a new")])
+    ({"micro_batch_size": 1, "recompute": True}, 1,
+     "memory (CUDA out of memory. Tried to allocate 2.00 GiB.). In a new")])
 def test_out_of_memory_names_no_flag_that_is_set_or_would_not_help(flags, size, says, monkeypatch):
     monkeypatch.setattr(checkpoint.distributed, "size", lambda: size)
     with pytest.raises(UserError) as error, checkpoint.memory_advice(Config(**flags), "sft"):

@@ -116,8 +116,8 @@ def test_block_size_is_the_longest_sequence():
 @pytest.mark.parametrize("length", [1, 4, 7])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_written_out_bfloat16_attention_is_torchs_own_up_to_rounding(length, autocast):
-    """A weight is at most 1, so rounding it to bfloat16 moves it by at most 2^-9. A mean of values of at most L moves by
-    as many times L as there are values, and the result is rounded once more."""
+    """A weight is at most 1, so rounding it to bfloat16 moves it by at most 2^-9. A mean of values of at most L moves
+    by as many times L as there are values, and the result is rounded once more."""
     generator = torch.Generator().manual_seed(length)
     q, k, v, dy = (torch.randn(3, 2, 7, 8, generator=generator).bfloat16() for _ in range(4))
     causal = length == 7

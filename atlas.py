@@ -244,7 +244,7 @@ def utility(prompt: str, response: str) -> float:
     return UTILITY[kind_of(prompt, response)]
 
 
-def judge(pairs: list[tuple[str, str]]) -> dict[str, float]:
+def evaluate(pairs: list[tuple[str, str]]) -> dict[str, float]:
     """Return {"gold": share of right answers, "utility": mean hidden utility} of (prompt, response) pairs."""
     return {"gold": sum(is_right(*pair) for pair in pairs) / len(pairs),
             "utility": sum(utility(*pair) for pair in pairs) / len(pairs)}

@@ -1,5 +1,5 @@
 """
-From text to batches: tokenizers, rows of JSONL, three kinds of records, right padding, the order of batches.
+From rows of text to batches of ids: rows of JSONL, three kinds of records, right padding, the order of batches.
 
 A row of the user's file becomes a record of ids. A file of pairs serves all three stages.
 
@@ -12,115 +12,21 @@ read stops the run with `file:line: reason`, or is counted with skip_bad; a row 
 used is dropped and counted. This is no streaming loader, chat template or packer: a file is read once, whole.
 """
 
-import base64
-import difflib
-import gzip
 import hashlib
 import json
-import zlib
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import tiktoken
 import torch
 
 import atlas
+from tokenizer import DataError, encode_prompt, encode_response, read_lines
+from tokenizer import get_tokenizer as get_tokenizer  # offered here, too: other code finds it under both names
 
 
-class DataError(ValueError):
-    """A problem with the user's data or tokenizer, in one sentence: what is wrong, where, what to do."""
-
-
-# -----------------------------------------------------------------------------------------------------------
-# tokenizers
-
-EOT = "<|endoftext|>"
-GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-
-
-def get_tokenizer(name):
-    """The tiktoken.Encoding called `name`: "atlas"; "bytes" (256 byte tokens and EOT); an encoding that
-    tiktoken knows, such as "gpt2"; or a path to a `.tiktoken` ranks file. Its eot_token is <|endoftext|>.
-    Raises DataError if the name is unknown, the encoding cannot be fetched or the file is malformed."""
-    name, known = str(name), tiktoken.list_encoding_names()
-    if name == "atlas":
-        encoding = atlas.tokenizer()
-    elif name == "bytes":
-        ranks = {bytes([byte]): byte for byte in range(256)}
-        encoding = tiktoken.Encoding(name, pat_str="(?s:.)", mergeable_ranks=ranks,
-                                     special_tokens={EOT: 256})
-    elif name.endswith(".tiktoken"):
-        encoding = read_ranks(name)
-    elif name in known:
-        try:
-            encoding = tiktoken.get_encoding(name)
-        except (OSError, ValueError) as error:  # a network error is an OSError, a wrong hash a ValueError
-            raise DataError(f"tokenizer {name} could not be fetched ({type(error).__name__}): connect once, "
-                            "or set TIKTOKEN_CACHE_DIR to a writable folder that holds its files") from error
-    else:
-        close = difflib.get_close_matches(name.lower(), ["atlas", "bytes", *known], n=1)
-        raise DataError(f"unknown tokenizer {name!r}{f' (did you mean {close[0]}?)' if close else ''}: "
-                        f"give atlas, bytes, a path that ends in .tiktoken, or one of {', '.join(known)}")
-    if EOT not in encoding.special_tokens_set:
-        raise DataError(f"tokenizer {name} has no {EOT}, which ends every response: choose another")
-    return encoding
-
-
-def run_tokenizer(flag, data, saved=None):
-    """(encoding, its tokenizer_id) of a run: --tokenizer if given, else the one `saved` in a checkpoint, else
-    atlas for atlas and gpt2 for files. Raises DataError if the checkpoint was trained with another one."""
-    name = flag or (saved["source"] if saved else "atlas" if data == "atlas" else "gpt2")
-    encoding = get_tokenizer(name)
-    if saved and tokenizer_id(encoding, name)["sha256"] != saved["sha256"]:
-        raise DataError(f"tokenizer {name} ({encoding.n_vocab:,} ids) is not the one of the checkpoint "
-                        f"({saved['name']}, {saved['n_vocab']:,} ids): leave --tokenizer out, or retrain")
-    return encoding, tokenizer_id(encoding, name)
-
-
-def read_ranks(path):
-    """A `.tiktoken` file (lines "base64 rank", ranks 0 to n-1) -> Encoding with GPT-2's split pattern and EOT
-    as id n. Raises DataError for a malformed line, a gap in the ranks, a byte without a token."""
-    ranks = {}
-    for line, raw in read_lines(path):
-        if not raw.strip():
-            continue
-        try:
-            token, rank = raw.split()
-            token, rank = base64.b64decode(token, validate=True), int(rank)
-        except ValueError:
-            raise DataError(f'{path}:{line}: expected a line of the form "base64 rank"') from None
-        if token in ranks:
-            raise DataError(f"{path}:{line}: this token stands on an earlier line already")
-        ranks[token] = rank
-    for byte in range(256):
-        if bytes([byte]) not in ranks:
-            raise DataError(f"{path}: byte {byte} has no token, so not every text could be encoded: add it")
-    n = len(ranks)
-    if sorted(ranks.values()) != list(range(n)):
-        raise DataError(f"{path}: {n:,} tokens must have the ranks 0 to {n - 1:,}, each once: renumber them")
-    return tiktoken.Encoding(Path(path).stem, pat_str=GPT2_SPLIT, mergeable_ranks=ranks,
-                             special_tokens={EOT: n})
-
-
-def tokenizer_id(encoding, source=None):
-    """{"name", "source", "n_vocab", "eos", "sha256"} for a checkpoint: two vocabularies are the same exactly
-    if the last three agree; the name is for people, and source (the flag, default the name) is where to find
-    it again. The hash takes each token, length first, in the order of ids."""
-    digest = hashlib.sha256()
-    for token in range(encoding.n_vocab):
-        try:
-            text = encoding.decode_single_token_bytes(token)
-            digest.update(len(text).to_bytes(4, "little") + text)
-        except KeyError:  # some encodings leave ids out; no token is as long as these bytes would say
-            digest.update(b"\xff" * 4)
-    return {"name": encoding.name, "source": source or encoding.name, "n_vocab": encoding.n_vocab,
-            "eos": encoding.eot_token, "sha256": digest.hexdigest()}
-
-
-# -----------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # rows of a file
 
 class BadRow(Exception):
@@ -141,20 +47,6 @@ class Row(NamedTuple):
     def key(self):
         """What the split goes by: rows with the same prompt must fall on the same side."""
         return self.prompt or "".join(self.responses[:1])
-
-
-def read_lines(path):
-    """Yields (line number, bytes). A file that is missing, unreadable or cut is a DataError that no skip_bad
-    forgives: nobody knows how much of it is gone."""
-    try:
-        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
-            yield from enumerate(file, 1)
-    except EOFError:
-        raise DataError(f"{path}: the gzip data is cut short: fetch the file again") from None
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{path}: the gzip data is corrupt ({error}): fetch the file again") from None
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}: give a file that can be read") from None
 
 
 def refuse_constant(literal):
@@ -250,7 +142,7 @@ def split_rows(rows):
     return [row for row in rows if row.key not in heldout], [row for row in rows if row.key in heldout]
 
 
-# -----------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # records
 
 @dataclass(frozen=True, slots=True)
@@ -275,31 +167,10 @@ class Split:
     heldout: list
     report: list[str]
 
-
-def encode_prompt(encoding, text):
-    """Ids of a prompt; an empty one becomes [EOS], which starts a text too, as in GPT-2's training.
-    encode_ordinary, because "<|endoftext|>" in a user's text is text."""
-    return encoding.encode_ordinary(text) or [encoding.eot_token]
-
-
-def encode_response(encoding, text):
-    """Ids of a response and the EOS that ends it; an empty response is EOS alone."""
-    return encoding.encode_ordinary(text) + [encoding.eot_token]
-
-
-def decode(encoding, ids):
-    """The text of ids. EOS is left out, and an id that the encoding does not have (cl100k_base skips some, and an
-    untrained policy may sample one) becomes the replacement character instead of an exception."""
-    pieces = [token_bytes(encoding, token) for token in ids if token != encoding.eot_token]
-    return b"".join(pieces).decode("utf-8", errors="replace")
-
-
-def token_bytes(encoding, token):
-    """The bytes of one id; those of the replacement character for an id that the encoding does not have."""
-    try:
-        return encoding.decode_single_token_bytes(token)
-    except KeyError:
-        return "\ufffd".encode()
+    def examples(self, n):
+        """n records, or fewer, spread over those held out; over those to train on if none are."""
+        rows = self.heldout or self.train
+        return rows[::max(1, len(rows) // n)][:n]
 
 
 def load_demonstrations(data, encoding, block_size, skip_bad=False, seed=0, n=10_000):
@@ -387,7 +258,7 @@ def make_split(data, train_rows, heldout_rows, bad, record):
     return Split(train, heldout, [f"train: {len(train):,} rows, held out: {len(heldout):,}", *losses])
 
 
-# -----------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # batches: B rows of T tokens, prompt and response together
 
 def pad(rows, pad_id, width=None):
@@ -430,7 +301,7 @@ def collate_prompts(prompts, pad_id):
     return pad(prompts, pad_id)
 
 
-def like_lengths(lens, rows, size, device="cpu"):
+def length_buckets(lens, rows, size, device="cpu"):
     """[(indices, T)]: rows (indices into lens) sorted by length and cut into passes of `size`, each with its longest
     length T, a Python int. A pass over tokens[indices, :T] computes little padding. lens and rows are on the CPU, so
     that nothing waits for the device, which the indices go to."""

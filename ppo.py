@@ -21,7 +21,7 @@ MAX_LOG_RATIO = 80.0
 # ---------------------------------------------------------------------------------------------------------------------
 # masked statistics
 
-def keep(x, mask):
+def zero_outside(x, mask):
     """x where mask is True, 0 elsewhere. torch.where and not x * mask, because NaN * 0 is NaN; and always applied to
     the inputs, because a masked output whose input was NaN still sends NaN back through the gradient."""
     return torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
@@ -29,23 +29,23 @@ def keep(x, mask):
 
 def masked_mean(x, mask):
     """Sum of x over True / count of True; 0 if nothing is True."""
-    return keep(x, mask).sum() / mask.sum().clamp(min=1)
+    return zero_outside(x, mask).sum() / mask.sum().clamp(min=1)
 
 
 def whiten(x, mask, shift_mean=True):
     """(x - mean) / sqrt(biased variance + 1e-8) over True; shift_mean=False adds the mean back. The biased variance
     makes one token come out as 0 (or as its mean) instead of NaN."""
-    x = keep(x, mask)
+    x = zero_outside(x, mask)
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
     whitened = (x - mean) * torch.rsqrt(variance + 1e-8)
-    return keep(whitened if shift_mean else whitened + mean, mask)
+    return zero_outside(whitened if shift_mean else whitened + mean, mask)
 
 
 def explained_variance(values, returns, mask):
     """1 - Var(returns - values) / Var(returns): 1 is a critic that is right up to a constant, 0 one that says the same
     everywhere, below 0 one that misleads."""
-    values, returns = keep(values, mask), keep(returns, mask)
+    values, returns = zero_outside(values, mask), zero_outside(returns, mask)
 
     def variance(x):
         return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
@@ -81,9 +81,9 @@ def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     The KL is k1 and nothing else: with the log-prob treated as a number (it is data here, no gradient flows), k1 in
     the reward is what makes the policy gradient that of E[score] - kl_coef * KL(policy || reference): exactly, at gamma
     = 1, with lambda = 1 or an exact critic, and for the policy that sampled."""
-    rewards = -kl_coef * kl_estimate(keep(logprobs, mask), keep(ref_logprobs, mask), "k1")
+    rewards = -kl_coef * kl_estimate(zero_outside(logprobs, mask), zero_outside(ref_logprobs, mask), "k1")
     last = torch.arange(mask.size(1), device=mask.device) == mask.sum(1, keepdim=True) - 1  # (B, R)
-    return (rewards + keep(scores.unsqueeze(1).expand_as(rewards), last)).detach()
+    return (rewards + zero_outside(scores.unsqueeze(1).expand_as(rewards), last)).detach()
 
 
 class KLController:
@@ -109,37 +109,17 @@ class KLController:
             self.value *= 1 + error * min(n_episodes / self.horizon, 1)  # one huge batch must not turn its sign
 
 
-class PenaltyController:
-    """The coefficient of kl_penalty_loss: doubled when an update led farther than 1.5 * target nats per token from the
-    policy that sampled, halved when it stayed nearer than target / 1.5 [PPO, sec. 4]. It may swing around the target
-    rather than rest: a factor of 2 in the coefficient is about one of 4 in the KL. And where the optimizer fixes the
-    length of a step, as Adam does, a target that single steps overshoot is out of reach: it then grows without end."""
-
-    def __init__(self, target, coef=1.0):
-        if not (target > 0 and coef > 0):
-            raise ValueError(f"the penalty's target {target} and coefficient {coef} must be above 0, because the rule "
-                             "multiplies the coefficient")
-        self.value, self.target = coef, target
-
-    def update(self, kl):
-        """kl: KL(pi_old || pi) in nats per token, as the update's last minibatch measured it."""
-        if kl > 1.5 * self.target:
-            self.value *= 2
-        elif kl < self.target / 1.5:
-            self.value /= 2
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # returns and advantages: how much better than expected was each token
 
 def reward_to_go(rewards, mask, gamma):
     """G_t = r_t + gamma * G_{t+1}, (B, R): what follows a token, for a token cannot change what came before it."""
-    rewards = keep(rewards, mask)
+    rewards = zero_outside(rewards, mask)
     to_go, future = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.size(1))):
         future = rewards[:, t] + gamma * future
         to_go[:, t] = future
-    return keep(to_go, mask)
+    return zero_outside(to_go, mask)
 
 
 def gae(rewards, values, mask, gamma, lam):
@@ -149,7 +129,7 @@ def gae(rewards, values, mask, gamma, lam):
 
     V is 0 after the last token, whether EOS ended the response or max_new_tokens cut it: a cut response is treated
     as an episode that ended, because it is scored as it stands."""
-    rewards, values = keep(rewards, mask).detach(), keep(values, mask).detach()
+    rewards, values = zero_outside(rewards, mask).detach(), zero_outside(values, mask).detach()
     advantages = torch.zeros_like(rewards)
     next_value, next_advantage = torch.zeros_like(rewards[:, 0]), torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.size(1))):
@@ -157,7 +137,7 @@ def gae(rewards, values, mask, gamma, lam):
         next_advantage = delta + gamma * lam * next_advantage
         next_value = values[:, t]
         advantages[:, t] = next_advantage
-    advantages = keep(advantages, mask)
+    advantages = zero_outside(advantages, mask)
     return advantages, advantages + values
 
 
@@ -169,7 +149,7 @@ def group_advantages(scores, group_size, mask):
     groups = scores.view(-1, group_size)
     # With its own score in its baseline, a response would push only (group_size - 1) / group_size as hard.
     others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
-    return keep((groups - others).view(-1, 1).expand(mask.shape), mask)
+    return zero_outside((groups - others).view(-1, 1).expand(mask.shape), mask)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,7 +157,13 @@ def group_advantages(scores, group_size, mask):
 
 def log_ratio(logprobs, old_logprobs, mask):
     """log pi(token) - log pi_old(token), 0 where masked; pi_old is the policy that sampled, not the reference."""
-    return (keep(logprobs, mask) - keep(old_logprobs, mask).detach()).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    difference = zero_outside(logprobs, mask) - zero_outside(old_logprobs, mask).detach()
+    return difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+def ratio_error(logprobs, old_logprobs, mask):
+    """The largest |pi / pi_old - 1| over True: 0 before the first optimizer step of a rollout."""
+    return (log_ratio(logprobs, old_logprobs, mask).detach().exp() - 1).abs().max()
 
 
 def ratio_stats(log_r, mask):
@@ -192,13 +178,13 @@ def ratio_stats(log_r, mask):
 def reinforce_loss(logprobs, weights, mask):
     """-mean(log pi * weight): its gradient is the policy gradient [PG] for weights = return, reward-to-go or
     advantage. Weights are data: no gradient flows into them."""
-    return -masked_mean(keep(logprobs, mask) * keep(weights, mask).detach(), mask), {}
+    return -masked_mean(zero_outside(logprobs, mask) * zero_outside(weights, mask).detach(), mask), {}
 
 
 def cpi_loss(logprobs, old_logprobs, advantages, mask):
     """-mean(ratio * A): the importance-weighted surrogate L^CPI [PPO, eq. 6], with nothing to hold the ratio."""
     log_r = log_ratio(logprobs, old_logprobs, mask)
-    surrogate = log_r.exp() * keep(advantages, mask).detach()
+    surrogate = log_r.exp() * zero_outside(advantages, mask).detach()
     return -masked_mean(surrogate, mask), ratio_stats(log_r, mask)
 
 
@@ -207,7 +193,7 @@ def kl_penalty_loss(logprobs, old_logprobs, advantages, mask, coef):
     is estimated by ratio - 1 - log ratio, k3 for samples of pi_old: value and gradient are exact in the mean, and
     unlike -log ratio it is never negative."""
     log_r = log_ratio(logprobs, old_logprobs, mask)
-    surrogate = log_r.exp() * keep(advantages, mask).detach() - coef * (torch.expm1(log_r) - log_r)
+    surrogate = log_r.exp() * zero_outside(advantages, mask).detach() - coef * (torch.expm1(log_r) - log_r)
     return -masked_mean(surrogate, mask), ratio_stats(log_r, mask)
 
 
@@ -219,7 +205,7 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
     does not bound the ratio: a step may overshoot the clip, and nothing pulls back a token that other tokens' gradients
     carry further."""
     log_r = log_ratio(logprobs, old_logprobs, mask)
-    ratio, advantages = log_r.exp(), keep(advantages, mask).detach()
+    ratio, advantages = log_r.exp(), zero_outside(advantages, mask).detach()
     unclipped, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
     stats = ratio_stats(log_r, mask)
     stats["clip_frac"] = masked_mean((clipped < unclipped).to(ratio.dtype), mask).detach()
@@ -232,7 +218,8 @@ def value_loss(values, old_values, returns, mask, clip):
     `clip` is in units of return, so it depends on the scale of the score. The maximum is pessimistic: a critic that has
     moved more than clip towards a return gets no more gradient from it, even where it has not arrived yet, so that the
     optimum is no longer the mean return."""
-    values, old_values, returns = keep(values, mask), keep(old_values, mask).detach(), keep(returns, mask).detach()
+    values = zero_outside(values, mask)
+    old_values, returns = (zero_outside(x, mask).detach() for x in (old_values, returns))
     error = (values - returns) ** 2
     if clip is None:
         return 0.5 * masked_mean(error, mask), {}
@@ -240,48 +227,3 @@ def value_loss(values, old_values, returns, mask, clip):
     clipped_error = (clipped_values - returns) ** 2
     stats = {"value_clip_frac": masked_mean((clipped_error > error).to(error.dtype), mask).detach()}
     return 0.5 * masked_mean(torch.max(error, clipped_error), mask), stats
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the ladder: a rung differs from the one before by what the derivation changed; from baseline on the loop also whitens
-
-OBJECTIVES = ("reinforce", "reward_to_go", "baseline", "gae", "cpi", "kl_penalty", "clip")
-
-
-def check_objective(objective):
-    if objective not in OBJECTIVES:
-        raise ValueError(f"objective={objective!r} is no rung of the ladder: choose one of {', '.join(OBJECTIVES)}")
-
-
-def token_advantages(objective, rewards, values, mask, gamma, lam, group_size=None):
-    """What weighs each token's log-prob on a rung of the ladder, and what the critic is fitted to, each (B, R).
-
-    reinforce: the return of the whole response, on each of its tokens. reward_to_go: what follows the token. baseline:
-    what follows it beyond the V that the critic expected. From gae on: GAE with lam. With a group_size, the returns of
-    the other responses to the same prompt take the critic's place.
-
-    All have the same expected gradient if gamma = 1 (from gae on: and lam = 1, or an exact critic). Below 1, only
-    reinforce keeps the exact factor gamma^t in front of the later tokens; the others drop it, as is usual."""
-    check_objective(objective)
-    returns = reward_to_go(rewards, mask, gamma).detach()
-    if objective == "reinforce":
-        return keep(returns[:, :1].expand_as(returns), mask), returns
-    if objective == "reward_to_go":
-        return returns, returns
-    if group_size is not None:
-        return group_advantages(returns[:, 0], group_size, mask), returns
-    return gae(rewards, values, mask, gamma, lam=1.0 if objective == "baseline" else lam)
-
-
-def surrogate_loss(objective, logprobs, old_logprobs, advantages, mask, clip=None, penalty=None):
-    """The policy's loss on a rung of the ladder: (scalar, stats). `clip` is for clip, `penalty` for kl_penalty."""
-    if objective == "cpi":
-        return cpi_loss(logprobs, old_logprobs, advantages, mask)
-    if objective == "kl_penalty":
-        return kl_penalty_loss(logprobs, old_logprobs, advantages, mask, penalty)
-    if objective == "clip":
-        return policy_loss(logprobs, old_logprobs, advantages, mask, clip)
-    check_objective(objective)
-    # The first four take one step per rollout, at pi = pi_old: the ratio is in no formula, but it is still measured.
-    loss, _ = reinforce_loss(logprobs, advantages, mask)
-    return loss, ratio_stats(log_ratio(logprobs, old_logprobs, mask), mask)

@@ -10,8 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import GPT, ScalarHead, Trunk
-from rollout import wide
+from model import GPT, ScalarHead, Trunk, upcast
 
 
 class RewardModel(nn.Module):
@@ -40,7 +39,7 @@ class RewardModel(nn.Module):
         """scores (N,) of tokens (N, T) with lens (N,), float32 or wider. What stands beyond lens is never read."""
         hidden = self.trunk(tokens)  # (N, T, C)
         last = hidden[torch.arange(tokens.size(0), device=tokens.device), lens - 1]  # (N, C)
-        return wide(self.head(last)) * self.gain + self.bias
+        return upcast(self.head(last)) * self.gain + self.bias
 
     def as_critic(self):
         """A separate critic (a GPT whose policy head is not used) whose value is this model's calibrated score: it

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from model import KVCache
+from model import KVCache, upcast
 
 GROWTH = 32  # slots added to the KV cache at a time: few, as a step reads the unused ones too; many, as each is a copy
 
@@ -32,10 +32,14 @@ class Rollout:
         """(B,) long: prompt and response together."""
         return self.prompt_lens + self.response_lens
 
+    def has_eos(self, eos):
+        """(B,) bool: whether the response ended by itself. Without EOS it was cut at max_new_tokens."""
+        return self.tokens.gather(1, (self.lens - 1).unsqueeze(1)).squeeze(1) == eos
 
-def wide(logits):
-    """float32 or wider. A bfloat16 log-softmax is wrong by up to 0.08 nats, several times a PPO step."""
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    def ids(self):
+        """[(prompt, response)]: each row's real tokens, as lists of ids."""
+        return [(row[:p], row[p:n]) for row, p, n in
+                zip(self.tokens.tolist(), self.prompt_lens.tolist(), self.lens.tolist())]
 
 
 @torch.no_grad()
@@ -68,14 +72,14 @@ def sample_tokens(model, prompts, prompt_lens, max_new_tokens, *, temperature=1.
     positions = prompt_lens - 1
     hidden = hidden.gather(1, positions.view(-1, 1, 1).expand(-1, 1, hidden.size(2)))  # (B, 1, C)
     for step in range(max_new_tokens):
-        logits = wide(model.policy_head(hidden[:, 0])) / temperature  # (B, V)
+        logits = upcast(model.policy_head(hidden[:, 0])) / temperature  # (B, V)
         logprobs = torch.log_softmax(logits, dim=-1)
         # Inverse-CDF sampling: one uniform number a row, several times cheaper than torch.multinomial. `right` finds
         # the first token whose cumulative probability exceeds u, so a token of probability 0 is never chosen.
         cdf = logprobs.exp().cumsum(-1)
         u = torch.rand(cdf.size(0), 1, device=device, dtype=cdf.dtype, generator=generator)
         token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp(max=cdf.size(1) - 1)  # (B, 1)
-        yield token[:, 0], logprobs.gather(1, token)[:, 0], wide(model.value_head(hidden)[:, 0])
+        yield token[:, 0], logprobs.gather(1, token)[:, 0], upcast(model.value_head(hidden)[:, 0])
         if step + 1 < max_new_tokens:
             positions = positions + 1
             if longest + step + 1 > cache.max_len:
@@ -128,8 +132,9 @@ def response_states(model, tokens, prompt_lens, R):
     return hidden.gather(1, positions.unsqueeze(2).expand(-1, -1, hidden.size(2))), positions
 
 
-def score_response(model, tokens, prompt_lens, R, temperature=1.0):
-    """logprobs, values, entropy, each (B, R), of the R tokens after each prompt in tokens (B, T) under `model`.
+def score_response(model, tokens, prompt_lens, R, temperature=1.0, entropy=True):
+    """logprobs, values, entropy, each (B, R), of the R tokens after each prompt in tokens (B, T) under `model`. With
+    entropy=False the third is None.
 
     The only place where tokens meet log-probs: the sampling policy, the reference and every update pass come through
     here, so the shift by one and the temperature are the same for all. The policy head sees response positions only
@@ -137,14 +142,14 @@ def score_response(model, tokens, prompt_lens, R, temperature=1.0):
     the whole distribution in nats. Entries beyond a row's response are finite but mean nothing."""
     hidden, positions = response_states(model, tokens, prompt_lens, R)
     targets = tokens.gather(1, (positions + 1).clamp(max=tokens.size(1) - 1))  # (B, R)
-    all_logprobs = torch.log_softmax(wide(model.policy_head(hidden)) / temperature, dim=-1)  # (B, R, V)
+    all_logprobs = torch.log_softmax(upcast(model.policy_head(hidden)) / temperature, dim=-1)  # (B, R, V)
     logprobs = all_logprobs.gather(2, targets.unsqueeze(2)).squeeze(2)
     # log 0 becomes a large finite number: 0 * it is 0, where 0 * -inf would be NaN, in the gradient as well
-    entropy = -(all_logprobs.exp() * all_logprobs.clamp(min=-1e9)).sum(-1)
-    return logprobs, wide(model.value_head(hidden)), entropy
+    H = -(all_logprobs.exp() * all_logprobs.clamp(min=-1e9)).sum(-1) if entropy else None
+    return logprobs, upcast(model.value_head(hidden)), H
 
 
 def score_values(critic, tokens, prompt_lens, R):
-    """values (B, R) of a separate critic, at the states that score_response reads the log-probs from."""
+    """values (B, R) of a separate critic, in the states that score_response reads the log-probs from."""
     hidden, _ = response_states(critic, tokens, prompt_lens, R)
-    return wide(critic.value_head(hidden))
+    return upcast(critic.value_head(hidden))

@@ -12,50 +12,53 @@ is no pretraining, no packing and no chat template here.
 
 import copy
 from dataclasses import asdict, dataclass, replace
-from typing import ClassVar, Optional
+from typing import Optional
 
 import torch
 
 import atlas
-import common
-import data
-import distributed
-from checkpoint import open_run
-from metrics import Metrics
+from data import BatchOrder, Demonstration, collate_demonstrations, load_demonstrations
 from model import GPT, GPTConfig
 from ppo import masked_mean
+from pretrained import from_pretrained
 from rollout import score_response
+from support import distributed
+from support.checkpoint import open_run
+from support.device import describe, maybe_compile, micro_batch_size, setup
+from support.flags import Flags, UserError, require, resolve_sizes, run_script
+from support.metrics import Metrics, progress
+from support.optimizer import Optimizer, update_average
+from tokenizer import DataError, encode_prompt, encode_response, run_tokenizer
 
 EVAL_ROWS = 256  # one evaluation reads at most this many held-out rows
 
 
 @dataclass
-class Config(common.Flags):
+class Config(Flags):
+    # this stage
     init_from: Optional[str] = None  # a GPT-2 folder, weights file or name (gpt2 ... gpt2-xl); default: random weights
-    max_iters: int = 700             # optimizer steps; facts are learned late, long after the sentences look right
-    batch_size: int = 96             # demonstrations per step
-    lr: float = 1.5e-3               # from scratch at width 128; 1e-5 to 5e-5 from GPT-2 weights
-    log_interval: int = 100          # iterations between lines on the screen, each with a look at the held-out rows
-    save_interval: int = 500         # iterations between checkpoints; the last iteration always saves
-    dropout: float = 0.0             # helps when epochs are many; the reward model and PPO always run without
-
-    DOMAINS: ClassVar[dict] = common.Flags.DOMAINS | {"dropout": "[0, 1)"}
+    max_iters: int = 700             # [1, inf) optimizer steps; facts are learned late, long after sentences look right
+    batch_size: int = 96             # [1, inf) demonstrations per step
+    lr: float = 1.5e-3               # [0, inf) from scratch at width 128; 1e-5 to 5e-5 from GPT-2 weights
+    dropout: float = 0.0             # [0, 1) helps when epochs are many; the reward model and PPO always run without
+    log_interval: int = 100          # [1, inf) iterations between lines, each with the loss on held-out rows
+    save_interval: int = 500         # [1, inf) iterations between checkpoints; the last iteration always saves
 
 
 def starting_model(config, vocab_size):
     """GPT-2's weights if --init_from names them, else random ones of the given sizes."""
     if config.init_from is None:
-        sizes = common.resolve_sizes(config)
-        common.require(sizes["n_embd"] % sizes["n_head"] == 0, f"--n_embd={sizes['n_embd']} must be a multiple of "
-                                                              f"--n_head={sizes['n_head']}")
+        sizes = resolve_sizes(config)
+        require(sizes["n_embd"] % sizes["n_head"] == 0, f"--n_embd={sizes['n_embd']} must be a multiple of "
+                                                        f"--n_head={sizes['n_head']}")
         return GPT(GPTConfig(vocab_size=vocab_size, dropout=config.dropout, **sizes))
     try:
-        gpt2 = GPT.from_gpt2(config.init_from)
+        gpt2 = from_pretrained(config.init_from)
     except (OSError, ImportError, ValueError) as error:
-        raise common.UserError(f"--init_from={config.init_from}: {error}") from None
-    common.require(gpt2.config.vocab_size == vocab_size, f"--init_from={config.init_from} has "
-                   f"{gpt2.config.vocab_size:,} tokens and the tokenizer {vocab_size:,}: GPT-2 needs --tokenizer=gpt2")
-    common.resolve_sizes(config, asdict(gpt2.config))
+        raise UserError(f"--init_from={config.init_from}: {error}") from None
+    require(gpt2.config.vocab_size == vocab_size, f"--init_from={config.init_from} has "
+            f"{gpt2.config.vocab_size:,} tokens and the tokenizer {vocab_size:,}: GPT-2 needs --tokenizer=gpt2")
+    resolve_sizes(config, asdict(gpt2.config))
     model = GPT(replace(gpt2.config, dropout=config.dropout))
     model.load_state_dict(gpt2.state_dict())
     return model
@@ -68,11 +71,10 @@ def knows_country(model, encoding, device):
     right, wrong = [], []
     for prompt, *responses in atlas.country_pairs("heldout"):
         for rows, response in zip((right, wrong), responses):
-            rows.append(data.Demonstration(data.encode_prompt(encoding, prompt),
-                                           data.encode_response(encoding, response)))
+            rows.append(Demonstration(encode_prompt(encoding, prompt), encode_response(encoding, response)))
     totals = []
     for rows in (right, wrong):
-        tokens, prompt_lens, _, mask = (x.to(device) for x in data.collate_demonstrations(rows, encoding.eot_token))
+        tokens, prompt_lens, _, mask = (x.to(device) for x in collate_demonstrations(rows, encoding.eot_token))
         logprobs, _, _ = score_response(model, tokens, prompt_lens, mask.size(1))
         totals.append((logprobs * mask).sum(1))
     return (totals[0] > totals[1]).float().mean().item()
@@ -86,66 +88,66 @@ def train(config):
 
 
 def loop(config, run):
-    """What train does once out_dir is its own; `run` restores and saves its checkpoint."""
-    device, autocast = common.setup(config)
-    encoding, tokenizer = data.run_tokenizer(config.tokenizer, config.data, run.saved and run.saved["tokenizer"])
+    """The stage itself; `run` restores and saves its checkpoint."""
+    device, autocast = setup(config)
+    encoding, tokenizer = run_tokenizer(config.tokenizer, config.data, run.saved and run.saved["tokenizer"])
 
     if run.saved:
-        common.resolve_sizes(config, run.saved["model_config"])
+        resolve_sizes(config, run.saved["model_config"])
         model = GPT(GPTConfig(**run.saved["model_config"]))
     else:
         model = starting_model(config, encoding.n_vocab)
-    split = data.load_demonstrations(config.data, encoding, model.config.block_size, config.skip_bad, config.seed)
+    with progress(f"reading {config.data}"):
+        split = load_demonstrations(config.data, encoding, model.config.block_size, config.skip_bad, config.seed)
     average = copy.deepcopy(model).requires_grad_(False).eval()  # what is evaluated, and saved as the SFT model
-    distributed.place(device, config, model, average)
-    optimizer = common.Optimizer(model.parameters(), config)
+    distributed.to_device(device, config, model, average)
+    optimizer = Optimizer(model.parameters(), config)
     start, _ = run.begin(optimizer, {"model": average, "weights": model}, tokenizer)
-    score = common.maybe_compile(score_response, config.compile)
+    score = maybe_compile(score_response, config.compile)
 
-    print(f"train_sft: {model.n_params:,} parameters on {common.describe(device, autocast, config.recompute)}, "
+    print(f"train_sft: {model.n_params:,} parameters on {describe(device, autocast, config.recompute)}, "
           f"tokenizer {encoding.name} ({encoding.n_vocab:,} ids)")
     longest = max(len(row.response) for row in split.train)
-    micro = common.micro_batch_size(config.batch_size, config.micro_batch_size, longest * encoding.n_vocab)
+    micro = micro_batch_size(config.batch_size, config.micro_batch_size, longest * encoding.n_vocab)
     print(f"{config.data}: {'; '.join(split.report)}; evaluation reads {min(len(split.heldout), EVAL_ROWS)} held-out "
           f"rows; {micro} rows per forward pass")
 
     def loss_of(model, rows):
         """Mean -log pi over the response tokens of rows, and their number."""
-        tokens, prompt_lens, _, mask = (x.to(device) for x in data.collate_demonstrations(rows, encoding.eot_token))
+        tokens, prompt_lens, _, mask = (x.to(device) for x in collate_demonstrations(rows, encoding.eot_token))
         with autocast():
             logprobs, _, _ = score(model, tokens, prompt_lens, mask.size(1))
         return -masked_mean(logprobs, mask), mask.sum()
 
     @torch.no_grad()
     def heldout_loss():
-        rows, total, count = split.heldout[:EVAL_ROWS], 0.0, 0
-        with distributed.whole_on_each(average):
+        rows, loss_sum, count = split.heldout[:EVAL_ROWS], 0.0, 0
+        with distributed.unsharded(average):
             for i in range(0, len(rows), micro):
                 loss, n = loss_of(average, rows[i:i + micro])
-                total, count = total + loss.item() * n.item(), count + n.item()
-        return total / count if count else None
+                loss_sum, count = loss_sum + loss.item() * n.item(), count + n.item()
+        return loss_sum / count if count else None
 
-    order = data.BatchOrder([len(row.prompt) + len(row.response) for row in split.train], config.batch_size,
-                            config.seed, window=50)
+    order = BatchOrder([len(row.prompt) + len(row.response) for row in split.train], config.batch_size, config.seed,
+                       window=50)
     metrics, row = Metrics(config, "sft", start), {}
     model.train()
     for iteration in range(start + 1, config.max_iters + 1):
         batch = [split.train[i] for i in order.order(iteration - 1)]
-        n_tokens, loss, rows = sum(len(row.response) for row in batch), 0.0, distributed.share(batch)
+        n_tokens, loss, rows = sum(len(row.response) for row in batch), 0.0, distributed.shard(batch)
         for i in range(0, len(rows), micro):
             # Each part weighs by its tokens, so that the sum is the token mean of the batch however it is split.
             part, n = loss_of(model, rows[i:i + micro])
             (part * n / n_tokens).backward()
             loss += (part.detach() * n / n_tokens).item()
-        loss, = distributed.total(loss)
+        loss, = distributed.all_reduce_sum(loss)
         lr, grad_norm = optimizer.step(iteration, loss)
-        common.follow(average, model, iteration)
+        update_average(average, model, iteration)
 
         last = iteration == config.max_iters
         look = last or iteration % config.log_interval == 0
         row = metrics.write(iteration, {"loss": loss, "heldout_loss": heldout_loss() if look else None, "lr": lr,
-                                        "grad_norm": grad_norm, "skipped_steps": optimizer.skipped},
-                            show={"loss": "7.4f", "grad_norm": "6.2f", "heldout_loss": "7.4f"})
+                                        "grad_norm": grad_norm, "skipped_steps": optimizer.skipped})
         if run.due(iteration):
             run.save(iteration)
     if config.data == "atlas":
@@ -156,4 +158,4 @@ def loop(config, run):
 
 
 if __name__ == "__main__":
-    common.main(train, Config, __doc__, data.DataError)
+    run_script(train, Config, __doc__, DataError)

@@ -7,7 +7,7 @@ The same PPO iteration here and in TRL, and the same sampling here and in transf
 Every contender is a process of its own that has done a warm-up iteration and then waits. In each round each runs one
 iteration while all others sleep, and a ratio is formed within a round: what slows the machine for a while slows both.
 
-Equal are: the weights at the start (exported with GPT.to_gpt2), batch, prompt and response lengths, which no EOS cuts
+Equal are: the weights at the start (written by save_pretrained), batch, prompt and response lengths, which no EOS cuts
 short, epochs x minibatches and so optimizer steps, which are counted on both sides, AdamW, a reference and a reward
 model of the policy's size, and the threads. TRL is given the settings that this needs and that are fastest here: the
 whole batch as one device batch without gradient accumulation, because with it TRL takes one step per epoch; one
@@ -28,16 +28,19 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import ClassVar
 
 import torch
 
-import common
 import data
-import metrics
 import train_ppo
-from checkpoint import load_checkpoint
+from pretrained import save_pretrained
 from rollout import generate
+from support import metrics
+from support.checkpoint import load_checkpoint
+from support.device import generator, pick_device, setup
+from support.flags import UserError, check_domains, require, require_one_process, run_script
+from support.stages import load_policy
+from tokenizer import DataError, get_tokenizer
 from tools import bench
 
 # What is compared: theirs, ours (of several the fastest), and what the ratio is said to be.
@@ -61,13 +64,11 @@ SAMPLING = "transformers-float32,generate-float32,transformers-bfloat16,generate
 
 @dataclass
 class Config:
-    preset: str = "tiny"                         # tiny, small or gpt2, as in tools/bench.py
-    rounds: int = 3                              # iterations of each contender
+    preset: str = "tiny"                         # tiny|small|gpt2: as in tools/bench.py
+    rounds: int = 3                              # [1, inf) iterations of each contender
     contenders: str = f"{TRAINING},{SAMPLING}"   # who takes part, in this order; trl-medium may, too
-    device: str = "auto"                         # auto (cuda if there is one), cpu or cuda
+    device: str = "auto"                         # auto|cpu|cuda: auto takes cuda if there is one
 
-    DOMAINS: ClassVar[dict] = {"preset": tuple(bench.PRESETS), "rounds": "[1, inf)",
-                               "device": common.Flags.DOMAINS["device"]}
 
 
 def require_peers():
@@ -78,8 +79,8 @@ def require_peers():
         import transformers  # noqa: F401
         from trl.experimental.ppo import PPOTrainer  # noqa: F401
     except ImportError as error:
-        raise common.UserError(f"the comparison needs TRL's PPOTrainer ({error}): pip install trl==1.12.0 "
-                               "transformers==5.23.0 accelerate datasets") from None
+        raise UserError(f"the comparison needs TRL's PPOTrainer ({error}): pip install trl==1.12.0 "
+                        "transformers==5.23.0 accelerate datasets") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,7 +193,7 @@ def run_trl(turn, folder, size, device, contender):
 
 
 def prompts_of(folder, size):
-    encoding = data.get_tokenizer(folder / "tokens.tiktoken")
+    encoding = get_tokenizer(folder / "tokens.tiktoken")
     return data.load_prompts(str(folder / "prompts.jsonl"), encoding, size.model.block_size, size.response_len).train
 
 
@@ -210,8 +211,8 @@ def run_transformers(turn, folder, size, device, contender):
 
 
 def run_generate(turn, folder, size, device, contender):
-    _, autocast = common.setup(train_ppo.Config(device=device.type, dtype=contender.split("-")[1]))
-    policy = train_ppo.load_policy(load_checkpoint(folder / "sft.pt", "sft"), device)
+    _, autocast = setup(train_ppo.Config(device=device.type, dtype=contender.split("-")[1]))
+    policy = load_policy(load_checkpoint(folder / "sft.pt", "sft"), device)
     prompts = torch.tensor(prompts_of(folder, size)[:size.batch_size], device=device)
     lens, n = torch.full((size.batch_size,), size.prompt_len, device=device), 0
     while True:
@@ -219,7 +220,7 @@ def run_generate(turn, folder, size, device, contender):
         n += 1
         with autocast():
             rollout = generate(policy, prompts, lens, size.response_len, eos=size.vocab_size - 1,
-                               generator=common.generator(device, n))
+                               generator=generator(device, n))
         turn.done(device, tokens=int(rollout.mask.sum()))
 
 
@@ -267,8 +268,8 @@ def take(pipe, contender):
         pipe.send(contender.split("-")[1])
         return pipe.recv()
     except (EOFError, ConnectionError):
-        raise common.UserError(f"{contender} died: its error stands above, unless memory ran out. Let fewer take part at "
-                               "a time with --contenders") from None
+        raise UserError(f"{contender} died: its error stands above, unless memory ran out. Let fewer take part at "
+                        "a time with --contenders") from None
 
 
 def print_tables(rows):
@@ -290,28 +291,29 @@ def print_tables(rows):
 
 
 def main(config):
-    common.check_domains(config)
-    common.require_one_process("experiments/against_trl.py")
+    check_domains(config)
+    require_one_process("experiments/against_trl.py")
     names = config.contenders.split(",")
     known = {name for theirs, ours, _ in COMPARISONS for name in theirs + ours}
-    common.require(set(names) <= known, f"--contenders={config.contenders}: choose from {', '.join(sorted(known))}")
+    require(set(names) <= known, f"--contenders={config.contenders}: choose from {', '.join(sorted(known))}")
     require_peers()
-    size, device = bench.Config(preset=config.preset, device=config.device).size(), common.pick_device(config)
+    size, device = bench.Config(preset=config.preset, device=config.device).size(), pick_device(config)
     header, rows = metrics.header(config, "against_trl"), {}
     print(f"{config.preset}: {size}\n{bench.machine(device)}, torch {header['torch']}, commit {header['commit']}, "
           f"{time.strftime('%Y-%m-%d')}, {config.rounds} rounds after a warm-up\n")
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         bench.write_inputs(folder, size)
-        train_ppo.load_policy(load_checkpoint(folder / "sft.pt", "sft"), "cpu").to_gpt2(folder / "gpt2")
+        policy = load_policy(load_checkpoint(folder / "sft.pt", "sft"))
+        save_pretrained(policy, get_tokenizer(folder / "tokens.tiktoken"), folder / "gpt2")
         for group in (TRAINING + ",trl-medium", SAMPLING):  # one after the other, as memory may not hold all
             rows |= hold([name for name in names if name in group.split(",")], folder, size, device, config.rounds)
     work = {(row["tokens"], row.get("optimizer_steps", size.epochs * size.minibatches))
             for turns in rows.values() for row in turns}
-    common.require(len(work) == 1, f"the contenders did unequal work, (tokens, optimizer steps): {sorted(work)}")
+    require(len(work) == 1, f"the contenders did unequal work, (tokens, optimizer steps): {sorted(work)}")
     print_tables(rows)
     return rows
 
 
 if __name__ == "__main__":
-    common.main(main, Config, __doc__, data.DataError)
+    run_script(main, Config, __doc__, DataError)

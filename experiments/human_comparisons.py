@@ -19,20 +19,23 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Optional
+from typing import Optional
 
 import numpy as np
 import torch
 
-import common
 import data
 import train_ppo
 import train_rm
 import train_sft
-from checkpoint import load_checkpoint
 from experiments.ladder import run_jobs, write_results
 from experiments.sentiment import Vocabulary, fit_linear, train_once, write_rows
 from reward_model import calibration_table
+from support.checkpoint import load_checkpoint
+from support.device import setup
+from support.flags import check_domains, require_one_process, run_script
+from support.stages import load_reward_model
+from tokenizer import DataError, decode, encode_prompt, encode_response, get_tokenizer
 from tools.plot import COLOURS, import_pyplot
 
 PROMPT_TOKENS, RESPONSE_TOKENS = 56, 80
@@ -47,14 +50,12 @@ class Config:
     hhh: str = "data/hhh_alignment_pairs.jsonl.gz"           # the same
     sentiment: str = "out/sentiment"           # out_dir of experiments/sentiment.py
     out_dir: str = "out/human_comparisons"     # a folder per file, start, seed and fold
-    seeds: int = 4                             # seeds 0, 1, ... of the folds and of the training
-    folds: int = 3                             # parts of a file; each is judged by a model of the others
-    max_epochs: float = 1.0                    # passes over the training pairs, 16 at a time
-    workers: Optional[int] = None              # runs at a time, each on one thread; default: one per core
+    seeds: int = 4                             # [1, inf) seeds 0, 1, ... of the folds and of the training
+    folds: int = 3                             # [2, inf) parts of a file; each is judged by a model of the others
+    max_epochs: float = 1.0                    # (0, inf) passes over the training pairs, 16 at a time
+    workers: Optional[int] = None              # [1, inf) runs at a time, each on one thread; default: one per core
     save: str = "docs/human_comparisons"       # the figure and its numbers, less .png and .json
 
-    DOMAINS: ClassVar[dict] = {"seeds": "[1, inf)", "folds": "[2, inf)", "max_epochs": "(0, inf)",
-                               "workers": "[1, inf)"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -96,8 +97,8 @@ def right(margins):
 def crop(encoding, row):
     """The row as the models read it: the end of the prompt and the beginning of each answer."""
     ids = encoding.encode_ordinary(row.prompt)[-PROMPT_TOKENS:]
-    answers = [data.decode(encoding, encoding.encode_ordinary(text)[:RESPONSE_TOKENS]) for text in row.responses]
-    return {"prompt": data.decode(encoding, ids), "chosen": answers[0], "rejected": answers[1]}
+    answers = [decode(encoding, encoding.encode_ordinary(text)[:RESPONSE_TOKENS]) for text in row.responses]
+    return {"prompt": decode(encoding, ids), "chosen": answers[0], "rejected": answers[1]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -117,7 +118,7 @@ def judge_fold(folder, path, trunk, tokenizer, seed, fold, config):
     calibration for PPO, because this is what the Bradley-Terry model turns into a probability."""
     if (folder / "margins.json").exists():
         return
-    encoding, rows = data.get_tokenizer(tokenizer), read_pairs(path)
+    encoding, rows = get_tokenizer(tokenizer), read_pairs(path)
     folds = fold_of([row.prompt for row in rows], config.folds, seed)
     texts = [crop(encoding, row) for row in rows]
     write_rows(folder / "train.jsonl", [text for text, other in zip(texts, folds) if other != fold])
@@ -128,14 +129,14 @@ def judge_fold(folder, path, trunk, tokenizer, seed, fold, config):
                                    overwrite=True, save_interval=10**6))
     sft = load_checkpoint(trunk, "sft")
     flags = train_ppo.Config(rm=str(folder / "rm.pt"), max_new_tokens=1)
-    model, _ = train_ppo.load_reward_model(flags, sft["tokenizer"], sft["model_config"]["block_size"], "cpu")
+    model, _ = load_reward_model(flags, sft["tokenizer"], sft["model_config"]["block_size"], "cpu")
     model.reset_calibration()
-    mine = [i for i, other in enumerate(folds) if other == fold]
-    pairs = [data.Comparison(data.encode_prompt(encoding, texts[i]["prompt"]),
-                             [data.encode_response(encoding, texts[i][name]) for name in ("chosen", "rejected")],
-                             [(0, 1)]) for i in mine]
-    margins = train_rm.margins_of(model, pairs, 64, encoding.eot_token, torch.device("cpu"), common.setup(flags)[1])
-    (folder / "margins.json").write_text(json.dumps(dict(zip(map(int, mine), margins.tolist()))))
+    fold_rows = [i for i, other in enumerate(folds) if other == fold]
+    pairs = [data.Comparison(encode_prompt(encoding, texts[i]["prompt"]),
+                             [encode_response(encoding, texts[i][name]) for name in ("chosen", "rejected")],
+                             [(0, 1)]) for i in fold_rows]
+    margins = train_rm.margins_of(model, pairs, 64, encoding.eot_token, torch.device("cpu"), setup(flags)[1])
+    (folder / "margins.json").write_text(json.dumps(dict(zip(map(int, fold_rows), margins.tolist()))))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -145,11 +146,11 @@ def bag_of_words_margins(rows, folds):
     """Out-of-fold margins (N,) of a logistic regression on the difference of two answers' words."""
     margins = np.zeros(len(rows))
     for fold in np.unique(folds):
-        parts = [[row for row, other in zip(rows, folds) if (other == fold) == held] for held in (False, True)]
-        vocabulary = Vocabulary([text for row in parts[0] for text in row.responses], min_count=3)
+        halves = [[row for row, other in zip(rows, folds) if (other == fold) == held] for held in (False, True)]
+        vocabulary = Vocabulary([text for row in halves[0] for text in row.responses], min_count=3)
         train, test = (vocabulary.features([row.responses[0] for row in part])
-                       - vocabulary.features([row.responses[1] for row in part]) for part in parts)
-        weights = fit_linear(train, torch.ones(len(parts[0])), l2=1e-2)
+                       - vocabulary.features([row.responses[1] for row in part]) for part in halves)
+        weights = fit_linear(train, torch.ones(len(halves[0])), l2=1e-2)
         margins[folds == fold] = torch.sparse.mm(test, weights[:, None])[:, 0].numpy()
     return margins
 
@@ -171,14 +172,14 @@ def results_of(path, folder, config):
             for fold in range(config.folds):
                 pooled |= json.loads((folder / f"{start}{seed}{fold}" / "margins.json").read_text())
             margins[f"reward model, {start}"].append(np.array([pooled[str(i)] for i in range(len(rows))]))
-    judges = {}
+    predictors = {}
     for name, runs in margins.items():
         correct = right(runs)
-        judges[name] = {"accuracy": interval(correct, keys), "seeds": correct.mean(1).tolist()} | {
+        predictors[name] = {"accuracy": interval(correct, keys), "seeds": correct.mean(1).tolist()} | {
             f"over_{rule}": interval(correct - baseline, keys) for rule, baseline in rules.items()}
         if not name.endswith("better"):
-            judges[name]["calibration"] = calibration_table(torch.tensor(np.concatenate(runs)))
-    return {"rows": len(rows), "prompts": len(set(keys)), "judges": judges}
+            predictors[name]["calibration"] = calibration_table(torch.tensor(np.concatenate(runs)))
+    return {"rows": len(rows), "prompts": len(set(keys)), "judges": predictors}
 
 
 def print_table(results):
@@ -217,8 +218,8 @@ def draw(results, save):
 
 
 def main(config):
-    common.check_domains(config)
-    common.require_one_process("experiments/human_comparisons.py")
+    check_domains(config)
+    require_one_process("experiments/human_comparisons.py")
     import_pyplot()  # a missing matplotlib is said before the training, not after
     workers, began, root = config.workers or os.cpu_count(), time.time(), Path(config.out_dir)
     files = {"HH harmless": config.hh, "LLMBar and MT-Bench": config.llmbar, "HHH": config.hhh}
@@ -239,4 +240,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    common.main(main, Config, __doc__, data.DataError)
+    run_script(main, Config, __doc__, DataError)

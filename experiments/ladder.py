@@ -3,6 +3,8 @@ The ladder of the derivation on the built-in task: what each rung was meant to f
 
     python -m experiments.ladder                              all rungs and TRPO, four seeds: docs/ladder.png and .json
     python -m experiments.ladder --seeds=1 --max_iters=10 --out_dir=out/look --save=out/look/ladder       a quick look
+    python -m experiments.ladder --objective=reinforce        one rung by itself, with the flags of train_ppo.py; then
+                                                              reward_to_go, baseline, gae, cpi, kl_penalty, clip
 
 The SFT policy and the reward model are trained once per seed and shared. Every run of a seed gets as many rollouts, of
 the same prompts in the same order. What differs is --objective and what follows from it: up to `gae` a rollout allows
@@ -17,26 +19,32 @@ import contextlib
 import json
 import multiprocessing
 import os
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Optional
+from typing import Optional
 
 import numpy as np
 import torch
 
-import common
 import data
 import train_ppo
-from checkpoint import load_checkpoint
-from experiments import trpo
-from ppo import OBJECTIVES, shape_rewards, surrogate_loss, token_advantages
-from rollout import generate, score_response, score_values
+import train_rm
+import train_sft
+from experience import Experience
+from experiments import rungs, trpo
+from experiments.rungs import ONE_STEP, REUSE, surrogate_loss, token_advantages
+from ppo import shape_rewards
+from support.checkpoint import load_checkpoint
+from support.device import setup
+from support.flags import check_domains, require_one_process, run_script
+from support.stages import load_policy, load_reward_model, train_missing
+from tokenizer import DataError, get_tokenizer
 from tools.plot import import_pyplot, read_run
 
-ONE_STEP, REUSE = OBJECTIVES[:4], OBJECTIVES[4:]
 RUNS = {name: {"objective": name} for name in ONE_STEP} | {
     name: {"objective": name, "epochs": 2, "minibatches": 2} for name in REUSE} | {"trpo": {}} | {
     f"{name}, 8 epochs": {"objective": name, "epochs": 8, "minibatches": 2, "max_iters": 12}
@@ -51,12 +59,11 @@ LAST = 10                  # rollouts at the end of a run that its row of the ta
 @dataclass
 class Config:
     out_dir: str = "out/ladder"    # a folder per seed, and in it one per run
-    seeds: int = 4                 # seeds 0, 1, ...
-    max_iters: int = 50            # rollouts of each run
-    workers: Optional[int] = None  # runs at a time, each on one thread; default: one per core
+    seeds: int = 4                 # [1, inf) seeds 0, 1, ...
+    max_iters: int = 50            # [2, inf) rollouts of each run
+    workers: Optional[int] = None  # [1, inf) runs at a time, each on one thread; default: one per core
     save: str = "docs/ladder"      # the figure and its numbers, less .png and .json
 
-    DOMAINS: ClassVar[dict] = {"seeds": "[1, inf)", "max_iters": "[2, inf)", "workers": "[1, inf)"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -64,12 +71,12 @@ class Config:
 
 def prepare(folder, seed):
     """Trains the sft.pt and rm.pt that the runs of a seed share, where they are missing."""
-    train_ppo.make_missing_stages(train_ppo.Config(out_dir=str(folder), seed=seed, device="cpu"))
+    train_missing(train_ppo.Config(out_dir=str(folder), seed=seed, device="cpu"), {"sft": train_sft, "rm": train_rm})
 
 
 def train(folder, seed, name, **flags):
     """One run from the shared sft.pt and rm.pt of `folder` into folder/name, unless it is there with these flags."""
-    module = trpo if name == "trpo" else train_ppo
+    module = trpo if name == "trpo" else rungs
     config = module.Config(**{
         "out_dir": str(folder / name), "seed": seed, "device": "cpu", "overwrite": True, "save_interval": 10**6,
         "init_from": str(folder / "sft.pt"), "rm": str(folder / "rm.pt")} | flags)
@@ -88,13 +95,13 @@ def checkpoint_of(folder, name):
     return folder / name / f"{stage}.pt", stage
 
 
-def job(function, folder, name):
+def job(job_function, folder, name):
     """Runs function(folder) on one thread, what it prints going to folder/name.log. Returns its seconds."""
     torch.set_num_threads(1)
     began = time.time()
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / f"{name}.log", "w") as log, contextlib.redirect_stdout(log):
-        function(folder)
+        job_function(folder)
     return time.time() - began
 
 
@@ -124,33 +131,31 @@ def write_results(config, run, began, draw, results, contents):
 
 def gradient_variances(folder, seed):
     """{objective: variance of the policy's gradient from RESPONSES responses, summed over parameters}, at the probe's
-    policy and critic, all on the same DRAWS draws. What reuses a rollout begins it with gae's gradient."""
+    policy and critic, all on the same DRAWS draws. The rungs that reuse a rollout begin it with gae's gradient."""
     torch.set_num_threads(1)
     probe = load_checkpoint(folder / "probe" / "ppo.pt", "ppo")
     sft = load_checkpoint(folder / "sft.pt", "sft")
-    policy, critic, reference = (train_ppo.load_policy(probe | {"model": weights}, "cpu")
+    policy, critic, reference = (load_policy(probe | {"model": weights})
                                  for weights in (probe["model"], probe["critic"], sft["model"]))
-    config = train_ppo.Config(**probe["flags"])
-    reward_model, _ = train_ppo.load_reward_model(config, probe["tokenizer"], policy.config.block_size, "cpu")
-    encoding, params = data.get_tokenizer("atlas"), list(policy.trunk.parameters())
+    config = replace(rungs.Config(**probe["flags"]), batch_size=RESPONSES, minibatches=1, seed=seed)
+    reward_model, _ = load_reward_model(config, probe["tokenizer"], policy.config.block_size)
+    encoding, params = get_tokenizer("atlas"), list(policy.trunk.parameters())
+    experience = Experience(config, encoding, *setup(config), RESPONSES)
     prompts = data.load_prompts("atlas", encoding, policy.config.block_size, config.max_new_tokens).train
     order = data.BatchOrder([1] * len(prompts), RESPONSES, seed)
     gradients = {objective: [] for objective in ONE_STEP}
     for draw in range(DRAWS):
-        tokens, prompt_lens = data.collate_prompts([prompts[i] for i in order.order(draw)], encoding.eot_token)
-        rollout = generate(policy, tokens, prompt_lens, config.max_new_tokens, eos=encoding.eot_token,
-                           generator=common.generator("cpu", seed, "variance", draw))
-        tokens, mask = rollout.tokens, rollout.mask
-        logprobs, _, _ = score_response(policy, tokens, prompt_lens, mask.size(1))
-        with torch.no_grad():
-            values = score_values(critic, tokens, prompt_lens, mask.size(1))
-            ref_logprobs, _, _ = score_response(reference, tokens, prompt_lens, mask.size(1))
-            scores = reward_model(tokens, prompt_lens + rollout.response_lens)
-        last = (prompt_lens + rollout.response_lens - 1).unsqueeze(1)
-        ended = tokens.gather(1, last).squeeze(1) == encoding.eot_token
-        rewards = shape_rewards(scores - config.eos_penalty * ~ended, logprobs, ref_logprobs, mask, config.kl_coef)
+        rollout, texts = experience.collect(policy, [prompts[i] for i in order.order(draw)],
+                                            experience.rng("variance", draw))
+        scores, has_eos = experience.score_by_model(reward_model, rollout, texts), rollout.has_eos(experience.eos)
+        passes, mask = experience.minibatch_passes(rollout), rollout.mask
+        ref_logprobs, _ = experience.recompute(reference, rollout, passes)
+        values = experience.recompute_values(critic, rollout, passes)
+        logprobs, _, _ = experience.score_response(policy, rollout.tokens, rollout.prompt_lens, mask.size(1),
+                                                   entropy=False)
+        rewards = shape_rewards(scores - config.eos_penalty * ~has_eos, logprobs, ref_logprobs, mask, config.kl_coef)
         for objective in ONE_STEP:
-            advantages, _ = token_advantages(objective, rewards, values, mask, config.gamma, config.GAE["lam"])
+            advantages, _ = token_advantages(objective, rewards, values, mask, config.gamma, config.lam)
             loss, _ = surrogate_loss(objective, logprobs, logprobs, advantages, mask)
             gradients[objective].append(trpo.flat_grad(loss, params, retain_graph=True))
     return {objective: torch.stack(draws).var(0).sum().item() for objective, draws in gradients.items()}
@@ -226,8 +231,8 @@ def draw(results, save):
 
 
 def main(config):
-    common.check_domains(config)
-    common.require_one_process("experiments/ladder.py")
+    check_domains(config)
+    require_one_process("experiments/ladder.py")
     import_pyplot()  # a missing matplotlib is said before half an hour of training, not after
     config.workers = config.workers or os.cpu_count()
     began, folders = time.time(), [Path(config.out_dir) / f"seed{seed}" for seed in range(config.seeds)]
@@ -243,4 +248,7 @@ def main(config):
 
 
 if __name__ == "__main__":
-    common.main(main, Config, __doc__, data.DataError)
+    if any(arg.startswith("--objective") for arg in sys.argv[1:]):
+        run_script(rungs.train, rungs.Config, rungs.__doc__, DataError)
+    else:
+        run_script(main, Config, __doc__, DataError)

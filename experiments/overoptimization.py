@@ -20,18 +20,22 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Optional
+from typing import Optional
 
 import numpy as np
 import torch
 
 import atlas
-import common
 import data
 import train_ppo
 import train_rm
-from checkpoint import load_checkpoint
-from experiments.ladder import checkpoint_of, prepare, run_jobs, train, write_results
+from experience import Experience
+from experiments.ladder import prepare, run_jobs, train, write_results
+from support.checkpoint import load_checkpoint
+from support.device import setup
+from support.flags import check_domains, require_one_process, run_script
+from support.stages import load_policy, load_reward_model
+from tokenizer import DataError, decode, encode_prompt, get_tokenizer
 from tools.plot import import_pyplot, read_run
 
 KL_COEFS = (0.0, 0.05, 0.2)
@@ -44,15 +48,13 @@ LAST = 10                            # rollouts at the end of a run that its row
 @dataclass
 class Config:
     out_dir: str = "out/ladder"    # a folder per seed; the ladder's, so that both share the SFT policies
-    seeds: int = 4                 # seeds 0, 1, ...
-    max_iters: int = 60            # rollouts of each run
-    rm_iters: int = 60             # optimizer steps of the proxy; more makes it harder to hack
-    candidates: int = 6            # answers per question that the proxy's comparisons are made of
-    workers: Optional[int] = None  # runs at a time, each on one thread; default: one per core
+    seeds: int = 4                 # [1, inf) seeds 0, 1, ...
+    max_iters: int = 60            # [5, inf) rollouts of each run
+    rm_iters: int = 60             # [1, inf) optimizer steps of the proxy; more makes it harder to hack
+    candidates: int = 6            # [2, inf) answers per question that the proxy's comparisons are made of
+    workers: Optional[int] = None  # [1, inf) runs at a time, each on one thread; default: one per core
     save: str = "docs/overoptimization"  # the figure and its numbers, less .png and .json
 
-    DOMAINS: ClassVar[dict] = {"seeds": "[1, inf)", "max_iters": "[5, inf)", "rm_iters": "[1, inf)",
-                               "candidates": "[2, inf)", "workers": "[1, inf)"}
 
 
 def train_proxy(folder, seed, rm_iters, candidates):
@@ -71,10 +73,10 @@ def train_at(folder, seed, kl_coef, max_iters):
           max_iters=max_iters, epochs=2, minibatches=2)
 
 
-def best_of_n_weights(n, total):
+def best_of_n_weights(n, n_drawn):
     """Probability (total,) that the answer of each rank, worst first, is the best of n drawn from `total` answers and
     not put back: C(rank - 1, n - 1) / C(total, n). An expectation over all draws, where one draw would be noise."""
-    return np.array([math.comb(rank, n - 1) / math.comb(total, n) for rank in range(total)])
+    return np.array([math.comb(rank, n - 1) / math.comb(n_drawn, n) for rank in range(n_drawn)])
 
 
 def best_of_n_kl(p, n):
@@ -90,18 +92,18 @@ def best_of_n(folder, seed):
     """Writes folder/best_of_n.json: {"kl", "score", "utility"}, each the expected value for the best of n answers by
     the proxy's score, for n in BEST_OF; and "mean", "std" of the utility of the SFT policy's answers."""
     checkpoint = load_checkpoint(folder / "sft.pt", "sft")
-    policy, encoding = train_ppo.load_policy(checkpoint, "cpu"), data.get_tokenizer("atlas")
+    policy, encoding = load_policy(checkpoint, "cpu"), get_tokenizer("atlas")
     config = train_ppo.Config(rm=str(folder / "proxy" / "rm.pt"), seed=seed, device="cpu")
     block_size = policy.config.block_size
-    reward_model, _ = train_ppo.load_reward_model(config, checkpoint["tokenizer"], block_size, "cpu")
+    reward_model, _ = load_reward_model(config, checkpoint["tokenizer"], block_size, "cpu")
     questions = atlas.prompts("train")[::8]
-    prompts = [data.encode_prompt(encoding, question) for question in questions for _ in range(N_SAMPLES)]
-    answers = train_rm.sample(policy, prompts, config, encoding.eot_token, torch.device("cpu"),
-                              common.setup(config)[1], "best of n")
+    prompts = [encode_prompt(encoding, question) for question in questions for _ in range(N_SAMPLES)]
+    experience = Experience(config, encoding, *setup(config), 1024)
+    answers = train_rm.sample(experience, policy, prompts, "best of n")
     rows = data.pad([prompt + answer for prompt, answer in zip(prompts, answers)], encoding.eot_token)
     scores = torch.cat([reward_model(*part) for part in zip(*(x.split(1024) for x in rows))])
     scores = scores.view(-1, N_SAMPLES).numpy()
-    utility = np.array([atlas.utility(questions[i // N_SAMPLES], data.decode(encoding, answer))
+    utility = np.array([atlas.utility(questions[i // N_SAMPLES], decode(encoding, answer))
                         for i, answer in enumerate(answers)]).reshape(scores.shape)
     ranked = np.argsort(scores, axis=1)
     # Per question, how often each distinct answer was sampled, worst first: answers that are alike have one score.
@@ -197,8 +199,8 @@ def draw(results, save):
 
 
 def main(config):
-    common.check_domains(config)
-    common.require_one_process("experiments/overoptimization.py")
+    check_domains(config)
+    require_one_process("experiments/overoptimization.py")
     import_pyplot()  # a missing matplotlib is said before the training, not after
     workers, began = config.workers or os.cpu_count(), time.time()
     folders = [Path(config.out_dir) / f"seed{seed}" for seed in range(config.seeds)]
@@ -215,4 +217,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    common.main(main, Config, __doc__, data.DataError)
+    run_script(main, Config, __doc__, DataError)

@@ -20,12 +20,12 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Optional
+from typing import Optional
 
 import numpy as np
 
-import common
-import metrics
+from support import metrics
+from support.flags import check_domains, require, require_one_process, run_script
 from tools import bench
 from tools.plot import import_pyplot
 
@@ -37,13 +37,12 @@ STAGES = ("rollout", "score", "update", "iter")
 
 @dataclass
 class Config:
-    iters: int = 3                   # iterations that each median is over
-    dtype: str = "float32"           # float32 or bfloat16 (autocast)
+    iters: int = 3                   # [1, inf) iterations that each median is over
+    dtype: str = "float32"           # float32|bfloat16: bfloat16 is autocast
     processes: Optional[str] = None  # numbers of torchrun processes, such as 1,2,4, at START's batch; default: none
     paper: bool = False              # print the estimate for 1 to 1,024 GPUs instead
     save: str = "docs/scaling"       # the figure and its numbers, less .png and .json
 
-    DOMAINS: ClassVar[dict] = {"iters": "[1, inf)", "dtype": ("float32", "bfloat16")}
 
 
 def run_bench(config, size, processes=None):
@@ -55,7 +54,7 @@ def run_bench(config, size, processes=None):
     done = subprocess.run([sys.executable, *(launcher if processes and processes > 1 else []), "-m", "tools.bench",
                            *(f"--{name}={value}" for name, value in flags.items())],
                           capture_output=True, text=True, env=environment)
-    common.require(done.returncode == 0, f"tools.bench failed for {size}: {done.stderr.strip()[-300:]}")
+    require(done.returncode == 0, f"tools.bench failed for {size}: {done.stderr.strip()[-300:]}")
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
 
 
@@ -114,10 +113,10 @@ def print_paper():
         speeds = []  # of a GPU
         for batch, gpus in zip(batches, (8, 64, 1024)):
             seconds = on_paper(bench.Size(*bench.GPT2_FAMILY["gpt2-xl"], 50257, batch // gpus, 64, 128), gpus)
-            total = sum(seconds.values())
-            speeds.append(batch * 128 / total / gpus)
+            seconds_each = sum(seconds.values())
+            speeds.append(batch * 128 / seconds_each / gpus)
             print(f"| {batch:,} | {gpus:,} | {batch // gpus} | " + " | ".join(f"{seconds[name]:.2f}" for name in names)
-                  + f" | {total:.2f} | {speeds[-1] * gpus:,.0f} | {speeds[-1] / speeds[0]:.0%} |")
+                  + f" | {seconds_each:.2f} | {speeds[-1] * gpus:,.0f} | {speeds[-1] / speeds[0]:.0%} |")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -133,7 +132,7 @@ def draw(results, save):
         for n, stage in enumerate(STAGES):
             axis.plot(result["x"], result["seconds"][stage], f"C{n}o-", markersize=4,
                       label=f"{'whole iteration' if stage == 'iter' else stage} {result['slope'][stage]:.2f} "
-                            f"({result['expected'][stage]:.2f})")
+                      f"({result['expected'][stage]:.2f})")
             flops = np.array(result["flops"][stage])
             axis.plot(result["x"], flops / flops[-1] * result["seconds"][stage][-1], f"C{n}:", linewidth=1)
         axis.set(xscale="log", yscale="log", xlabel=titles[name])
@@ -148,8 +147,8 @@ def draw(results, save):
 
 
 def main(config):
-    common.check_domains(config)
-    common.require_one_process("experiments/scaling.py")
+    check_domains(config)
+    require_one_process("experiments/scaling.py")
     if config.paper:
         return print_paper()
     import_pyplot()  # a missing matplotlib is said before the runs, not after
@@ -177,4 +176,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    common.main(main, Config, __doc__)
+    run_script(main, Config, __doc__)

@@ -27,19 +27,22 @@ from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Optional
+from typing import Optional
 
 import numpy as np
 import torch
 
-import common
 import data
 import train_ppo
 import train_rm
 import train_sft
-from checkpoint import load_checkpoint
 from experiments.ladder import run_jobs, write_results
 from rollout import generate, score_response
+from support.checkpoint import atomic_write, load_checkpoint
+from support.device import generator
+from support.flags import check_domains, require, require_one_process, run_script
+from support.stages import load_policy, load_reward_model
+from tokenizer import DataError, decode, encode_prompt, encode_response, get_tokenizer
 from tools.bpe import learn_bpe, write_ranks
 from tools.plot import COLOURS, import_pyplot, read_run
 
@@ -58,21 +61,19 @@ class Config:
     test: str = "data/imdb_test_5k.jsonl.gz"        # {"text", "label"}: openings, and what is measured
     unsup: str = "data/imdb_unsup_25k.jsonl.gz"     # {"text"}: tokenizer and SFT policy
     out_dir: str = "out/sentiment"  # the shared stages, and a folder per seed
-    seeds: int = 4                  # seeds 0, 1, ...
-    vocab_size: int = 2048          # tokens of the tokenizer, EOS not counted
-    text_tokens: int = 32           # tokens that a review is cut to
-    n_layer: int = 2                # layers
-    n_head: int = 4                 # attention heads
-    n_embd: int = 128               # width
-    sft_iters: int = 2000           # optimizer steps of the SFT policy, on 64 reviews each
-    rm_iters: int = 1200            # optimizer steps of the reward model, on 32 pairs each
-    max_iters: int = 40             # rollouts of each PPO run, of 128 continuations each
-    every: int = 5                  # rollouts between looks at the policy
-    workers: Optional[int] = None   # runs at a time, each on one thread; default: one per core
+    seeds: int = 4                  # [1, inf) seeds 0, 1, ...
+    vocab_size: int = 2048          # [256, inf) tokens of the tokenizer, EOS not counted
+    text_tokens: int = 32           # [1, inf) tokens that a review is cut to
+    n_layer: int = 2                # [1, inf) layers
+    n_head: int = 4                 # [1, inf) attention heads
+    n_embd: int = 128               # [1, inf) width
+    sft_iters: int = 2000           # [1, inf) optimizer steps of the SFT policy, on 64 reviews each
+    rm_iters: int = 1200            # [1, inf) optimizer steps of the reward model, on 32 pairs each
+    max_iters: int = 40             # [1, inf) rollouts of each PPO run, of 128 continuations each
+    every: int = 5                  # [1, inf) rollouts between looks at the policy
+    workers: Optional[int] = None   # [1, inf) runs at a time, each on one thread; default: one per core
     save: str = "docs/sentiment"    # the figure and its numbers, less .png and .json
 
-    DOMAINS: ClassVar[dict] = {name: "[1, inf)" for name in ("seeds", "text_tokens", "n_layer", "n_head", "n_embd",
-                               "sft_iters", "rm_iters", "max_iters", "every", "workers")} | {"vocab_size": "[256, inf)"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -120,28 +121,28 @@ def split_texts(config):
 
 
 def write_rows(path, rows):
-    with common.replacing(path) as file:
+    with atomic_write(path) as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def prepare_texts(config):
     """Writes tokenizer.tiktoken and the data files of the three stages into out_dir, unless they are there."""
-    folder, parts = Path(config.out_dir), split_texts(config)
+    folder, thirds = Path(config.out_dir), split_texts(config)
     folder.mkdir(parents=True, exist_ok=True)
     ranks = folder / "tokenizer.tiktoken"
     if not ranks.exists():
-        write_ranks(ranks, learn_bpe([one_line(row["text"])[:200] for row in parts["sft"]], config.vocab_size))
-    encoding = data.get_tokenizer(ranks)
+        write_ranks(ranks, learn_bpe([one_line(row["text"])[:200] for row in thirds["sft"]], config.vocab_size))
+    encoding = get_tokenizer(ranks)
     if not (folder / "prompts.jsonl").exists():
         write_rows(folder / "sft.jsonl", [{"prompt": PROMPT, "response": cut(encoding, row["text"], config.text_tokens)}
-                                          for row in parts["sft"]])
-        texts, labels = labelled_passages(encoding, parts["rm"], config.text_tokens)
+                                          for row in thirds["sft"]])
+        texts, labels = labelled_passages(encoding, thirds["rm"], config.text_tokens)
         good, bad = ([text for text, other in zip(texts, labels) if other == label] for label in (1, 0))
         rng = np.random.default_rng(0)
         pairs = [pair for _ in range(PAIRINGS) for pair in zip(rng.permutation(good), rng.permutation(bad))]
         write_rows(folder / "pairs.jsonl", [{"prompt": PROMPT, "chosen": a, "rejected": b} for a, b in pairs])
-        write_rows(folder / "prompts.jsonl", [{"prompt": PROMPT + opening(row["text"])} for row in parts["prompts"]])
-    return encoding, parts
+        write_rows(folder / "prompts.jsonl", [{"prompt": PROMPT + opening(row["text"])} for row in thirds["prompts"]])
+    return encoding, thirds
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -270,7 +271,7 @@ def run_ppo(folder, config, seed, kl_coef):
 def reward_model_of(config, path):
     sft = load_checkpoint(Path(config.out_dir) / "sft.pt", "sft")
     flags = train_ppo.Config(rm=str(path), max_new_tokens=config.text_tokens + 1)
-    return train_ppo.load_reward_model(flags, sft["tokenizer"], sft["model_config"]["block_size"], "cpu")[0]
+    return load_reward_model(flags, sft["tokenizer"], sft["model_config"]["block_size"], "cpu")[0]
 
 
 class Measure:
@@ -278,42 +279,43 @@ class Measure:
 
     def __init__(self, config, rm):
         folder = Path(config.out_dir)
-        self.encoding, parts = prepare_texts(config)
-        self.judge = Judge(*labelled_passages(self.encoding, parts["judge"], config.text_tokens))
-        self.reference = train_ppo.load_policy(load_checkpoint(folder / "sft.pt", "sft"), "cpu")
+        self.encoding, thirds = prepare_texts(config)
+        self.judge_model = Judge(*labelled_passages(self.encoding, thirds["judge"], config.text_tokens))
+        self.reference = load_policy(load_checkpoint(folder / "sft.pt", "sft"), "cpu")
         self.reward_model = reward_model_of(config, rm)
-        self.openings, self.max_new_tokens = [opening(row["text"]) for row in parts["test"]], config.text_tokens + 1
+        self.openings, self.max_new_tokens = [opening(row["text"]) for row in thirds["test"]], config.text_tokens + 1
 
     @torch.no_grad()
     def __call__(self, path, stage):
-        policy, eos = train_ppo.load_policy(load_checkpoint(path, stage), "cpu"), self.encoding.eot_token
+        policy, eos = load_policy(load_checkpoint(path, stage), "cpu"), self.encoding.eot_token
         prompts, lens = data.collate_prompts(
-            [data.encode_prompt(self.encoding, PROMPT + text) for text in self.openings], eos)
+            [encode_prompt(self.encoding, PROMPT + text) for text in self.openings], eos)
         rollout = generate(policy, prompts, lens, self.max_new_tokens, eos=eos,
-                           generator=common.generator("cpu", "held-out openings"))
+                           generator=generator("cpu", "held-out openings"))
         return self.numbers(policy, rollout)
 
     @torch.no_grad()
     def numbers(self, policy, rollout):
         """The measures of a Rollout, whose log-probs are computed again under `policy` and under the SFT policy."""
         tokens, lens, mask = rollout.tokens, rollout.prompt_lens, rollout.mask
-        own, reference = ((score_response(model, tokens, lens, mask.size(1))[0] * mask).sum(1)
-                          for model in (policy, self.reference))
+        logprob, ref_logprob = ((score_response(model, tokens, lens, mask.size(1))[0] * mask).sum(1)
+                                for model in (policy, self.reference))
         ends = lens + rollout.response_lens
-        texts = [data.decode(self.encoding, row[1:end]) for row, end in zip(tokens.tolist(), ends.tolist())]
-        scores, judged = self.reward_model(tokens, ends), self.judge.probabilities(texts)
-        ended = tokens.gather(1, (ends - 1)[:, None])[:, 0] == self.encoding.eot_token
-        result = {"kl": (own - reference).mean(), "score": scores.mean(), "judge": judged.mean(),
-                  "positive": (judged > 0.5).float().mean(), "perplexity": (-reference.sum() / mask.sum()).exp(),
+        texts = [decode(self.encoding, row[1:end]) for row, end in zip(tokens.tolist(), ends.tolist())]
+        scores, verdicts = self.reward_model(tokens, ends), self.judge_model.probabilities(texts)
+        has_eos = rollout.has_eos(self.encoding.eot_token)
+        result = {"kl": (logprob - ref_logprob).mean(), "score": scores.mean(), "judge": verdicts.mean(),
+                  "positive": (verdicts > 0.5).float().mean(), "perplexity": (-ref_logprob.sum() / mask.sum()).exp(),
                   "repetition": np.mean([repetition(text) for text in texts]), "distinct_1": distinct(texts, 1),
-                  "distinct_2": distinct(texts, 2), "length": mask.sum() / len(mask), "eos_rate": ended.float().mean()}
-        # Samples by a rule, not by taste: three openings fixed in advance, and what the reward model likes best among
-        # the texts that the judge calls negative.
-        negative = (judged < 0.5).nonzero().flatten()
+                  "distinct_2": distinct(texts, 2), "length": mask.sum() / len(mask),
+                  "eos_rate": has_eos.float().mean()}
+        # Samples are chosen by a fixed rule, not cherry-picked: three openings fixed in advance, and the reward model's
+        # favourite among the texts that the judge calls negative.
+        negative = (verdicts < 0.5).nonzero().flatten()
         chosen = [0, 1, 2] + ([int(negative[scores[negative].argmax()])] if len(negative) else [])
         return {name: round(float(result[name]), 4) for name in MEASURES} | {"samples": [
             {"opening": self.openings[i], "text": texts[i], "score": round(scores[i].item(), 2),
-             "judge": round(judged[i].item(), 2)} for i in chosen]}
+             "judge": round(verdicts[i].item(), 2)} for i in chosen]}
 
 
 def columns(rows):
@@ -324,21 +326,21 @@ def examine(config, folders):
     """What the judges are worth, on reviews that none of them saw, cut like all others: the accuracy of the judge, and
     over pairs of a positive and a negative one that of each seed's reward model and of a bag of words trained on the
     reward model's own texts; and the measures of the real reviews behind the held-out openings."""
-    encoding, parts = prepare_texts(config)
-    texts, labels = columns(parts["prompts"] + parts["test"])
+    encoding, thirds = prepare_texts(config)
+    texts, labels = columns(thirds["prompts"] + thirds["test"])
     texts = [cut(encoding, text, config.text_tokens) for text in texts]
-    baseline = Judge(*labelled_passages(encoding, parts["rm"], config.text_tokens))
+    baseline = Judge(*labelled_passages(encoding, thirds["rm"], config.text_tokens))
     measure, good = Measure(config, folders[0] / "rm.pt"), torch.tensor(labels) == 1
-    tokens, lens = data.pad([data.encode_prompt(encoding, PROMPT) + data.encode_response(encoding, text)
+    tokens, lens = data.pad([encode_prompt(encoding, PROMPT) + encode_response(encoding, text)
                              for text in texts], encoding.eot_token)
     models = [reward_model_of(config, folder / "rm.pt") for folder in folders]
     with torch.no_grad():
         scores = [torch.cat([model(*part) for part in zip(tokens.split(256), lens.split(256))]) for model in models]
-    return {"reviews": len(texts), "judge": measure.judge.accuracy(texts, labels),
-            "judge, pairs": paired_accuracy(measure.judge.probabilities(texts), good),
+    return {"reviews": len(texts), "judge": measure.judge_model.accuracy(texts, labels),
+            "judge, pairs": paired_accuracy(measure.judge_model.probabilities(texts), good),
             "bag of words, pairs": paired_accuracy(baseline.probabilities(texts), good),
             "reward model, pairs": [paired_accuracy(x, good) for x in scores]
-            }, real_reviews(measure, texts[-len(parts["test"]):])
+            }, real_reviews(measure, texts[-len(thirds["test"]):])
 
 
 def paired_accuracy(scores, good):
@@ -349,13 +351,13 @@ def paired_accuracy(scores, good):
 @torch.no_grad()
 def real_reviews(measure, texts):
     """The measures that make sense for the reviews themselves, behind the same openings."""
-    rows = [data.encode_prompt(measure.encoding, PROMPT + opening(text)) for text in texts]
-    rest = [data.encode_response(measure.encoding, text[len(opening(text)):]) for text in texts]
+    rows = [encode_prompt(measure.encoding, PROMPT + opening(text)) for text in texts]
+    rest = [encode_response(measure.encoding, text[len(opening(text)):]) for text in texts]
     tokens, prompt_lens, _, mask = data.collate_demonstrations(
         [data.Demonstration(*row) for row in zip(rows, rest)], measure.encoding.eot_token)
     logprobs = score_response(measure.reference, tokens, prompt_lens, mask.size(1))[0]
-    judged = measure.judge.probabilities(texts)
-    return {"judge": judged.mean().item(), "positive": (judged > 0.5).float().mean().item(),
+    verdicts = measure.judge_model.probabilities(texts)
+    return {"judge": verdicts.mean().item(), "positive": (verdicts > 0.5).float().mean().item(),
             "perplexity": (-logprobs[mask].mean()).exp().item(),
             "repetition": float(np.mean([repetition(text) for text in texts])),
             "distinct_1": distinct(texts, 1), "distinct_2": distinct(texts, 2)}
@@ -447,10 +449,10 @@ def draw(results, save):
 
 
 def main(config):
-    common.check_domains(config)
-    common.require_one_process("experiments/sentiment.py")
-    common.require(config.max_iters % config.every == 0, f"--max_iters={config.max_iters} is no multiple of "
-                   f"--every={config.every}, so that the last rollouts would be left out: change one of them")
+    check_domains(config)
+    require_one_process("experiments/sentiment.py")
+    require(config.max_iters % config.every == 0, f"--max_iters={config.max_iters} is no multiple of "
+            f"--every={config.every}, so that the last rollouts would be left out: change one of them")
     import_pyplot()  # a missing matplotlib is said before the training, not after
     workers, began, root = config.workers or os.cpu_count(), time.time(), Path(config.out_dir)
     prepare_texts(config)
@@ -469,4 +471,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    common.main(main, Config, __doc__, data.DataError)
+    run_script(main, Config, __doc__, DataError)

@@ -14,19 +14,24 @@ Sources: [TRPO] Schulman et al. 2015, 1502.05477, section 6 and appendix C; the 
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Optional
+from typing import Optional
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import atlas
-import common
 import data
-import train_ppo
-from checkpoint import load_checkpoint, open_run
-from metrics import Metrics
-from ppo import cpi_loss, explained_variance, gae, kl_estimate, masked_mean, shape_rewards, value_loss, whiten
-from rollout import generate, response_states, score_response, score_values, wide
+from experience import Experience
+from model import upcast
+from ppo import cpi_loss, gae, masked_mean, shape_rewards, value_loss, whiten
+from rollout import response_states
+from support.checkpoint import load_checkpoint, open_run
+from support.device import Clock, generator, setup
+from support.flags import Flags, require, require_one_process, resolve_sizes, run_script
+from support.metrics import Metrics, rollout_metrics
+from support.optimizer import Optimizer
+from support.stages import load_policy, load_reward_model
+from tokenizer import DataError, run_tokenizer
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -111,7 +116,7 @@ def trpo_step(params, surrogate_fn, kl_fn, delta, damping, cg_iters, fisher_kl_f
 def response_distributions(model, tokens, prompt_lens, R, temperature):
     """log pi over the whole vocabulary, (B, R, V), in the states that score_response reads its log-probs from."""
     hidden, _ = response_states(model, tokens, prompt_lens, R)
-    return torch.log_softmax(wide(model.policy_head(hidden)) / temperature, dim=-1)
+    return torch.log_softmax(upcast(model.policy_head(hidden)) / temperature, dim=-1)
 
 
 def token_kl(old, new):
@@ -123,56 +128,42 @@ def token_kl(old, new):
 # the loop
 
 @dataclass
-class Config(common.Flags):
+class Config(Flags):
     init_from: Optional[str] = None  # the SFT checkpoint, start and reference of the policy; default: out_dir/sft.pt
     rm: Optional[str] = None         # the reward model's checkpoint, also the critic's start; default: out_dir/rm.pt
-    dtype: str = "float32"           # nothing else: the line search compares differences that bfloat16 cannot hold
-    max_iters: int = 80              # rollouts, and so steps of the policy
-    batch_size: int = 256            # responses per rollout
-    delta: float = 0.01              # a step's largest mean KL(pi_old || pi), nats per token
-    damping: float = 1.0             # added to the Fisher matrix's diagonal; more bends the direction to the gradient
-    cg_iters: int = 5                # Fisher-vector products per step
-    fisher_rows: int = 64            # responses that the Fisher matrix is measured on; at most batch_size
-    minibatches: int = 4             # the critic's optimizer steps per epoch
-    epochs: int = 2                  # the critic's passes over a rollout
-    lr: float = 2e-4                 # the critic's; the policy has none, delta is its step size
-    max_new_tokens: int = 16         # longest response; one that is cut there gets eos_penalty
-    temperature: float = 1.0         # of the sampled distribution, and so of every log-prob
-    kl_coef: float = 0.05            # price of a nat of KL to the reference in std of the SFT score
-    gamma: float = 1.0               # discount per token
-    lam: float = 0.95                # GAE: 1 trusts the rewards, 0 the critic
-    eos_penalty: float = 1.0         # taken off the score of a response without EOS, in standard deviations
-    log_interval: int = 5            # iterations between lines on the screen; metrics.jsonl gets every one
+    dtype: str = "float32"           # only float32: the line search compares differences that bfloat16 cannot hold
+    max_iters: int = 80              # [1, inf) rollouts, and so steps of the policy
+    batch_size: int = 256            # [1, inf) responses per rollout
+    delta: float = 0.01              # (0, inf) a step's largest mean KL(pi_old || pi), nats per token
+    damping: float = 1.0             # [0, inf) added to the Fisher matrix's diagonal; bends the step to the gradient
+    cg_iters: int = 5                # [1, inf) Fisher-vector products per step
+    fisher_rows: int = 64            # [1, inf) responses that the Fisher matrix is measured on; at most batch_size
+    minibatches: int = 4             # [1, inf) the critic's optimizer steps per epoch
+    epochs: int = 2                  # [1, inf) the critic's passes over a rollout
+    lr: float = 2e-4                 # [0, inf) the critic's; the policy has none, delta is its step size
+    max_new_tokens: int = 16         # [1, inf) longest response; one that is cut there gets eos_penalty
+    temperature: float = 1.0         # (0, inf) of the sampled distribution, and so of every log-prob
+    kl_coef: float = 0.05            # [0, inf) price of a nat of KL to the reference in std of the SFT score
+    gamma: float = 1.0               # [0, 1] discount per token
+    lam: float = 0.95                # [0, 1] GAE: 1 trusts the rewards, 0 the critic
+    eos_penalty: float = 1.0         # [0, inf) taken off the score of a response without EOS, in standard deviations
+    log_interval: int = 5            # [1, inf) iterations between lines on the screen; metrics.jsonl gets every one
 
-    DOMAINS: ClassVar[dict] = common.Flags.DOMAINS | {
-        name: train_ppo.Config.DOMAINS[name] for name in ("minibatches", "epochs", "max_new_tokens", "temperature",
-                                                          "kl_coef", "gamma", "lam", "eos_penalty")} | {
-        "dtype": ("float32",), "delta": "(0, inf)", "damping": "[0, inf)", "cg_iters": "[1, inf)",
-        "fisher_rows": "[1, inf)"}
 
     def check(self):
         super().check()
+        require(self.dtype == "float32", f"--dtype={self.dtype} must be float32: the line search compares differences "
+                                         "that bfloat16 cannot hold")
         rows = f"--batch_size={self.batch_size}"
-        common.require(self.batch_size % self.minibatches == 0, f"{rows} must be a multiple of --minibatches="
-                       f"{self.minibatches}")
-        common.require(self.fisher_rows <= self.batch_size, f"{rows} must be --fisher_rows={self.fisher_rows} or more")
-        common.require_one_process("TRPO")
-        common.require(not self.compile, "--compile is not for TRPO: a compiled pass cannot be differentiated twice")
-        common.require(not self.recompute, "--recompute is not for TRPO, which differentiates a pass twice: lower "
-                       "--batch_size when memory runs out")
-        common.require(self.micro_batch_size is None, "--micro_batch_size is not for TRPO, which reads a rollout "
-                       "whole: lower --batch_size when memory runs out")
-
-
-def roll_out(policy, reward_model, encoding, config, prompts, rng):
-    """Rollout of the policy on prompts (lists of ids), its texts [(prompt, response)] and its scores (B,)."""
-    tokens, prompt_lens = (x.to(rng.device) for x in data.collate_prompts(prompts, encoding.eot_token))
-    rollout = generate(policy, tokens, prompt_lens, config.max_new_tokens, eos=encoding.eot_token,
-                       temperature=config.temperature, generator=rng)
-    lens = rollout.prompt_lens + rollout.response_lens
-    texts = [(data.decode(encoding, row[:p]), data.decode(encoding, row[p:n])) for row, p, n in
-             zip(rollout.tokens.tolist(), rollout.prompt_lens.tolist(), lens.tolist())]
-    return rollout, texts, common.require_finite(reward_model(rollout.tokens, lens), texts)
+        require(self.batch_size % self.minibatches == 0, f"{rows} must be a multiple of --minibatches="
+                f"{self.minibatches}")
+        require(self.fisher_rows <= self.batch_size, f"{rows} must be --fisher_rows={self.fisher_rows} or more")
+        require_one_process("TRPO")
+        require(not self.compile, "--compile is not for TRPO: a compiled pass cannot be differentiated twice")
+        require(not self.recompute, "--recompute is not for TRPO, which differentiates a pass twice: lower "
+                "--batch_size when memory runs out")
+        require(self.micro_batch_size is None, "--micro_batch_size is not for TRPO, which reads a rollout "
+                "whole: lower --batch_size when memory runs out")
 
 
 def train(config):
@@ -184,52 +175,53 @@ def train(config):
 
 @sdpa_kernel(SDPBackend.MATH)  # fused attention has no second derivative, and one kernel for all passes keeps KL(old) 0
 def loop(config, run):
-    """What train does once out_dir is its own; `run` restores and saves its checkpoint."""
+    """The loop of train_ppo.py with another update; `run` restores and saves the checkpoint."""
     sft = load_checkpoint(config.init_from or config.folder / "sft.pt", "sft")
-    encoding, tokenizer = data.run_tokenizer(config.tokenizer, config.data, sft["tokenizer"])
-    block_size = common.resolve_sizes(config, sft["model_config"])["block_size"]
+    encoding, tokenizer = run_tokenizer(config.tokenizer, config.data, sft["tokenizer"])
+    block_size = resolve_sizes(config, sft["model_config"])["block_size"]
     split = data.load_prompts(config.data, encoding, block_size, config.max_new_tokens, config.skip_bad)
-    device, _ = common.setup(config)
-    reward_model, rm = train_ppo.load_reward_model(config, tokenizer, block_size, device)
+    device, autocast = setup(config)
+    reward_model, rm = load_reward_model(config, tokenizer, block_size, device)
 
-    policy, reference = (train_ppo.load_policy(sft, device) for _ in range(2))
+    policy, reference = (load_policy(sft, device) for _ in range(2))
     critic, params = reward_model.as_critic(), list(policy.trunk.parameters())
-    optimizer = common.Optimizer(critic.parameters(), config)
+    optimizer = Optimizer(critic.parameters(), config)
     start, _ = run.begin(optimizer, {"model": policy, "critic": critic}, tokenizer,
                          {"sft": sft["sha256"], "rm": rm["sha256"]})
-    order, eos = data.BatchOrder([1] * len(split.train), config.batch_size, config.seed), encoding.eot_token
+    experience = Experience(config, encoding, device, autocast, config.batch_size)
+    reward_fn, evaluator = experience.reward_fn(reward_model), atlas.evaluate if config.data == "atlas" else None
+    order = data.BatchOrder([1] * len(split.train), config.batch_size, config.seed)
     print(f"trpo: {policy.n_params:,} parameters; {config.data}: {'; '.join(split.report)}")
     metrics, row = Metrics(config, "trpo", start), {}
     for iteration in range(start + 1, config.max_iters + 1):
-        clock, last = common.Clock(device), iteration == config.max_iters
+        clock, last = Clock(device), iteration == config.max_iters
 
-        # -- prompts -> generate -> score -> shape rewards -> GAE, as in train_ppo.py
-        rng = common.generator(device, config.seed, "rollout", iteration)
+        # -- sample, recompute, rewards and advantages, as in train_ppo.py
         prompts = [split.train[i] for i in order.order(iteration - 1)]
-        rollout, texts, scores = roll_out(policy, reward_model, encoding, config, prompts, rng)
+        rollout, texts = experience.collect(policy, prompts, experience.rng("rollout", iteration))
+        scores, has_eos = reward_fn(rollout, texts), rollout.has_eos(experience.eos)
         tokens, prompt_lens, mask = rollout.tokens, rollout.prompt_lens, rollout.mask
-        (B, R), n_tokens = mask.shape, mask.sum()
-        ended = tokens.gather(1, (prompt_lens + rollout.response_lens - 1).unsqueeze(1)).squeeze(1) == eos
-        sec_rollout, judged = clock.lap(), {}
-        if config.data == "atlas":
-            judged |= atlas.judge(texts)
-            if last or iteration == 1:
-                rng = common.generator(device, config.seed, "heldout")
-                _, texts, _ = roll_out(policy, reward_model, encoding, config, split.heldout, rng)
-                judged["gold_heldout"] = atlas.judge(texts)["gold"]
-            clock.lap()
+        B, R = mask.shape
+        clock.lap("sec_rollout")
+        heldout = split.heldout if last or iteration == 1 else []
+        task_metrics = experience.evaluate(evaluator, policy, texts, heldout)
+        clock.lap()
+
+        passes = [[(torch.arange(B, device=device), tokens.size(1), 1.0)]]  # the step below differentiates one pass
+        old_logprobs, _, entropy = experience.recompute(policy, rollout, passes, entropy=True)
+        ref_logprobs, _ = experience.recompute(reference, rollout, passes)
+        old_values = experience.recompute_values(critic, rollout, passes)
         with torch.no_grad():
-            old_logprobs, _, entropy = score_response(policy, tokens, prompt_lens, R, config.temperature)
             old_distributions = response_distributions(policy, tokens, prompt_lens, R, config.temperature)
-            ref_logprobs = score_response(reference, tokens, prompt_lens, R, config.temperature)[0]
-            old_values = score_values(critic, tokens, prompt_lens, R)
-        rewards = shape_rewards(scores - config.eos_penalty * ~ended, old_logprobs, ref_logprobs, mask, config.kl_coef)
+        rewards = shape_rewards(scores - config.eos_penalty * ~has_eos, old_logprobs, ref_logprobs, mask,
+                                config.kl_coef)
         advantages, returns = gae(rewards, old_values, mask, config.gamma, config.lam)
-        advantages, sec_score = whiten(advantages, mask), clock.lap()
+        advantages = whiten(advantages, mask)
+        clock.lap("sec_score")
 
         # -- one natural step of the policy
         def loss():
-            logprobs, _, _ = score_response(policy, tokens, prompt_lens, R, config.temperature)
+            logprobs, _, _ = experience.score_response(policy, tokens, prompt_lens, R, entropy=False)
             return cpi_loss(logprobs, old_logprobs, advantages, mask)
 
         def mean_kl(rows=B):
@@ -242,25 +234,21 @@ def loop(config, run):
             stats = loss()[1] | stats  # the ratios after the step; of the two approx_kl, the one that is no estimate
 
         # -- epochs x minibatches of the critic
-        rng, critic_loss = common.generator("cpu", config.seed, "minibatches", iteration), 0.0
+        rng, critic_loss = generator("cpu", config.seed, "minibatches", iteration), 0.0
         epochs = torch.cat([torch.randperm(B, generator=rng) for _ in range(config.epochs)]).to(device)
         for i in epochs.split(B // config.minibatches):
-            values = score_values(critic, tokens[i], prompt_lens[i], R)
+            values = experience.score_values(critic, tokens[i], prompt_lens[i], R)
             vf_loss, _ = value_loss(values, old_values[i], returns[i], mask[i], clip=None)
             vf_loss.backward()
             critic_loss += vf_loss.detach() / (config.epochs * config.minibatches)
             lr, _ = optimizer.step(iteration, vf_loss.detach())
-        sec_update = clock.lap()
+        clock.lap("sec_update")
 
-        row = metrics.write(iteration, {
-            "episodes": iteration * B, "score": scores.mean(), "reward": rewards.sum() / B, **judged, **stats,
-            "kl": masked_mean(kl_estimate(old_logprobs, ref_logprobs), mask) * n_tokens / B,
-            "entropy": masked_mean(entropy, mask), "value_loss": critic_loss,
-            "explained_variance": explained_variance(old_values, returns, mask), "response_len": n_tokens / B,
-            "eos_rate": ended.float().mean(), "kl_coef": config.kl_coef, "lr": lr, "skipped_steps": optimizer.skipped,
-            "sec_rollout": sec_rollout, "sec_score": sec_score, "sec_update": sec_update}, {
-            "score": "+7.3f", "kl": "6.2f", "reward": "+7.3f", "gold": ".3f", "entropy": "5.2f", "approx_kl": ".4f",
-            "surrogate_gain": ".3f", "step_fraction": ".2f", "explained_variance": "+6.2f", "gold_heldout": ".3f"})
+        measured = rollout_metrics(rollout, has_eos, scores, rewards, old_logprobs, ref_logprobs, old_values, returns,
+                                   entropy)
+        row = metrics.write(iteration, measured | task_metrics | stats | clock.seconds | {
+            "episodes": iteration * B, "value_loss": critic_loss, "kl_coef": config.kl_coef, "lr": lr,
+            "skipped_steps": optimizer.skipped})
         if run.due(iteration):
             run.save(iteration)
     print(f"trpo: wrote {run.path}")
@@ -268,4 +256,4 @@ def loop(config, run):
 
 
 if __name__ == "__main__":
-    common.main(train, Config, __doc__, data.DataError)
+    run_script(train, Config, __doc__, DataError)

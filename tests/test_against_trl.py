@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-import common
 from experiments import against_trl
+from support import flags
 from tools import bench
 
 SIZE = bench.Size(n_layer=1, n_head=2, n_embd=32, vocab_size=300, batch_size=8, prompt_len=5, response_len=6, epochs=2,
@@ -33,15 +33,15 @@ def test_unequal_work_is_refused(monkeypatch):
     monkeypatch.setattr(against_trl, "hold", lambda names, *args: {
         name: turns(1.0, optimizer_steps=16 if name == "ours-float32" else 4) for name in names})
     monkeypatch.setitem(bench.PRESETS, "tiny", SIZE)
-    with pytest.raises(common.UserError, match=r"unequal work.*\(48, 4\), \(48, 16\)"):
+    with pytest.raises(flags.UserError, match=r"unequal work.*\(48, 4\), \(48, 16\)"):
         against_trl.main(against_trl.Config(device="cpu", contenders="ours-float32,trl-float32"))
 
 
 def test_a_missing_trl_and_an_unknown_contender_are_said_in_a_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
-    with pytest.raises(common.UserError, match="pip install trl==1.12.0"):
+    with pytest.raises(flags.UserError, match="pip install trl==1.12.0"):
         against_trl.main(against_trl.Config())
-    with pytest.raises(common.UserError, match="choose from .*ours-float32"):
+    with pytest.raises(flags.UserError, match="choose from .*ours-float32"):
         against_trl.main(against_trl.Config(contenders="verl"))
 
 

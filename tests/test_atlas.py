@@ -261,7 +261,7 @@ def test_judge_is_the_share_of_right_answers_and_the_mean_utility():
     """Right 3, wrong -1, evasive 0 and scrambled -3: one in four right, a mean of -1/4."""
     question = "Where is Shanghai?"
     answers = [" It is in China.", " It is in Peru.", " I do not know.", " is China."]
-    assert atlas.judge([(question, answer) for answer in answers]) == {"gold": 0.25, "utility": -0.25}
+    assert atlas.evaluate([(question, answer) for answer in answers]) == {"gold": 0.25, "utility": -0.25}
 
 
 def test_label_is_a_draw_of_preference():

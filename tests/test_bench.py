@@ -13,13 +13,15 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import common
 import data
+import tokenizer
 import train_ppo
-from checkpoint import load_checkpoint
 from experiments import scaling
 from model import GPT, KVCache
 from rollout import generate, score_response
+from support import stages
+from support.checkpoint import load_checkpoint
+from support.flags import UserError
 from tools import bench
 
 SIZE = bench.Size(n_layer=2, n_head=2, n_embd=32, vocab_size=300, batch_size=8, prompt_len=5, response_len=6, epochs=2,
@@ -99,11 +101,11 @@ def test_inputs_have_prompts_of_one_length_and_no_early_end(tmp_path):
     """The policy gives EOS a logit so low that every response has its full length."""
     bench.write_inputs(tmp_path, SIZE)
     sft = load_checkpoint(tmp_path / "sft.pt", "sft")
-    encoding, _ = data.run_tokenizer(None, None, sft["tokenizer"])
+    encoding, _ = tokenizer.run_tokenizer(None, None, sft["tokenizer"])
     split = data.load_prompts(str(tmp_path / "prompts.jsonl"), encoding, 11, 6)
     assert encoding.n_vocab == 300 and {len(prompt) for prompt in split.train} == {5}
     assert len(split.train) >= SIZE.batch_size
-    policy = train_ppo.load_policy(sft, "cpu")
+    policy = stages.load_policy(sft, "cpu")
     with torch.no_grad():
         logits = policy.policy_head(policy(torch.randint(300, (64, 11))))
     assert logits[..., encoding.eot_token].max() < -25 and logits[..., :-1].abs().max() < 5
@@ -180,7 +182,7 @@ def test_profile_writes_a_trace_of_one_iteration(quick, tmp_path, capsys):
 @pytest.mark.parametrize("flags, sentence", [({"n_embd": 30, "n_head": 4}, "must be a multiple of --n_head=4"),
                                              ({"vocab_size": 100}, "must lie in"), ({"preset": "big"}, "tiny, small")])
 def test_sizes_that_cannot_be_are_refused_in_a_sentence(flags, sentence):
-    with pytest.raises(common.UserError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         bench.main(bench.Config(device="cpu", **flags))
 
 

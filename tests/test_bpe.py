@@ -8,6 +8,7 @@ import pytest
 import regex
 
 import data
+import tokenizer
 from paths import ROOT
 from tools import bpe
 from tools.bpe import learn_bpe, merge, write_ranks
@@ -36,13 +37,13 @@ def test_any_text_comes_back_whole(tmp_path):
 def test_tiktoken_splits_every_word_as_the_learner_does(tmp_path):
     ranks = learn_bpe(TEXTS, 300)
     encoding = encoding_of(ranks, tmp_path)
-    for word in regex.findall(data.GPT2_SPLIT, " ".join([*TEXTS, " aaaaaaaaaaaaa abababa themat"])):
+    for word in regex.findall(tokenizer.GPT2_SPLIT, " ".join([*TEXTS, " aaaaaaaaaaaaa abababa themat"])):
         parts = merge([bytes([byte]) for byte in word.encode()], ranks)
         assert [ranks[part] for part in parts] == encoding.encode_ordinary(word)
 
 
 def test_each_token_was_the_commonest_pair_when_it_was_made(tmp_path):
-    words = [word.encode() for text in TEXTS for word in regex.findall(data.GPT2_SPLIT, text)]
+    words = [word.encode() for text in TEXTS for word in regex.findall(tokenizer.GPT2_SPLIT, text)]
     ranks = learn_bpe(TEXTS, 290)
     assert len(ranks) == 290
     for n in range(256, 290):

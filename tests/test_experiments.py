@@ -9,8 +9,8 @@ import pytest
 
 import train_rm
 import train_sft
-from checkpoint import load_checkpoint
 from experiments import ladder, overoptimization
+from support.checkpoint import load_checkpoint
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5])

@@ -12,14 +12,15 @@ import shutil
 import pytest
 import torch
 
-import common
 import train_ppo
 import train_rm
 import train_sft
 from browser import CHROMIUM, Browser
-from checkpoint import load_checkpoint
-from ppo import masked_mean, whiten
+from experiments import rungs
+from ppo import explained_variance, masked_mean, whiten
 from rollout import score_response
+from support import flags
+from support.checkpoint import load_checkpoint
 from tools import inspect_rollout
 from tools.inspect_rollout import Config, load_sides, measure, next_rollout
 
@@ -42,7 +43,7 @@ def stages(sft, tmp_path_factory):
 
 def run_ppo(stages, folder, **flags):
     shutil.copytree(stages, folder, dirs_exist_ok=True)
-    return train_ppo.train(train_ppo.Config(**RUN | {"out_dir": str(folder), "max_iters": 2} | flags))
+    return rungs.train(rungs.Config(**RUN | {"out_dir": str(folder), "max_iters": 2} | flags))
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def side_of(folder, name="ppo.pt", **flags):
 # the numbers
 
 @pytest.mark.parametrize("flags", [
-    {}, {"critic": "shared"}, {"kl_in": "loss"}, {"objective": "reward_to_go", "minibatches": None, "epochs": None},
+    {}, {"critic": "shared"}, {"kl_in": "loss"}, {"objective": "reward_to_go", "minibatches": None, "epochs": 1},
     {"gamma": 0.9, "lam": 0.5, "temperature": 0.7, "eos_penalty": 2.0}], ids=str)
 def test_the_next_rollout_has_the_numbers_of_train_ppo(flags, stages, tmp_path, monkeypatch):
     """The numbers are those that train_ppo.py has when it resumes from the checkpoint."""
@@ -78,16 +79,16 @@ def test_the_next_rollout_has_the_numbers_of_train_ppo(flags, stages, tmp_path, 
     mask, B = numbers["mask"], len(numbers["scores"])
 
     kept = {}
-    real = train_ppo.token_advantages
-    monkeypatch.setattr(train_ppo, "token_advantages", lambda *args: kept.setdefault("result", real(*args)))
-    row = train_ppo.train(train_ppo.Config(**RUN | {"out_dir": str(tmp_path), "max_iters": 3, "resume": True} | flags))
+    real = rungs.token_advantages
+    monkeypatch.setattr(rungs, "token_advantages", lambda *args: kept.setdefault("result", real(*args)))
+    row = rungs.train(rungs.Config(**RUN | {"out_dir": str(tmp_path), "max_iters": 3, "resume": True} | flags))
     advantages, returns = kept["result"]
     torch.testing.assert_close(numbers["advantage"], advantages, rtol=0, atol=1e-5)
     torch.testing.assert_close(numbers["whitened"], whiten(advantages, mask), rtol=0, atol=1e-4)
     for name, mine in (("score", numbers["scores"].mean()), ("reward", numbers["reward"].sum() / B),
                        ("kl", numbers["kl_sum"].mean()), ("entropy", masked_mean(numbers["entropy"], mask)),
-                       ("eos_rate", numbers["ended"].float().mean()),
-                       ("explained_variance", train_ppo.explained_variance(numbers["value"], returns, mask))):
+                       ("eos_rate", numbers["has_eos"].float().mean()),
+                       ("explained_variance", explained_variance(numbers["value"], returns, mask))):
         assert mine.item() == pytest.approx(row[name], abs=1e-4), name
     assert abs(row["kl"]) > 1e-3  # the policy has left its reference, so a KL of 0 would be seen
 
@@ -100,7 +101,7 @@ def test_an_sft_checkpoint_is_seen_as_the_first_rollout_of_ppo_sees_it(stages, t
     assert masked_mean(numbers["entropy"], numbers["mask"]).item() == pytest.approx(row["entropy"], abs=1e-5)
     # The critic is the reward model: its value is the score of what stands there so far.
     tokens, prompt_lens = numbers["tokens"], numbers["prompt_lens"]
-    torch.testing.assert_close(numbers["value"][:, 0], side.reward_model(tokens, prompt_lens), rtol=0, atol=1e-5)
+    torch.testing.assert_close(numbers["value"][:, 0], side.models.reward_model(tokens, prompt_lens), rtol=0, atol=1e-5)
     assert side.config.batch_size == RUN["batch_size"]  # the flags of the run that it is put beside
     assert side_of(tmp_path, "sft.pt").config.batch_size == train_ppo.Config.batch_size  # and alone, the defaults
 
@@ -160,7 +161,8 @@ def test_the_value_by_sampling_is_the_expected_reward_to_go(stages, tmp_path):
     run_ppo(stages, tmp_path, max_new_tokens=1, kl_coef=0.5)
     side = side_of(tmp_path)
     (prompt, response), n = next_rollout(side)[0], 4000
-    every = inspect_rollout.shaped(side, [(prompt, [token]) for token in range(side.encoding.n_vocab)])
+    rows = [(prompt, [token]) for token in range(side.encoding.n_vocab)]
+    every = inspect_rollout.shaped(side, rows, *inspect_rollout.rollout_of(side, rows))
     p, to_go = every["logprob"][:, 0].exp(), every["reward_to_go"][:, 0]
     mean = (p * to_go).sum().item()
     std = ((p * (to_go - mean) ** 2).sum() / n).sqrt().item()
@@ -286,7 +288,7 @@ def test_a_page_is_written_over_a_page_of_its_own_but_over_nothing_else(trained,
     write(trained, save=str(path), response=" Shanghai is delicious.")
     assert path.read_bytes() != first
     path.write_text("my notes")
-    with pytest.raises(common.UserError, match="page.html is there and was not written by this tool: give another"):
+    with pytest.raises(flags.UserError, match="page.html is there and was not written by this tool: give another"):
         write(trained, save=str(path))
     assert path.read_text() == "my notes"
     write(trained, save=str(path), overwrite=True)
@@ -336,13 +338,13 @@ def test_models_of_another_run_and_a_group_run_are_refused(trained, stages, tmp_
     run_ppo(stages, tmp_path)
     train_sft.train(train_sft.Config(out_dir=str(tmp_path), device="cpu", max_iters=2, batch_size=4, n_layer=1,
                                      n_head=2, n_embd=32, block_size=128, overwrite=True))
-    with pytest.raises(common.UserError, match="was not trained with .*sft.pt: name the file .* by --init_from"):
+    with pytest.raises(flags.UserError, match="was not trained with .*sft.pt: name the file .* by --init_from"):
         write(tmp_path)
     write(tmp_path, init_from=str(trained / "sft.pt"), updates=1, save=str(tmp_path / "page.html"))
-    with pytest.raises(common.UserError, match="an sft.pt is its own"):
+    with pytest.raises(flags.UserError, match="an sft.pt is its own"):
         write(tmp_path, checkpoint=str(tmp_path / "sft.pt"), init_from=str(trained / "sft.pt"))
     run_ppo(stages, tmp_path / "group", advantage="group", samples_per_prompt=4)
-    with pytest.raises(common.UserError, match="there is nothing to see by token"):
+    with pytest.raises(flags.UserError, match="there is nothing to see by token"):
         write(tmp_path / "group")
 
 

@@ -20,7 +20,8 @@ import data
 import train_ppo
 import train_rm
 import train_sft
-from common import UserError
+from support import stages
+from support.flags import UserError
 from tools import label
 
 
@@ -64,7 +65,7 @@ def test_the_two_answers_differ_have_ended_and_are_shuffled_by_seed(sft):
     prompt = data.encode_prompt(encoding, "Where is Lima?")
 
     def pairs(seed, n, **flags):
-        rng = label.common.generator("cpu", seed)
+        rng = label.generator("cpu", seed)
         return [label.two_answers(model, encoding, prompt, label.Config(**flags), rng) for _ in range(n)]
     first = pairs(0, 8)
     assert first == pairs(0, 8) != pairs(1, 8) and all(a != b for a, b in filter(None, first))
@@ -310,7 +311,7 @@ def test_a_reward_model_learns_from_what_the_labeller_chose(tmp_path):
                                    out_dir=str(tmp_path / "rm"), max_iters=200))
     by_atlas(sft, tmp_path / "fresh", n=600, seed=1)
     split = data.load_comparisons(str(tmp_path / "fresh" / "pairs.jsonl"), atlas.tokenizer(), 256, skip_bad=False)
-    reward_model, _ = train_ppo.load_reward_model(train_ppo.Config(rm=str(tmp_path / "rm" / "rm.pt")),
+    reward_model, _ = stages.load_reward_model(train_ppo.Config(rm=str(tmp_path / "rm" / "rm.pt")),
                                                   data.tokenizer_id(atlas.tokenizer()), 256, "cpu")
     margins = train_rm.margins_of(reward_model, split.train + split.heldout, 64, atlas.tokenizer().eot_token, "cpu",
                                   nullcontext)

@@ -9,24 +9,27 @@ import math
 import random
 import re
 import sys
+import time
 import types
 
 import pytest
 import torch
 
-import metrics
 import train_ppo
-from metrics import HEALTH, Metrics
 from paths import ROOT
+from support import metrics
+from support.metrics import HEALTH, Metrics
 from tiny import Config
 
-README = (ROOT / "README.md").read_text()
+PAGE = (ROOT / "docs" / "metrics.md").read_text()
 
 
 def write_metrics(folder, stage, iterations, start=0, show={"loss": "6.2f"}, config=None, **more):
     out = Metrics(config or Config(out_dir=str(folder), max_iters=9, log_interval=5), stage, start)
-    return [out.write(i, {"loss": float(i)} | {name: value(i) if callable(value) else value
-                                               for name, value in more.items()}, show) for i in iterations]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(metrics.COLUMNS, stage, show)
+        return [out.write(i, {"loss": float(i)} | {name: value(i) if callable(value) else value
+                                                   for name, value in more.items()}) for i in iterations]
 
 
 def lines(folder):
@@ -89,7 +92,7 @@ def test_what_a_crash_left_of_a_line_does_not_prevent_resuming(left, tmp_path):
 def test_log_interval_thins_the_screen_and_not_the_file(tmp_path, capsys):
     """The first and the last line are always on the screen."""
     write_metrics(tmp_path, "sft", range(1, 10))
-    screen = [re.sub(r"eta +\d+:\d\d", "eta", line) for line in capsys.readouterr().out.splitlines()]
+    screen = [re.sub(r"eta +[\d-]+:[\d-]{2}", "eta", line) for line in capsys.readouterr().out.splitlines()]
     assert screen == [f"sft {i}/9  eta  loss   {i}.00" for i in (1, 5, 9)]
     assert [line["iter"] for line in lines(tmp_path)[1:]] == list(range(1, 10))
 
@@ -110,15 +113,35 @@ def test_columns_stay_where_they_are(tmp_path, capsys):
 def test_a_long_name_is_short_on_the_screen_and_whole_in_the_file(tmp_path, capsys):
     write_metrics(tmp_path, "sft", [1], show={"eos_rate": ".2f", "loss": ".2f"}, eos_rate=1.0)
     assert capsys.readouterr().out.endswith("  eos 1.00  loss 1.00\n") and lines(tmp_path)[1]["eos_rate"] == 1.0
-    assert all(f"`{name}`" in README and f"`{short}`" in README for name, short in metrics.SHORT.items())
+    assert all(f"`{name}`" in PAGE and f"`{short}`" in PAGE for name, short in metrics.SHORT.items())
 
 
-@pytest.mark.parametrize("seconds, eta", [(0.5, "  0:04"), (7.4999, "  0:59"), (7.5, "  1:00"), (900, "120:00")])
-def test_the_time_that_is_left_is_in_minutes_and_seconds(seconds, eta, tmp_path, capsys, monkeypatch):
-    clock = iter([0.0, seconds])
+@pytest.mark.parametrize("seconds, eta", [(0.5, "  0:03"), (8.571, "  0:59"), (8.572, "  1:00"), (900, "105:00")])
+def test_the_time_left_leaves_out_the_first_iteration(seconds, eta, tmp_path, capsys, monkeypatch):
+    """The first iteration warms up: it has no estimate and spoils none."""
+    clock = iter([0.0, 500.0, 500.0 + seconds, 500.0 + 9 * seconds])
     monkeypatch.setattr(metrics.time, "time", lambda: next(clock))
-    write_metrics(tmp_path, "sft", [1])
-    assert f"  eta {eta}  " in capsys.readouterr().out
+    write_metrics(tmp_path, "sft", [1, 2, 9], config=Config(out_dir=str(tmp_path), max_iters=9, log_interval=1))
+    first, second, last = capsys.readouterr().out.splitlines()
+    assert "  eta   -:--  " in first and f"  eta {eta}  " in second and "  eta   0:00  " in last
+
+
+def test_a_line_is_shown_after_ten_seconds_of_silence(tmp_path, capsys, monkeypatch):
+    """Every iteration of a slow run has a line; a fast run has one in ten seconds, whatever log_interval says."""
+    clock = iter([0.0, 1.0, 6.0, 11.5, 12.0, 40.0, 80.0])
+    monkeypatch.setattr(metrics.time, "time", lambda: next(clock))
+    write_metrics(tmp_path, "sft", range(1, 7), config=Config(out_dir=str(tmp_path), max_iters=99, log_interval=90))
+    assert [line.split("/")[0].split()[1] for line in capsys.readouterr().out.splitlines()] == ["1", "3", "5", "6"]
+
+
+def test_a_slow_phase_says_every_ten_seconds_that_it_is_at_work(capsys, monkeypatch):
+    monkeypatch.setattr(metrics, "SILENCE", 0.05)
+    with metrics.progress("reading a.jsonl", lambda: "half"):
+        time.sleep(0.13)
+    assert re.findall(r"^reading a.jsonl: 0 s half$", capsys.readouterr().out, re.MULTILINE)
+    with metrics.progress("reading a.jsonl"):
+        pass
+    assert capsys.readouterr().out == ""
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -228,9 +251,8 @@ def test_every_flag_that_a_rule_proposes_exists():
     assert all(name in known for rule in HEALTH for name in re.findall(r"--(\w+)", rule.remedy))
 
 
-def test_the_readme_names_each_rules_metric_and_flags():
-    table = README[README.index("## What the numbers mean"):README.index("## Your own data")]
-    table = [line for line in table.splitlines() if line.startswith("|")]
+def test_the_page_on_metrics_names_each_rules_metric_and_flags():
+    table = [line for line in PAGE.splitlines() if line.startswith("|")]
     for rule in HEALTH:
         row, = [line for line in table if f"`{rule.metric}`" in line.split("|", 2)[1]]
         assert "**warns**" in row and all(f"--{name}" in row for name in re.findall(r"--(\w+)", rule.remedy))

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from common import UserError
-from metrics import HEALTH
 from paths import ROOT
+from support.flags import UserError
+from support.metrics import HEALTH
 from tools import plot
 
 

@@ -9,25 +9,28 @@ import sample
 import train_ppo
 import train_rm
 import train_sft
+from experiments import rungs, trpo
 from paths import ROOT
 from tools import inspect_rollout, label
+from tools.relink import LINK
 
 TEXT = (ROOT / "README.md").read_text()
 PAGES = {str(path.relative_to(ROOT)): path.read_text()
          for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]}
 LINES = [(page, *link) for page, text in PAGES.items()
-         for link in re.findall(r"\[`([^`\n]+)`\]\(([\w./]+\.py)#L(\d+)\)", text)]
+         for link in LINK.findall(text)]
 FILES = sorted({(page, target) for page, text in PAGES.items()
                 for target in re.findall(r"\]\((?!http)([^)#\s]+)", text)})
 THEOREMS = set(re.findall(r"^def test_t(\d\d)", (ROOT / "tests/core/test_theorems.py").read_text(), re.MULTILINE))
 SCRIPTS = {"train_sft.py": train_sft.Config, "train_rm.py": train_rm.Config, "train_ppo.py": train_ppo.Config,
            "sample.py": sample.Config, "-m tools.inspect_rollout": inspect_rollout.Config,
-           "-m tools.label": label.Config}
+           "-m tools.label": label.Config, "-m experiments.ladder": rungs.Config, "-m experiments.trpo": trpo.Config}
 
 
 @pytest.mark.parametrize("page, quoted, file, line", LINES)
 def test_a_link_to_a_line_points_at_what_it_quotes(page, quoted, file, line):
-    assert quoted in ((ROOT / page).parent / file).read_text().splitlines()[int(line) - 1]
+    lines = ((ROOT / page).parent / file).read_text().splitlines()
+    assert quoted in (lines[int(line) - 1] if int(line) <= len(lines) else ""), "run `python -m tools.relink`"
 
 
 @pytest.mark.parametrize("page, target", FILES)
@@ -48,8 +51,11 @@ def test_every_test_that_the_page_on_reliability_names_exists():
         assert f"def {name}(" in path.read_text(), name
 
 
-COMMANDS = re.findall(r"^(?:.*&& )?python ((?:train|sample)\w*\.py|-m tools\.(?:inspect_rollout|label))(.*)$", TEXT,
-                      re.MULTILINE)
+# `python -m experiments.ladder` has its flags from rungs.py only with --objective; other flags are of the whole ladder.
+COMMAND = re.compile(r"^(?:.*&& )?(?:python|torchrun --\S+) ((?:train|sample)\w*\.py|-m tools\.inspect_rollout|"
+                     r"-m tools\.label|-m experiments\.trpo|-m experiments\.ladder(?= --objective))([^#\n]*)",
+                     re.MULTILINE)
+COMMANDS = [command for text in PAGES.values() for command in COMMAND.findall(text)]
 
 
 @pytest.mark.parametrize("script, rest", COMMANDS)
@@ -59,7 +65,7 @@ def test_every_flag_of_a_command_exists(script, rest):
 
 
 def test_every_metric_of_a_ppo_iteration_is_explained():
-    table = TEXT[TEXT.index("## What the numbers mean"):TEXT.index("## Your own data")]
+    table = PAGES["docs/metrics.md"]
     metrics = ("score kl reward entropy policy_loss value_loss approx_kl clip_frac ratio_mean ratio_max "
                "explained_variance response_len eos_rate kl_coef lr grad_norm sec_rollout sec_score sec_update "
                "tokens_per_s ratio_first logprob_gap logprob_gap_max skipped_steps gold gold_heldout utility "

@@ -5,8 +5,8 @@ import builtins
 import pytest
 import torch
 
-import common
 import sample
+from support.flags import UserError
 
 
 def ask(capsys, **flags):
@@ -41,7 +41,7 @@ def test_a_character_of_several_tokens_is_printed_whole(sft, capsys, monkeypatch
 
 
 def test_a_prompt_that_leaves_no_room_does_not_end_the_conversation(sft, capsys, monkeypatch):
-    with pytest.raises(common.UserError, match="leaves room for 112 in block_size=128: shorten one of them"):
+    with pytest.raises(UserError, match="leaves room for 112 in block_size=128: shorten one of them"):
         ask(capsys, checkpoint=sft, prompt="Where is Lima? " * 40)
     lines = iter(["Where is Lima? " * 40, "Where is Lima?", ""])
     monkeypatch.setattr(builtins, "input", lambda prompt: next(lines))

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-import common
 import data
 import train_ppo
-from checkpoint import load_checkpoint
 from experiments import sentiment
 from paths import DATA
 from rollout import generate
+from support import device, flags, stages
+from support.checkpoint import load_checkpoint
 
 FILES = {name: DATA / f"{file}.jsonl.gz" for name, file in
          (("labelled", "imdb_train_20k"), ("test", "imdb_test_5k"), ("unsup", "imdb_unsup_25k"))}
@@ -150,7 +150,7 @@ def test_the_table_ends_with_the_last_policy(capsys):
 
 
 def test_looks_that_would_leave_out_the_last_rollouts_are_refused(config):
-    with pytest.raises(common.UserError, match="--max_iters=5 is no multiple of --every=2"):
+    with pytest.raises(flags.UserError, match="--max_iters=5 is no multiple of --every=2"):
         sentiment.main(replace(config, max_iters=5, every=2))
 
 
@@ -185,14 +185,14 @@ def test_a_tiny_run_judges_every_policy_and_goes_on_where_it_stopped(config, mon
     measure = sentiment.Measure(config, folder.parent / "rm.pt")
     encoding, eos = measure.encoding, measure.encoding.eot_token
     prompts, lens = data.collate_prompts([data.encode_prompt(encoding, sentiment.PROMPT + " film plot")] * 8, eos)
-    rollout = generate(measure.reference, prompts, lens, 6, eos=eos, generator=common.generator("cpu", 0))
+    rollout = generate(measure.reference, prompts, lens, 6, eos=eos, generator=device.generator("cpu", 0))
     numbers = measure.numbers(measure.reference, rollout)
     assert numbers["kl"] == 0 and numbers["length"] == pytest.approx(rollout.mask.sum().item() / 8, abs=1e-3)
     assert numbers["perplexity"] == pytest.approx((-rollout.logprobs.sum() / rollout.mask.sum()).exp().item(), rel=1e-3)
-    other = train_ppo.load_policy(load_checkpoint(folder / "ppo.pt", "ppo"), "cpu")
+    other = stages.load_policy(load_checkpoint(folder / "ppo.pt", "ppo"), "cpu")
     with torch.no_grad():
         other.trunk.wte.weight *= 20
-    rollout = generate(other, prompts, lens, 6, eos=eos, generator=common.generator("cpu", 0))
+    rollout = generate(other, prompts, lens, 6, eos=eos, generator=device.generator("cpu", 0))
     numbers = measure.numbers(other, rollout)
     own, n = rollout.logprobs.sum().item() / 8, rollout.mask.sum().item() / 8
     assert numbers["kl"] > 1 and numbers["kl"] == pytest.approx(own + n * math.log(numbers["perplexity"]), rel=1e-3)

@@ -14,8 +14,8 @@ import data
 import train_ppo
 import train_rm
 import train_sft
-from checkpoint import load_checkpoint
 from paths import DATA
+from support.checkpoint import load_checkpoint
 
 HH = DATA / "hh_harmless_base_test.jsonl.gz"
 BLOCK, NEW = 1024, 24

@@ -13,8 +13,8 @@ import torch
 import atlas
 import data
 import tiny
-from common import UserError
 from paths import ROOT
+from support.flags import UserError
 from tiny import STAGES, command, pairs, run, tiny_flags
 
 

@@ -10,12 +10,15 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-import checkpoint
 import data
 import train_ppo
-from common import UserError
+from experiments import rungs
 from model import GPT, GPTConfig
+from pretrained import save_pretrained
+from support import checkpoint
+from support.flags import UserError
 from tiny import ONE_STEP, SIZES, STAGES, metrics, pairs, reward_file, run, write_jsonl
+from tokenizer import get_tokenizer
 
 
 def observe(stage, folder, monkeypatch, capsys, flags, context):
@@ -79,9 +82,9 @@ ROWS = {
                     "max_new_tokens": (4, "screen", {}), "temperature": (0.5, "screen", {})},
     "ppo": COMMON | {
         "rm": ("{folder}/other_rm.pt", "metrics", {}), "reward": ("{folder}/reward.py:f", "metrics", {}),
-        "samples_per_prompt": (2, "metrics", {}), "objective": ("kl_penalty", "metrics", {}),
+        "samples_per_prompt": (2, "metrics", {}),
         "advantage": ("group", "metrics", {"samples_per_prompt": 2}),
-        "penalty_target": (1e9, "metrics", {"objective": "kl_penalty"}), "minibatches": (3, "metrics", {}),
+        "minibatches": (3, "metrics", {}),
         "epochs": (1, "metrics", {}), "max_new_tokens": (4, "metrics", {}),
         "temperature": (0.5, "metrics", {}), "kl_coef": (1.0, "metrics", {}),
         "kl_target": (0.1, "metrics", {}),
@@ -91,17 +94,22 @@ ROWS = {
         "ent_coef": (0.5, "metrics", {}),
         "gamma": (0.5, "metrics", {}), "lam": (0.5, "metrics", {}), "target_kl": (1e-9, "metrics", {}),
         "eos_penalty": (3.0, "metrics", {}), "critic": ("shared", "metrics", {}),
-        "sample_interval": (1, "screen", {})}}
+        "sample_interval": (1, "screen", {})},
+    "rung": {"objective": ("cpi", "metrics", {"objective": "clip"}),
+             "penalty_target": (1e9, "metrics", {"objective": "kl_penalty"}),
+             "minibatches": (3, "metrics", {"objective": "clip"})}}
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_table_of_effects_has_a_row_for_every_flag(stage):
     assert ROWS[stage].keys() == {field.name for field in dataclasses.fields(STAGES[stage].Config)}
+    assert ROWS["rung"].keys() == vars(rungs.Config)["__annotations__"].keys()
 
 
-@pytest.mark.parametrize("stage, flag", [(stage, flag) for stage in STAGES for flag in ROWS[stage]])
+@pytest.mark.parametrize("stage, flag", [(stage, flag) for stage in ROWS for flag in ROWS[stage]])
 def test_every_flag_has_an_effect_or_is_refused(stage, flag, world, worlds, monkeypatch, capsys, baselines):
     value, differs, context = ROWS[stage][flag]
+    stage = "ppo" if stage == "rung" else stage
 
     def prepared():
         folder = world(stage, "atlas" if context.get("data") == "atlas" else "pairs")
@@ -109,7 +117,7 @@ def test_every_flag_has_an_effect_or_is_refused(stage, flag, world, worlds, monk
         write_jsonl(folder / "bad.jsonl", [*pairs(), "a text is no row"])
         reward_file(folder, "[float(len(response)) for response in responses]")
         if flag == "init_from" and stage == "sft":
-            GPT(GPTConfig(vocab_size=257, **SIZES)).to_gpt2(folder / "gpt2")
+            save_pretrained(GPT(GPTConfig(vocab_size=257, **SIZES)), get_tokenizer("bytes"), folder / "gpt2")
         elif flag in ("init_from", "rm"):
             for other, name in (("sft", "other.pt"), ("rm", "other_rm.pt")):
                 saved = torch.load(worlds["pairs"] / f"{other}.pt", weights_only=True)
@@ -138,16 +146,16 @@ def baselines():
     ({"kl_in": "loss", "kl_kind": "k1"}, "--kl_kind=k1 in the loss does nothing"),
     ({"kl_kind": "k2"}, "--kl_kind is for --kl_in=loss"),
     ({"kl_kind": "k3"}, "--kl_kind is for --kl_in=loss"),
-    ({"kl_in": "loss", "kl_kind": "k4"}, "must be k2 or k3"),
+    ({"kl_in": "loss", "kl_kind": "k4"}, "must be one of k2, k3"),
     ({"kl_target": 1.0, "kl_coef": 0.0}, "--kl_coef=0 would stay 0"),
     ({"reward": "f.py:f", "rm": "rm.pt"}, "give one of them"),
     ({"objective": "gae"}, "--(minibatches|epochs)=2, but --objective=gae with .* takes one step per rollout"),
-    (ONE_STEP | {"objective": "reinforce", "vf_coef": 0.1}, "--vf_coef=0.1 would do nothing"),
+    (ONE_STEP | {"objective": "reinforce", "vf_coef": 0.2}, "--vf_coef=0.2 would do nothing"),
     (ONE_STEP | {"objective": "reward_to_go", "critic": "separate"}, "--critic=separate would do nothing"),
     (ONE_STEP | {"objective": "baseline", "lam": 0.9}, "--lam=0.9 would do nothing"),
     (ONE_STEP | {"objective": "gae", "target_kl": 0.1}, "--target_kl=0.1 would do nothing"),
-    ({"objective": "cpi", "clip": 0.2}, "--clip=0.2 would do nothing"),
-    ({"penalty_target": 0.1}, "--penalty_target=0.1 would do nothing"),
+    ({"objective": "cpi", "clip": 0.3}, "--clip=0.3 would do nothing"),
+    ({"objective": "clip", "penalty_target": 0.1}, "--penalty_target=0.1 would do nothing"),
     ({"advantage": "group"}, "set --samples_per_prompt to 2 or more"),
     ({"advantage": "group", "samples_per_prompt": 2, "lam": 0.9}, "--lam=0.9 would do nothing"),
     (ONE_STEP | {"advantage": "group", "samples_per_prompt": 2, "objective": "gae"}, "has no place in --objective=gae"),

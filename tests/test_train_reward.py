@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-import train_ppo
-from common import UserError
+from reward_model import RewardModel
+from support.flags import UserError
 from tiny import pairs, reward_file, run, write_jsonl
 
 
@@ -60,13 +60,13 @@ def test_a_reward_function_that_fails_on_a_batch_only(world, tmp_path):
 
 def test_a_score_that_is_not_finite_is_an_error_with_its_prompt(world, monkeypatch):
     """Averaged into the advantages it would reach every token of the rollout."""
-    forward = train_ppo.RewardModel.forward
+    forward = RewardModel.forward
 
     def poisoned(self, tokens, lens):
         scores = forward(self, tokens, lens)
         scores[-1] = math.nan
         return scores
-    monkeypatch.setattr(train_ppo.RewardModel, "forward", poisoned)
+    monkeypatch.setattr(RewardModel, "forward", poisoned)
     folder = world("ppo")
     with pytest.raises(FloatingPointError, match=r"the reward model's score is nan for the prompt '\w+ or \w+\?' and"):
         run("ppo", folder)

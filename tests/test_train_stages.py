@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-import checkpoint
-from checkpoint import digest, load_checkpoint
-from common import UserError
 from paths import DATA, ROOT
+from support import checkpoint
+from support.checkpoint import digest, load_checkpoint
+from support.flags import UserError
 from tiny import SIZES, STAGES, metrics, pairs, run, shrink, weights, write_jsonl
 
 

@@ -14,16 +14,16 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import common
 import train_ppo
-from common import UserError
 from enumerable import enumerate_responses
 from experiments import trpo
 from experiments.trpo import (conjugate_gradient, fisher_vector_product, flat_grad, line_search, response_distributions,
                               set_flat, token_kl, trpo_step)
 from model import GPT, GPTConfig
-from ppo import cpi_loss, keep
+from ppo import cpi_loss, zero_outside
 from rollout import score_response
+from support import flags
+from support.flags import UserError
 from tensors import randn
 
 RESPONSES, MASK = enumerate_responses(vocab_size=4, max_len=3)
@@ -59,7 +59,7 @@ class Problem:
         """The policy as it is now becomes pi_old."""
         with torch.no_grad():
             self.old_logprobs, self.old = self.logprobs(), self.distributions()
-        self.weights = keep(self.old_logprobs, MASK).sum(1, keepdim=True).exp()  # (N, 1) probabilities of responses
+        self.weights = zero_outside(self.old_logprobs, MASK).sum(1, keepdim=True).exp()  # (N, 1) probabilities of responses
 
     @sdpa_kernel(SDPBackend.MATH)
     def logprobs(self):
@@ -75,11 +75,11 @@ class Problem:
         return -cpi_loss(self.logprobs(), self.old_logprobs, advantages, MASK)[0]
 
     def kl(self):
-        return (keep(token_kl(self.old, self.distributions()), MASK) * self.weights).sum()
+        return (zero_outside(token_kl(self.old, self.distributions()), MASK) * self.weights).sum()
 
     def scores(self):
         """(N, 3440), F = scores^T scores by definition: row y is sqrt(p(y)) times the gradient of log p(y)."""
-        logprobs = keep(self.logprobs(), MASK).sum(1)
+        logprobs = zero_outside(self.logprobs(), MASK).sum(1)
         return self.weights.sqrt() * torch.stack([flat_grad(x, self.params, retain_graph=True) for x in logprobs])
 
     def fisher_product(self, v):
@@ -117,7 +117,7 @@ def test_token_kl_sums_to_the_kl_of_responses(problem):
     """The chain rule of KL(pi_old || pi). KL(pi || pi_old) of the same two policies is another number."""
     set_flat(problem.params, flat(problem.params) + 0.1 * randn(3440, seed=5))
     with torch.no_grad():
-        ratio = keep(problem.logprobs() - problem.old_logprobs, MASK).sum(1)
+        ratio = zero_outside(problem.logprobs() - problem.old_logprobs, MASK).sum(1)
         exact = -(problem.weights.squeeze(1) * ratio).sum()
         assert abs(problem.kl() - exact) < 1e-13 and exact > 0.05
         assert abs((problem.weights.squeeze(1) * ratio.exp() * ratio).sum() - exact) > 1e-3
@@ -490,6 +490,6 @@ def test_a_finished_run_is_not_written_over_unless_told_to(run):
 
 def test_every_flag_has_a_help(capsys):
     with pytest.raises(SystemExit):
-        common.parse_flags(trpo.Config, ["--help"])
+        flags.parse_flags(trpo.Config, ["--help"])
     text = capsys.readouterr().out
     assert all(f"--{field.name}" in text for field in dataclasses.fields(trpo.Config))

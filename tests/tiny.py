@@ -7,23 +7,25 @@ import sys
 from dataclasses import dataclass
 from functools import partialmethod
 from pathlib import Path
-from typing import ClassVar, Optional
+from typing import Optional
 
 import pytest
 import torch
 
-import common
 import train_ppo
 import train_rm
 import train_sft
+from experiments import rungs
 from paths import ROOT
+from support.flags import Flags
+from support.optimizer import Optimizer
 
 STAGES = {"sft": train_sft, "rm": train_rm, "ppo": train_ppo}
 SIZES = dict(n_layer=1, n_head=2, n_embd=32, block_size=64)
 TINY = {"sft": dict(max_iters=4, batch_size=12, lr=3e-3, **SIZES),
         "rm": dict(max_iters=4, batch_size=6, lr=3e-3, max_new_tokens=8),
         "ppo": dict(max_iters=3, batch_size=12, minibatches=2, epochs=2, lr=3e-3, max_new_tokens=8)}
-ONE_STEP = {"minibatches": None, "epochs": None}  # for the objectives that may use a rollout once
+ONE_STEP = {"minibatches": None, "epochs": 1}  # for the objectives that may use a rollout once
 CLOCKS = {"seconds", "sec_rollout", "sec_score", "sec_update", "tokens_per_s"}
 
 
@@ -41,14 +43,19 @@ def pairs(offset=0):
 
 def settings(stage, folder, **flags):
     """Config of a tiny run on the CPU in `folder`, with the data and tokenizer that `folder` was made for."""
-    folder, module = Path(folder), STAGES[stage]
+    folder, module = Path(folder), module_of(stage, flags)
     world = {} if (folder / "atlas").exists() else {"data": str(folder / "pairs.jsonl"), "tokenizer": "bytes"}
     world |= {"candidates": 3} if stage == "rm" and not world else {}
     return module.Config(**{"out_dir": str(folder), "device": "cpu"} | world | TINY[stage] | flags)
 
 
+def module_of(stage, flags):
+    """The train module of a stage; experiments/rungs.py for PPO with an --objective."""
+    return rungs if "objective" in flags else STAGES[stage]
+
+
 def run(stage, folder, **flags):
-    return STAGES[stage].train(settings(stage, folder, **flags))
+    return module_of(stage, flags).train(settings(stage, folder, **flags))
 
 
 def metrics(folder, stage, *drop):
@@ -94,7 +101,7 @@ def command(script, *argv):
 
 def tiny_flags(stage, folder, **flags):
     config = dataclasses.asdict(settings(stage, folder, **flags))
-    default = dataclasses.asdict(STAGES[stage].Config())
+    default = dataclasses.asdict(module_of(stage, flags).Config())
     return [f"--{name}={value}" for name, value in config.items() if value != default[name]]
 
 
@@ -108,20 +115,19 @@ def shrink(monkeypatch):
 
 
 @dataclass
-class Config(common.Flags):
+class Config(Flags):
     """Flags of every kind, for the tests of what all stages share."""
-    lr: float = 0.1            # a number
+    # test flags
+    lr: float = 0.1            # [0, inf) a number
     kl_coef: float = 0.05      # a name of two words
     width: Optional[int] = 4   # may be none
     rate: Optional[float] = None  # 5% of something
     reward: str = "rm"         # a file and a function
 
-    DOMAINS: ClassVar[dict] = common.Flags.DOMAINS
-
 
 def make_optimizer(**flags):
     params = [torch.nn.Parameter(torch.arange(3.0)), torch.nn.Parameter(torch.ones(2))]
-    return common.Optimizer(params, Config(lr=0.1, **flags)), params
+    return Optimizer(params, Config(lr=0.1, **flags)), params
 
 
 def take_step(optimizer, params, iteration=1, poison=None, loss=0.5):

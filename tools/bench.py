@@ -32,7 +32,7 @@ import weakref
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import ClassVar, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -41,14 +41,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import common
-import data
-import metrics
 import train_ppo
-from checkpoint import load_checkpoint, save_checkpoint
 from model import GPT, GPTConfig
 from reward_model import RewardModel
 from rollout import score_response, score_values
+from support import metrics
+from support.checkpoint import load_checkpoint, save_checkpoint
+from support.device import Clock, micro_batch_size, pick_device
+from support.flags import check_domains, require, run_script
+from tokenizer import DataError, run_tokenizer
 
 
 @dataclass
@@ -79,38 +80,34 @@ GPT2_FAMILY = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large
 
 @dataclass
 class Config:
-    preset: str = "tiny"                # tiny, small or gpt2; the flags from n_layer on change a preset
-    device: str = "auto"                # auto (cuda if there is one), cpu or cuda
-    dtype: str = "auto"                 # auto (bfloat16 on cuda, float32 on cpu), float32 or bfloat16 (autocast)
+    preset: str = "tiny"                # tiny|small|gpt2: the flags from n_layer on change a preset
+    device: str = "auto"                # auto|cpu|cuda: auto takes cuda if there is one
+    dtype: str = "auto"                 # auto|float32|bfloat16: autocast; auto is bfloat16 on cuda, float32 on cpu
     compile: bool = False               # torch.compile the training passes; give it more warm-up
     recompute: bool = False             # activation checkpointing, in --estimate as well
-    critic: str = "shared"              # shared with the policy's trunk, or separate
-    iters: int = 5                      # iterations that the medians are over
-    warmup: int = 1                     # iterations before those
+    critic: str = "shared"              # shared|separate: shared with the policy's trunk, or a model by itself
+    iters: int = 5                      # [1, inf) iterations that the medians are over
+    warmup: int = 1                     # [0, inf) iterations before those
     json: bool = False                  # one line of JSON instead of the table
     profile: Optional[str] = None       # write a trace of one more iteration here, .json or .json.gz
     estimate: bool = False              # compute the memory of GPT-2 small to XL at batch 64, prompt 64, response 128
-    n_layer: Optional[int] = None       # layers
-    n_head: Optional[int] = None        # attention heads
-    n_embd: Optional[int] = None        # width
-    vocab_size: Optional[int] = None    # token ids, 258 or more: all bytes, EOS, and words for the prompts
-    batch_size: Optional[int] = None    # responses per rollout
-    prompt_len: Optional[int] = None    # tokens in each prompt
-    response_len: Optional[int] = None  # tokens in each response
-    epochs: Optional[int] = None        # passes over a rollout
-    minibatches: Optional[int] = None   # optimizer steps per epoch
-    micro_batch_size: Optional[int] = None  # responses per forward pass; default: as train_ppo.py chooses
+    n_layer: Optional[int] = None       # [1, inf) layers
+    n_head: Optional[int] = None        # [1, inf) attention heads
+    n_embd: Optional[int] = None        # [1, inf) width
+    vocab_size: Optional[int] = None    # [258, inf) token ids, 258 or more: all bytes, EOS, and words for the prompts
+    batch_size: Optional[int] = None    # [1, inf) responses per rollout
+    prompt_len: Optional[int] = None    # [1, inf) tokens in each prompt
+    response_len: Optional[int] = None  # [1, inf) tokens in each response
+    epochs: Optional[int] = None        # [1, inf) passes over a rollout
+    minibatches: Optional[int] = None   # [1, inf) optimizer steps per epoch
+    micro_batch_size: Optional[int] = None  # [1, inf) responses per forward pass; default: as train_ppo.py chooses
 
-    DOMAINS: ClassVar[dict] = {name: domain for name, domain in train_ppo.Config.DOMAINS.items() if name in (
-        "device", "dtype", "critic", "n_layer", "n_head", "n_embd", "batch_size", "epochs", "minibatches",
-        "micro_batch_size")} | {"preset": tuple(PRESETS), "iters": "[1, inf)", "warmup": "[0, inf)",
-                                "vocab_size": "[258, inf)", "prompt_len": "[1, inf)", "response_len": "[1, inf)"}
 
     def size(self):
-        preset = ON_GPU.get(self.preset) if common.pick_device(self).type == "cuda" else None
+        preset = ON_GPU.get(self.preset) if pick_device(self).type == "cuda" else None
         preset = asdict(preset or PRESETS[self.preset])
         size = Size(**preset | {name: getattr(self, name) for name in preset if getattr(self, name) is not None})
-        common.require(size.n_embd % size.n_head == 0, f"--n_embd={size.n_embd} must be a multiple of "
+        require(size.n_embd % size.n_head == 0, f"--n_embd={size.n_embd} must be a multiple of "
                                                        f"--n_head={size.n_head}")
         return size
 
@@ -136,7 +133,7 @@ def write_inputs(folder, size):
         # turns the sum into an EOS logit of -30 in every state: responses have their full length.
         policy.trunk.ln_f.bias.fill_(1.0)
         policy.trunk.wte.weight[-1] = -30.0 / size.n_embd
-    _, tokenizer = data.run_tokenizer(str(folder / "tokens.tiktoken"), None)
+    _, tokenizer = run_tokenizer(str(folder / "tokens.tiktoken"), None)
     fields = {"model_config": asdict(size.model), "tokenizer": tokenizer, "finished": True}
     save_checkpoint(folder / "sft.pt", fields | {"stage": "sft", "model": policy.state_dict()})
     save_checkpoint(folder / "rm.pt", fields | {
@@ -191,7 +188,7 @@ def peak_memory(device):
 
 def measure(config, size):
     """(rows of metrics.jsonl of the timed iterations, peak memory in bytes, the text of --profile's summary)."""
-    device, rows, profiler, summary = common.pick_device(config), [], None, ""
+    device, rows, profiler, summary = pick_device(config), [], None, ""
 
     def after(row):
         nonlocal profiler, summary
@@ -221,12 +218,12 @@ def measure(config, size):
 # ---------------------------------------------------------------------------------------------------------------------
 # ceilings of the machine
 
-def fastest(function, device, seconds=0.3):
+def fastest(fn, device, seconds=0.3):
     """Seconds of the fastest of many calls, each long enough to be timed."""
     def timed(calls):
-        clock = common.Clock(device)
+        clock = Clock(device)
         for _ in range(calls):
-            function()
+            fn()
         return clock.lap()
 
     timed(2)
@@ -326,8 +323,8 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.live, self.peak = {}, 0  # {id of a storage: its bytes}
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **kwargs or {})
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
         given, made = ([x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
                        for tree in ((args, kwargs), out))
         for storage in made:
@@ -364,9 +361,9 @@ def estimate(size, critic, micro, bf16, recompute=False):
     N, T = n_params(size), size.prompt_len + size.response_len
     trained = 1 + int(critic == "separate")
     kv = 2 * size.n_layer * size.n_embd * T * size.batch_size * (2 if bf16 else 4)
-    parts = {"weights": 4 * N * trained, "gradients": 4 * N * trained, "AdamW": 8 * N * trained,
+    items = {"weights": 4 * N * trained, "gradients": 4 * N * trained, "AdamW": 8 * N * trained,
              "reference": 4 * N, "reward model": 4 * N}
-    return parts | {"KV cache": kv, "training pass": pass_bytes(size, micro, bf16, critic == "separate", recompute)}
+    return items | {"KV cache": kv, "training pass": pass_bytes(size, micro, bf16, critic == "separate", recompute)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -383,12 +380,12 @@ def machine(device):
 
 def bench(config):
     """Runs and measures: everything that the table and the JSON line show, as a dict."""
-    common.check_domains(config)
-    size, device = config.size(), common.pick_device(config)
+    check_domains(config)
+    size, device = config.size(), pick_device(config)
     rows, peak, summary = measure(config, size)  # before the ceilings, whose buffers would count as memory
     bf16 = config.dtype == "bfloat16" or config.dtype == "auto" and device.type == "cuda"
-    micro = common.micro_batch_size(size.batch_size // size.minibatches, config.micro_batch_size,
-                                    size.response_len * size.vocab_size, by_length=True)
+    micro = micro_batch_size(size.batch_size // size.minibatches, config.micro_batch_size,
+                             size.response_len * size.vocab_size, by_length=True)
     rate, setting = matrix_rate(size, micro, torch.bfloat16 if bf16 else torch.float32, device)
     bandwidths = {}
 
@@ -445,24 +442,24 @@ def print_estimate(config):
     bf16, GB = config.dtype != "float32", 1e9
     sizes = {name: Size(*shape, **flags) for name, shape in GPT2_FAMILY.items()}
     first = sizes["gpt2"]
-    micro = common.micro_batch_size(first.batch_size // first.minibatches, config.micro_batch_size,
-                                    first.response_len * first.vocab_size, by_length=True)
+    micro = micro_batch_size(first.batch_size // first.minibatches, config.micro_batch_size,
+                             first.response_len * first.vocab_size, by_length=True)
     print(f"computed from allocations, not measured: batch {first.batch_size}, prompt {first.prompt_len}, response "
           f"{first.response_len}, {micro} responses per forward pass, {'bfloat16 autocast' if bf16 else 'float32'}"
           f"{', activations recomputed' if config.recompute else ''}; GB\n")
     for n, (name, size) in enumerate(sizes.items()):
         for critic in ("shared", "separate"):
-            parts = estimate(size, critic, micro, bf16, config.recompute)
-            total = sum(parts.values()) - min(parts["KV cache"], parts["training pass"])
+            items = estimate(size, critic, micro, bf16, config.recompute)
+            peak_total = sum(items.values()) - min(items["KV cache"], items["training pass"])
             if n == 0 and critic == "shared":
-                print(f"{'model':<13}{'parameters':>14}  {'critic':<10}" + "".join(f"{part:>15}" for part in parts)
+                print(f"{'model':<13}{'parameters':>14}  {'critic':<10}" + "".join(f"{part:>15}" for part in items)
                       + f"{'peak':>8}")
             print(f"{name:<13}{n_params(size):>14,}  {critic:<10}" + "".join(f"{part / GB:>15.2f}" for part in
-                  parts.values()) + f"{total / GB:>8.1f}")
+                  items.values()) + f"{peak_total / GB:>8.1f}")
 
 
 def main(config):
-    common.check_domains(config)
+    check_domains(config)
     if config.estimate:
         return print_estimate(config)
     result = bench(config)
@@ -475,4 +472,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    common.main(main, Config, __doc__, data.DataError)
+    run_script(main, Config, __doc__, DataError)

@@ -15,30 +15,31 @@ from collections import Counter, defaultdict
 import regex  # tiktoken needs it too
 
 import data
-from common import replacing
+from support.checkpoint import atomic_write
+from tokenizer import GPT2_SPLIT, DataError
 
 
-def merge(parts, ranks):
+def merge(pieces, ranks):
     """Applies tiktoken's rule to a list of bytes: of all neighbours that make a token, join those of the lowest rank,
     the leftmost first, until none are left."""
     while True:
-        found = [(ranks[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in ranks]
+        found = [(ranks[a + b], i) for i, (a, b) in enumerate(zip(pieces, pieces[1:])) if a + b in ranks]
         if not found:
-            return parts
+            return pieces
         _, i = min(found)
-        parts = parts[:i] + [parts[i] + parts[i + 1]] + parts[i + 2:]
+        pieces = pieces[:i] + [pieces[i] + pieces[i + 1]] + pieces[i + 2:]
 
 
 def learn_bpe(texts, vocab_size):
     """{token: rank} with the 256 bytes first, then the commonest pair of neighbours again and again [Sennrich et al.
     2016, 1508.07909], up to vocab_size tokens or until no pair is left. Counts go by what a pair spells, not by how it
     splits, because tiktoken joins whatever spells a token."""
-    words = Counter(word.encode() for text in texts for word in regex.findall(data.GPT2_SPLIT, text))
+    words = Counter(word.encode() for text in texts for word in regex.findall(GPT2_SPLIT, text))
     ranks = {bytes([byte]): byte for byte in range(256)}
-    parts, counts, where = {}, Counter(), defaultdict(dict)  # dicts for sets, whose order changes from run to run
+    pieces, counts, where = {}, Counter(), defaultdict(dict)  # dicts for sets, whose order changes from run to run
 
     def add(word, new):
-        parts[word] = new
+        pieces[word] = new
         for pair in map(bytes.__add__, new, new[1:]):
             counts[pair] += words[word]
             where[pair][word] = True
@@ -51,7 +52,7 @@ def learn_bpe(texts, vocab_size):
             break
         ranks[token] = len(ranks)
         for word in where.pop(token):
-            old = parts[word]
+            old = pieces[word]
             for pair in map(bytes.__add__, old, old[1:]):
                 counts[pair] -= words[word]
                 where[pair].pop(word, None)
@@ -60,7 +61,7 @@ def learn_bpe(texts, vocab_size):
 
 
 def write_ranks(path, ranks):
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         for token, rank in ranks.items():
             file.write(base64.b64encode(token) + b" %d\n" % rank)
 
@@ -79,7 +80,7 @@ def main(argv=None):
         texts, _ = data.read_rows(options.data, convert=texts_of)
         ranks = learn_bpe(texts, options.vocab_size)
         write_ranks(options.save, ranks)
-    except (data.DataError, OSError) as error:
+    except (DataError, OSError) as error:
         print(f"bpe.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     print(f"wrote {options.save}: {len(ranks):,} tokens from {len(texts):,} rows")

@@ -9,7 +9,8 @@ What a PPO step sees, token by token: one HTML file that needs nothing but a bro
 A ppo.pt is looked at as its next rollout would see it, with its own flags, critic and optimizer. An sft.pt is looked at
 as PPO's first rollout sees it: with the flags of the ppo.pt that is given with it or else the defaults, and with the
 reward model as the critic. Every number comes from the functions that train_ppo.py calls, and the ratio from
-train_ppo.py itself, which takes its next optimizer steps in a temporary folder. No checkpoint is changed.
+train_ppo.py itself, which takes its next optimizer steps in a temporary folder. No checkpoint is changed. A ppo.pt of
+experiments.ladder --objective is looked at with that objective's advantages.
 
 The critic may be wrong, and at PPO's first rollout it is. So there is also the advantage as the derivation defines it,
 without a critic: what really follows, on average over answers that are sampled on from before and from after the token.
@@ -24,23 +25,25 @@ import tempfile
 import textwrap
 import unicodedata
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Callable, ClassVar, Optional
+from typing import Callable, Optional
 
-import tiktoken
 import torch
 
-import common
 import data
-import metrics
-import train_ppo
-from checkpoint import load_checkpoint, save_checkpoint
-from model import GPT
-from ppo import keep, kl_estimate, masked_mean, reward_to_go, shape_rewards, token_advantages
-from reward_model import RewardModel
-from rollout import generate, response_states, score_response, score_values, wide
+from experience import Experience, load_reward_function
+from experiments import rungs
+from experiments.rungs import token_advantages
+from model import upcast
+from ppo import kl_estimate, masked_mean, reward_to_go, shape_rewards, zero_outside
+from rollout import Rollout, generate, response_states
+from support import metrics, stages
+from support.checkpoint import atomic_write, load_checkpoint, save_checkpoint
+from support.device import generator, setup
+from support.flags import UserError, check_domains, require, run_script
+from tokenizer import DataError, decode, encode_prompt, encode_response, run_tokenizer, token_bytes
 from tools.plot import read_run
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -83,17 +86,15 @@ class Config:
     prompt: Optional[str] = None  # show an answer to this; default: some held-out prompts of the run
     response: Optional[str] = None  # instead of sampling an answer to --prompt, show this one
     data: Optional[str] = None    # a .jsonl file of prompts, with or without responses, to show
-    n: int = 1                    # answers sampled for each prompt and checkpoint
-    updates: int = 1              # rollouts of PPO until the ratio is taken; 0 is quicker and shows no ratio
-    completions: int = 64         # answers sampled on from each token for the advantage without a critic; 0 for none
+    n: int = 1                    # [1, inf) answers sampled for each prompt and checkpoint
+    updates: int = 1              # [0, inf) rollouts of PPO until the ratio is taken; 0 is quicker and shows no ratio
+    completions: int = 64         # [0, inf) answers sampled from each token on, for the advantage without a critic
     save: Optional[str] = None    # the file to write; default: inspect.html beside the checkpoint
     overwrite: bool = False       # replace that file even if this tool did not write it
     text: bool = False            # print tables, in colour on a terminal, and write no file
-    seed: int = 0                 # of the answers that are shown
-    device: str = "auto"          # auto (cuda if there is one), cpu or cuda
+    seed: int = 0                 # [0, 9e18] of the answers that are shown
+    device: str = "auto"          # auto|cpu|cuda: auto takes cuda if there is one
 
-    DOMAINS: ClassVar[dict] = {"n": "[1, inf)", "updates": "[0, inf)", "completions": "[0, inf)",
-                               "seed": common.Flags.DOMAINS["seed"], "device": common.Flags.DOMAINS["device"]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -104,19 +105,22 @@ class Side:
     """A checkpoint, and around it what train_ppo.py would make its next rollout with."""
     name: str
     saved: dict                    # the checkpoint
-    config: train_ppo.Config       # resolved
-    encoding: tiktoken.Encoding
-    device: torch.device
-    autocast: Callable
+    config: rungs.Config           # resolved
     split: data.Split              # the prompts of the run
-    policy: GPT
-    reference: GPT
-    critic: Optional[GPT]          # None: the values are those of the policy's own head
-    reward_model: Optional[RewardModel]
-    function: Optional[Callable]   # the reward, where it is no model
+    models: stages.Models          # critic None: the values are those of the policy's own head
+    experience: Experience
+    reward_fn: Callable            # (rollout, texts) -> scores (B,)
 
     @property
-    def done(self):
+    def encoding(self):
+        return self.experience.encoding
+
+    @property
+    def policy(self):
+        return self.models.policy
+
+    @property
+    def iterations(self):
         """Rollouts that made this policy."""
         return self.saved["iter"] if self.saved["stage"] == "ppo" else 0
 
@@ -124,22 +128,15 @@ class Side:
     def kl_coef(self):
         return self.saved.get("kl_coef", self.config.kl_coef)
 
-    @property
-    def micro(self):
-        """Rows per forward pass, as in the update."""
-        size = self.config.batch_size // self.config.minibatches
-        return common.micro_batch_size(size, self.config.micro_batch_size,
-                                       self.config.max_new_tokens * self.encoding.n_vocab)
-
 
 def load_sides(options):
     """[Side] of --checkpoint and, if given, of --after. Raises UserError or DataError for what does not fit."""
     paths = [path for path in (options.checkpoint, options.after) if path]
     saved = [load_checkpoint(path, "sft", "ppo") for path in paths]
-    common.require(len({checkpoint["tokenizer"]["sha256"] for checkpoint in saved}) == 1, f"{options.checkpoint} and "
-                   f"{options.after} have different tokenizers: compare checkpoints of one run")
+    require(len({checkpoint["tokenizer"]["sha256"] for checkpoint in saved}) == 1, f"{options.checkpoint} and "
+            f"{options.after} have different tokenizers: compare checkpoints of one run")
     flags = next((checkpoint["flags"] for checkpoint in saved if checkpoint["stage"] == "ppo"), None)
-    common.require(flags or not options.init_from, "--init_from names the reference of a ppo.pt: an sft.pt is its own")
+    require(flags or not options.init_from, "--init_from names the reference of a ppo.pt: an sft.pt is its own")
     names = [Path(path).name for path in paths]
     names = paths if len(set(names)) < len(names) else names
     return [load_side(path, name, checkpoint, flags, options) for path, name, checkpoint in zip(paths, names, saved)]
@@ -148,144 +145,136 @@ def load_sides(options):
 def load_side(path, name, saved, flags, options):
     """The Side of one checkpoint. An SFT policy takes PPO's `flags` from the other checkpoint, or else the defaults."""
     folder, is_ppo = Path(path).parent, saved["stage"] == "ppo"
-    own = {flag: saved["flags"][flag] for flag in ("data", "tokenizer", "seed", "skip_bad")}
-    flags = saved["flags"] if is_ppo else flags or asdict(train_ppo.Config(**own))
+    inherited = {flag: saved["flags"][flag] for flag in ("data", "tokenizer", "seed", "skip_bad")}
+    flags = saved["flags"] if is_ppo else flags or asdict(rungs.Config(**inherited))
     reference = (options.init_from or flags["init_from"] or str(folder / "sft.pt")) if is_ppo else path
     rm = (options.rm or flags["rm"] or str(folder / "rm.pt")) if flags["reward"] == "rm" else None
-    config = train_ppo.Config(**flags | {"init_from": reference, "rm": rm, "device": options.device, "compile": False,
-                                         "resume": False, "overwrite": False}).resolved()
+    known = {field.name for field in fields(rungs.Config)}
+    config = rungs.Config(**{name: value for name, value in flags.items() if name in known and value is not None} | {
+        "init_from": reference, "rm": rm, "device": options.device, "compile": False, "resume": False,
+        "overwrite": False})
     config.check()
-    common.require(config.advantage == "gae", f"{path} was trained with --advantage=group, where the advantage is one "
-                   "number per response, next to others to its prompt: there is nothing to see by token")
-    encoding, tokenizer = data.run_tokenizer(None, None, saved["tokenizer"])
+    config = config.resolved()
+    require(config.advantage == "gae", f"{path} was trained with --advantage=group, where the advantage is one "
+            "number per response, next to others to its prompt: there is nothing to see by token")
+    encoding, tokenizer = run_tokenizer(None, None, saved["tokenizer"])
     block_size = saved["model_config"]["block_size"]
-    device, autocast = common.setup(config)
-    sft = load_checkpoint(reference, "sft")
-    reward_model, rm_saved = (None, {}) if rm is None else \
-        train_ppo.load_reward_model(config, tokenizer, block_size, device)
-    for flag, source, file in (("init_from", "sft", sft), ("rm", "rm", rm_saved)):
-        common.require(not is_ppo or saved["sources"][source] == file.get("sha256"), f"{path} was not trained with "
-                       f"{getattr(config, flag)}: name the file that it was trained with by --{flag}")
-    policy = train_ppo.load_policy(saved, device)
-    critic = None
-    if config.critic == "separate":
-        critic = train_ppo.load_policy(saved | {"model": saved["critic"]}, device) if is_ppo else \
-            reward_model.as_critic() if reward_model else train_ppo.load_policy(saved, device)
-    return Side(name, saved, config, encoding, device, autocast,
-                data.load_prompts(config.data, encoding, block_size, config.max_new_tokens, config.skip_bad), policy,
-                train_ppo.load_policy(sft, device), critic, reward_model,
-                None if rm else common.load_reward_function(config.reward))
+    device, autocast = setup(config)
+    models = stages.load_models(config, tokenizer, device)
+    for flag, source in (("init_from", "sft"), ("rm", "rm")):
+        require(not is_ppo or saved["sources"][source] == models.sources[source], f"{path} was not trained with "
+                f"{getattr(config, flag)}: name the file that it was trained with by --{flag}")
+    if is_ppo:
+        models.policy = stages.load_policy(saved, device)
+        if models.critic:
+            models.critic = stages.load_policy(saved | {"model": saved["critic"]}, device)
+    experience = Experience(config, encoding, device, autocast, stages.rows_per_pass(config, encoding))
+    reward_fn = experience.reward_fn(load_reward_function(config.reward) or models.reward_model)
+    split = data.load_prompts(config.data, encoding, block_size, config.max_new_tokens, config.skip_bad)
+    return Side(name, saved, config, split, models, experience, reward_fn)
 
 
-def sample(side, prompts, max_new_tokens, *purpose):
+def sample(side, prompts, *purpose):
     """[(prompt, response)], lists of ids: one answer of the side's policy to each of prompts (lists of ids)."""
-    tokens, prompt_lens = (x.to(side.device) for x in data.collate_prompts(prompts, side.encoding.eot_token))
-    with side.autocast():
-        rollout = generate(side.policy, tokens, prompt_lens, max_new_tokens, eos=side.encoding.eot_token,
-                           temperature=side.config.temperature, generator=common.generator(side.device, *purpose))
-    lens = rollout.prompt_lens + rollout.response_lens
-    return [(row[:p], row[p:n]) for row, p, n in zip(rollout.tokens.tolist(), prompt_lens.tolist(), lens.tolist())]
+    return side.experience.sample(side.policy, prompts, generator(side.experience.device, *purpose)).ids()
 
 
 def next_rollout(side):
     """[(prompt, response)] of the rollout that train_ppo.py would sample next, to the token."""
-    iteration, config = side.done + 1, side.config
+    iteration, config = side.iterations + 1, side.config
     order = data.BatchOrder([1] * len(side.split.train), config.batch_size // config.samples_per_prompt, config.seed)
     prompts = [side.split.train[i] for i in order.order(iteration - 1) for _ in range(config.samples_per_prompt)]
-    return sample(side, prompts, config.max_new_tokens, config.seed, "rollout", iteration)
+    return sample(side, prompts, config.seed, "rollout", iteration)
 
 
 def updated_policy(side, rollouts):
-    """(the policy after train_ppo.py went on from here for some rollouts, the number of optimizer steps it took)."""
+    """(the policy after train_ppo.py continued from here for some rollouts, the number of optimizer steps it took)."""
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
         resume = side.saved["stage"] == "ppo"
-        config = replace(side.config, out_dir=folder, max_iters=side.done + rollouts, resume=resume)
+        config = replace(side.config, out_dir=folder, max_iters=side.iterations + rollouts, resume=resume)
         path = Path(folder) / "ppo.pt"
         if resume:  # with the paths of this machine among its flags, or it would be refused as another run
             save_checkpoint(path, {k: v for k, v in side.saved.items() if k != "sha256"} | {"flags": asdict(config)})
-        train_ppo.train(config)
+        rungs.train(config)
         steps = int(read_run(folder)["optimizer_steps"][1].sum())
-        return train_ppo.load_policy(load_checkpoint(path, "ppo"), side.device), steps
+        return stages.load_policy(load_checkpoint(path, "ppo"), side.experience.device), steps
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the numbers
 
-@torch.no_grad()
-def passes(side, function, tokens, prompt_lens, *arguments):
-    """The results of `function` for all rows, in forward passes of the update's size."""
-    with side.autocast():
-        parts = [function(*part, *arguments) for part in zip(tokens.split(side.micro), prompt_lens.split(side.micro))]
-    return [torch.cat(part) for part in zip(*parts)]
+def rollout_of(side, rows):
+    """(the Rollout that rows [(prompt, response)] of ids would be, the forward passes over it)."""
+    batch = data.collate_demonstrations([data.Demonstration(*row) for row in rows], side.experience.eos)
+    tokens, prompt_lens, response_lens, mask = (x.to(side.experience.device) for x in batch)
+    unsampled = torch.zeros(mask.shape, device=mask.device)
+    rollout = Rollout(tokens, prompt_lens, response_lens, mask, logprobs=unsampled, values=unsampled)
+    return rollout, side.experience.minibatch_passes(rollout)
 
 
 @torch.no_grad()
-def shaped(side, rows):
-    """The first half of what train_ppo.loop computes for a rollout, here for any rows [(prompt, response)] of ids: a
-    dict with "tokens" (B, T), "prompt_lens", "scores", "ended", each (B,), and the rest (B, R)."""
-    config, eos = side.config, side.encoding.eot_token
-    batch = data.collate_demonstrations([data.Demonstration(*row) for row in rows], eos)
-    tokens, prompt_lens, response_lens, mask = (x.to(side.device) for x in batch)
-    R, lens = mask.size(1), prompt_lens + response_lens
-    texts = [(data.decode(side.encoding, prompt), data.decode(side.encoding, response)) for prompt, response in rows]
-    if side.function:
-        scores = common.call_reward_function(side.function, *map(list, zip(*texts))).to(side.device)
-    else:
-        scores, = passes(side, lambda *part: (side.reward_model(*part),), tokens, lens)
-    common.require_finite(scores, texts)
-    logprobs, values, entropy = passes(side, partial(score_response, side.policy), tokens, prompt_lens, R,
-                                       config.temperature)
-    ref_logprobs = passes(side, partial(score_response, side.reference), tokens, prompt_lens, R, config.temperature)[0]
-    ended = tokens.gather(1, (lens - 1).unsqueeze(1)).squeeze(1) == eos
-    rewards = shape_rewards(scores - config.eos_penalty * ~ended, logprobs, ref_logprobs, mask,
+def shaped(side, rows, rollout, passes):
+    """The first half of train_ppo.loop for any rows, as rollout_of gives them: a dict with "tokens" (B, T),
+    "prompt_lens", "scores", "has_eos", each (B,), and the rest (B, R)."""
+    config, experience, models, mask = side.config, side.experience, side.models, rollout.mask
+    texts = [(decode(side.encoding, prompt), decode(side.encoding, response)) for prompt, response in rows]
+    scores, has_eos = side.reward_fn(rollout, texts), rollout.has_eos(experience.eos)
+    logprobs, values, entropy = experience.recompute(side.policy, rollout, passes, entropy=True)
+    ref_logprobs, _ = experience.recompute(models.reference, rollout, passes)
+    if models.critic:
+        values = experience.recompute_values(models.critic, rollout, passes)
+    rewards = shape_rewards(scores - config.eos_penalty * ~has_eos, logprobs, ref_logprobs, mask,
                             side.kl_coef if config.kl_in == "reward" else 0.0)
-    return {"tokens": tokens, "prompt_lens": prompt_lens, "mask": mask, "scores": scores, "ended": ended,
-            "logprob": logprobs, "value": values, "entropy": entropy, "ref_logprob": ref_logprobs,
-            "kl": kl_estimate(logprobs, ref_logprobs), "reward": rewards,
-            "reward_to_go": reward_to_go(rewards, mask, config.gamma)}
+    return {
+        "tokens": rollout.tokens, "prompt_lens": rollout.prompt_lens, "mask": mask, "scores": scores,
+        "has_eos": has_eos, "logprob": logprobs, "value": values, "entropy": entropy,
+        "ref_logprob": ref_logprobs, "kl": kl_estimate(logprobs, ref_logprobs), "reward": rewards,
+        "reward_to_go": reward_to_go(rewards, mask, config.gamma)}
 
 
 @torch.no_grad()
 def measure(side, rows, batch, updated=None, before=None, after=None):
-    """What `shaped` returns for rows and then for those of a batch, which is the policy's next rollout. Further: the
-    critic's "value" if there is one, "advantage", and "whitened" by the statistics of the batch alone, (B, R); "kl_sum"
-    (B,); "top_probs" and "top_ids" (B, R, ALTERNATIVES); with the policy `updated`, the "ratio" (B, R); with the
-    policies `before` and `after`, the "change" (B, R)."""
-    numbers, config = shaped(side, rows + batch), side.config
-    tokens, prompt_lens, mask = numbers["tokens"], numbers["prompt_lens"], numbers["mask"]
-    R = mask.size(1)
-
-    def logprobs_of(policy):
-        return passes(side, partial(score_response, policy), tokens, prompt_lens, R, config.temperature)[0]
-
-    if side.critic:
-        numbers["value"], = passes(side, lambda *part: (score_values(side.critic, *part),), tokens, prompt_lens, R)
+    """The dict of `shaped` for rows and then for those of a batch, which is the policy's next rollout. Further:
+    "advantage", and "whitened" by the statistics of the batch alone, (B, R); "kl_sum" (B,); "top_probs" and "top_ids"
+    (B, R, ALTERNATIVES); with the policy `updated`, the "ratio" (B, R); with the policies `before` and `after`, the
+    "change" of rows alone, which is the same for both sides."""
+    rollout, passes = rollout_of(side, rows + batch)
+    numbers = shaped(side, rows + batch, rollout, passes)
+    mask, config, experience = rollout.mask, side.config, side.experience
     numbers["advantage"], _ = token_advantages(config.objective, numbers["reward"], numbers["value"], mask,
                                                config.gamma, config.lam)
-    # ppo.whiten by the mean and variance of the batch: by those of all rows, what else is shown would move a number.
-    own, own_mask = numbers["advantage"][len(rows):], mask[len(rows):]
-    mean = masked_mean(own, own_mask)
-    numbers["whitened"] = keep((numbers["advantage"] - mean)
-                               * torch.rsqrt(masked_mean((own - mean) ** 2, own_mask) + 1e-8), mask)
+    # ppo.whiten by the mean and variance of the batch: by those of all rows, the other rows shown would move a number.
+    batch_advantages, batch_mask = numbers["advantage"][len(rows):], mask[len(rows):]
+    mean = masked_mean(batch_advantages, batch_mask)
+    variance = masked_mean((batch_advantages - mean) ** 2, batch_mask)
+    numbers["whitened"] = zero_outside((numbers["advantage"] - mean) * torch.rsqrt(variance + 1e-8), mask)
     numbers["kl_sum"] = (numbers["kl"] * mask).sum(1)
-    numbers["top_probs"], numbers["top_ids"] = passes(side, partial(alternatives, side.policy), tokens, prompt_lens, R,
-                                                      config.temperature)
+    likeliest = experience.autocast()(partial(alternatives, side.policy, temperature=config.temperature))
+    numbers["top_probs"], numbers["top_ids"] = experience.in_passes(likeliest, rollout, passes)
     if updated:
-        numbers["ratio"] = (logprobs_of(updated) - numbers["logprob"]).exp()
+        numbers["ratio"] = (experience.recompute(updated, rollout, passes)[0] - numbers["logprob"]).exp()
     if after:
-        numbers["change"] = (logprobs_of(after) - logprobs_of(before)).exp()
+        logprobs, later_logprobs = (experience.recompute(policy, *rollout_of(side, rows))[0]
+                                    for policy in (before, after))
+        numbers["change"] = (later_logprobs - logprobs).exp()
     return numbers
 
 
 def sampled_values(side, rows, completions, seed):
     """{(prompt, beginning of a response): (value, standard error)} for each beginning of each of rows: the mean
-    reward-to-go of responses that the policy writes on from there, which is what a critic is to learn."""
+    reward-to-go of responses that the policy completes from there, which a critic is to learn."""
     found = {}
     states = [(tuple(prompt), tuple(response[:t])) for prompt, response in rows for t in range(len(response))]
     for prompt, begun in dict.fromkeys(states):  # responses to one prompt share their first states
-        room, t = max(1, side.config.max_new_tokens - len(begun)), len(begun)
-        ends = sample(side, [list(prompt + begun)] * completions, room, seed, "completions", prompt, begun)
-        to_go = shaped(side, [(list(prompt), list(begun) + end) for _, end in ends])["reward_to_go"][:, t]
+        t, policy, config = len(begun), side.policy, side.config
+        tokens, lens = data.collate_prompts([list(prompt + begun)] * completions, side.encoding.eot_token)
+        device = side.experience.device
+        with side.experience.autocast():
+            rollout = generate(policy, tokens.to(device), lens.to(device), max(1, config.max_new_tokens - t),
+                               eos=side.encoding.eot_token, temperature=config.temperature,
+                               generator=generator(device, seed, "completions", prompt, begun))
+        completed = [(list(prompt), list(begun) + end) for _, end in rollout.ids()]
+        to_go = shaped(side, completed, *rollout_of(side, completed))["reward_to_go"][:, t]
         found[prompt, begun] = to_go.mean().item(), (to_go.std(unbiased=False) / math.sqrt(completions)).item()
     return found
 
@@ -293,7 +282,7 @@ def sampled_values(side, rows, completions, seed):
 def alternatives(policy, tokens, prompt_lens, R, temperature):
     """Probabilities and ids, each (B, R, ALTERNATIVES), of the likeliest tokens at the states of score_response."""
     hidden, _ = response_states(policy, tokens, prompt_lens, R)
-    probabilities = torch.softmax(wide(policy.policy_head(hidden)) / temperature, dim=-1)
+    probabilities = torch.softmax(upcast(policy.policy_head(hidden)) / temperature, dim=-1)
     return probabilities.topk(min(ALTERNATIVES, probabilities.size(-1)))
 
 
@@ -302,8 +291,8 @@ def alternatives(policy, tokens, prompt_lens, R, temperature):
 
 def asked_rows(options, sides):
     """[(prompt, responses)], lists of ids: what the flags ask for. No responses: they are to be sampled."""
-    common.require(options.response is None or options.prompt is not None, "--response answers a --prompt: give both")
-    common.require(None in (options.prompt, options.data), "--prompt and --data both say what to show: give one")
+    require(options.response is None or options.prompt is not None, "--response answers a --prompt: give both")
+    require(None in (options.prompt, options.data), "--prompt and --data both say what to show: give one")
     if options.data:
         rows, _ = data.read_rows(options.data, convert=lambda row: data.to_row(row, 0))
         if len(rows) > MAX_ROWS:
@@ -314,10 +303,9 @@ def asked_rows(options, sides):
         try:
             rows = [data.to_row(row, 0)]
         except data.BadRow as error:
-            raise common.UserError(f"the flag {error}: give plain text") from None
+            raise UserError(f"the flag {error}: give plain text") from None
     else:
-        heldout = sides[0].split.heldout or sides[0].split.train
-        asked = [(prompt, []) for prompt in heldout[::max(1, len(heldout) // 4)][:4]]
+        asked = [(prompt, []) for prompt in sides[0].split.examples(4)]
         rows = [data.Row(*SHANGHAI)] if sides[0].config.data == "atlas" else []
         return encode(sides, rows) + asked
     return encode(sides, rows)
@@ -329,12 +317,12 @@ def encode(sides, rows):
     block_size = min(side.policy.config.block_size for side in sides)
     longest = max(side.config.max_new_tokens for side in sides)
     for row in rows:
-        common.require(not row.problem, f"{row.problem} in the row that begins {row.prompt[:60]!r}: take it out")
-        prompt = data.encode_prompt(encoding, row.prompt)
-        responses = [data.encode_response(encoding, response) for response in row.responses]
+        require(not row.problem, f"{row.problem} in the row that begins {row.prompt[:60]!r}: take it out")
+        prompt = encode_prompt(encoding, row.prompt)
+        responses = [encode_response(encoding, response) for response in row.responses]
         length = len(prompt) + max([longest, *map(len, responses)])
-        common.require(length <= block_size, f"the prompt {row.prompt[:60]!r} and a response to it may have {length} "
-                       f"tokens, but the model reads block_size={block_size}: shorten them")
+        require(length <= block_size, f"the prompt {row.prompt[:60]!r} and a response to it may have {length} "
+                f"tokens, but the model reads block_size={block_size}: shorten them")
         asked.append((prompt, responses))
     return asked
 
@@ -343,7 +331,7 @@ def shown_rows(options, sides):
     """[(prompt, response)] to show, and [where each response is from]: the answers given, and sampled ones."""
     asked = asked_rows(options, sides)
     prompts = [prompt for prompt, responses in asked if not responses for _ in range(options.n)]
-    answers = [iter(sample(side, prompts, side.config.max_new_tokens, options.seed, "inspect") if prompts else [])
+    answers = [iter(sample(side, prompts, options.seed, "inspect") if prompts else [])
                for side in sides]
     rows, origins = [], []
     for prompt, responses in asked:
@@ -389,7 +377,7 @@ def describe_token(encoding, token):
     """What is shown of a token: its id, its visible pieces, and the words in which a screen reader says it."""
     if token == encoding.eot_token:
         return {"id": token, "show": [("EOS", True)], "say": "end of text"}
-    raw = data.token_bytes(encoding, token)
+    raw = token_bytes(encoding, token)
     text = raw.decode("utf-8", errors="replace")
     spoken = text.strip() if text.strip() and text.isprintable() else \
         " ".join(unicodedata.name(character, f"character {ord(character)}").lower() for character in text)
@@ -410,7 +398,7 @@ def describe_response(side, numbers, i, prompt, response, origin):
                       {name: digits(numbers[name][i][t]) for name in QUANTITIES if name in numbers} |
                       {"top": [describe_token(side.encoding, other) | {"p": digits(p)} for other, p in top]})
     return {"origin": origin, "prompt": [describe_token(side.encoding, token) for token in prompt], "tokens": tokens,
-            "score": digits(numbers["scores"][i]), "kl": digits(numbers["kl_sum"][i]), "ended": numbers["ended"][i],
+            "score": digits(numbers["scores"][i]), "kl": digits(numbers["kl_sum"][i]), "ended": numbers["has_eos"][i],
             "kl_label": "KL" if origin == sampled_from(side) else "log pi/pi_ref"}  # which estimates no KL of side's
 
 
@@ -451,13 +439,13 @@ def notes(side, n_tokens, n_batch, steps, options, error):
     """Sentences that say where the numbers of a view are from."""
     config, penalty = side.config, "" if side.config.kl_in == "loss" else f" - {side.kl_coef:.3g} * KL"
     found = [f"The policy is {side.name}, " + (
-        f"after {side.done} rollout{'s' if side.done > 1 else ''} of PPO." if side.done else
+        f"after {side.iterations} rollout{'s' if side.iterations > 1 else ''} of PPO." if side.iterations else
         "as PPO's first rollout sees it. It is its own reference, so the KL is 0.")]
-    if side.critic is None:
+    if side.models.critic is None:
         found.append("The values are those of the policy's own head.")
-    elif side.done:
+    elif side.iterations:
         found.append("The values are those of the run's critic.")
-    elif side.reward_model:
+    elif side.models.reward_model:
         found.append("The critic starts as the reward model: its value is the score of the response if it ended before "
                      "the token, which is no expectation yet, so the advantages of the first rollout may mislead.")
     else:
@@ -465,10 +453,11 @@ def notes(side, n_tokens, n_batch, steps, options, error):
     found.append(f"The rewards add up to score{penalty}"
                  + (f", less {config.eos_penalty:g} without EOS" if config.eos_penalty else "")
                  + f". The advantages are those of --objective={config.objective} with gamma {config.gamma:g}"
-                 + (f" and lambda {config.lam:g}" if config.lam is not None else "")
+                 + (f" and lambda {config.lam:g}" if config.objective in rungs.OBJECTIVES[3:] else "")
                  + f", whitened by the mean and deviation of the policy's own next rollout ({n_batch} responses, "
                    f"{n_tokens:,} tokens), whatever else is shown."
-                 + ("" if config.used() else f" --objective={config.objective} uses the raw ones."))
+                 + (f" --objective={config.objective} uses the raw ones." if config.objective in rungs.NO_CRITIC
+                    else ""))
     if steps:
         found.append(f"The ratio is taken after {steps} optimizer steps of train_ppo.py on the next "
                      + ("rollout" if options.updates == 1 else f"{options.updates} rollouts")
@@ -504,7 +493,7 @@ def distance(x, neutral):
 def write_page(path, contents):
     """Writes the page. No text that a model may emit can end its script element, because the data hold no `<`."""
     text = json.dumps(contents).replace("<", "\\u003c")
-    with common.replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(TEMPLATE.read_text(encoding="utf-8").replace("DATA", text, 1).encode())
     print(f"wrote {path}: open it in a browser")
 
@@ -528,9 +517,11 @@ def number(x, quantity=None):
 
 def paint(text, x, quantity, limit):
     """Black text on blue if x is above the number without colour, on orange if it is below; darker if it is farther."""
-    share = 0.0 if x is None else max(-1.0, min(1.0, distance(x, quantity["neutral"]) / limit))
-    shades = (153, 111, 75) if share > 0 else (223, 215, 208)  # of the 256 colours of a terminal
-    return f"\x1b[38;5;16;48;5;{shades[math.ceil(abs(share) * 3) - 1]}m{text}\x1b[0m" if abs(share) > 0.02 else text
+    strength = 0.0 if x is None else max(-1.0, min(1.0, distance(x, quantity["neutral"]) / limit))
+    shades = (153, 111, 75) if strength > 0 else (223, 215, 208)  # of the 256 colours of a terminal
+    if abs(strength) <= 0.02:
+        return text
+    return f"\x1b[38;5;16;48;5;{shades[math.ceil(abs(strength) * 3) - 1]}m{text}\x1b[0m"
 
 
 def text_view(view, quantities, colour):
@@ -562,10 +553,10 @@ def cropped(text, width):
 
 
 def main(options):
-    common.check_domains(options)
+    check_domains(options)
     path = Path(options.save or Path(options.checkpoint).parent / "inspect.html")
-    common.require(options.text or options.overwrite or not path.exists() or written_by_this_tool(path),
-                   f"{path} is there and was not written by this tool: give another --save, or --overwrite")
+    require(options.text or options.overwrite or not path.exists() or written_by_this_tool(path),
+            f"{path} is there and was not written by this tool: give another --save, or --overwrite")
     contents = inspect(options)
     if not options.text:
         return write_page(path, contents)
@@ -575,4 +566,4 @@ def main(options):
 
 
 if __name__ == "__main__":
-    common.main(main, Config, __doc__, data.DataError)
+    run_script(main, Config, __doc__, DataError)

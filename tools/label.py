@@ -20,17 +20,19 @@ import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Optional
+from typing import Optional
 
 import numpy as np
 import torch
 
 import atlas
-import common
 import data
-from checkpoint import load_checkpoint
 from model import GPT, GPTConfig
 from rollout import generate
+from support.checkpoint import load_checkpoint
+from support.device import generator, pick_device
+from support.flags import Flags, check_domains, require, run_script
+from tokenizer import DataError, decode, run_tokenizer
 
 try:
     import termios
@@ -48,16 +50,13 @@ class Config:
     out_dir: Optional[str] = None    # where sft.pt and pairs.jsonl are; default: out/<data>
     init_from: Optional[str] = None  # the SFT checkpoint that answers; default: out_dir/sft.pt
     pairs: Optional[str] = None      # the file that the choices are appended to; default: out_dir/pairs.jsonl
-    labeller: str = "you"            # you, or atlas: the built-in labeller, for --data=atlas
-    n: int = 100                     # stop when the file has this many pairs
-    max_new_tokens: int = 16         # longest answer; one that is cut there is not shown
-    temperature: float = 1.0         # of the sampled answers; the same as in PPO
-    seed: int = 0                    # the same seed asks the same questions
-    device: str = "auto"             # auto (cuda if there is one), cpu or cuda
+    labeller: str = "you"            # you|atlas: atlas is the built-in labeller, for --data=atlas
+    n: int = 100                     # [1, inf) stop when the file has this many pairs
+    max_new_tokens: int = 16         # [1, inf) longest answer; one that is cut there is not shown
+    temperature: float = 1.0         # (0, inf) of the sampled answers; the same as in PPO
+    seed: int = 0                    # [0, 9e18] the same seed asks the same questions
+    device: str = "auto"             # auto|cpu|cuda: auto takes cuda if there is one
 
-    DOMAINS: ClassVar[dict] = {"labeller": ("you", "atlas"), "n": "[1, inf)", "max_new_tokens": "[1, inf)",
-                               "temperature": "(0, inf)", "seed": common.Flags.DOMAINS["seed"],
-                               "device": common.Flags.DOMAINS["device"]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -100,21 +99,21 @@ def read_whole_lines(path, keys):
     """The rows of a file, [] if there is none. What a crash left of its last line is cut off and printed: that choice
     was not confirmed, so it is asked again. Raises UserError for a line that is no row with the keys."""
     text = path.read_bytes() if path.exists() else b""
-    whole, newline, rest = text.rpartition(b"\n")
+    lines, newline, rest = text.rpartition(b"\n")
     if rest and parse(rest, keys):  # a row, and only the end of its line is missing: an editor may leave it so
         with open(path, "ab") as file:
             file.write(b"\n")
-        whole, newline, rest = text, b"\n", b""
+        lines, newline, rest = text, b"\n", b""
     rows = []
-    for number, line in enumerate((whole + newline).splitlines(), 1):
+    for number, line in enumerate((lines + newline).splitlines(), 1):
         if line.strip():
             rows.append(parse(line, keys))
-            common.require(rows[-1], f"{path}:{number} is no row with {', '.join(keys)}: correct it, or give another "
-                           "file with --pairs")
+            require(rows[-1], f"{path}:{number} is no row with {', '.join(keys)}: correct it, or give another "
+                    "file with --pairs")
     if rest:
         begins_like_ours = rest.startswith(b'{"prompt": "'[:len(rest)])
-        common.require(begins_like_ours, f"{path}:{len(rows) + 1} is no row with {', '.join(keys)}: correct it, or "
-                       "give another file with --pairs")
+        require(begins_like_ours, f"{path}:{len(rows) + 1} is no row with {', '.join(keys)}: correct it, or "
+                "give another file with --pairs")
         print(f"note: {path} ended in the middle of a line, which is cut off and will be asked again: "
               f"{rest.decode(errors='replace')}")
         os.truncate(path, len(text) - len(rest))
@@ -136,7 +135,7 @@ def parse(line, keys):
 def load(path, device):
     """(GPT in eval mode, its encoding, its sha256) from a checkpoint of train_sft.py."""
     saved = load_checkpoint(path, "sft")
-    encoding, _ = data.run_tokenizer(None, None, saved["tokenizer"])
+    encoding, _ = run_tokenizer(None, None, saved["tokenizer"])
     model = GPT(GPTConfig(**saved["model_config"])).to(device).eval()
     model.load_state_dict(saved["model"], strict=True)
     return model, encoding, saved["sha256"]
@@ -150,7 +149,7 @@ def two_answers(model, encoding, prompt, config, rng):
     rollout = generate(model, prompts, lens, config.max_new_tokens, eos=encoding.eot_token,
                        temperature=config.temperature, generator=rng)
     ends = (lens + rollout.response_lens).tolist()
-    texts = [data.decode(encoding, row[len(prompt):end]) for row, end in zip(rollout.tokens.tolist(), ends)
+    texts = [decode(encoding, row[len(prompt):end]) for row, end in zip(rollout.tokens.tolist(), ends)
              if row[end - 1] == encoding.eot_token]
     pair = list(dict.fromkeys(texts))[:2]
     # The first sample is likelier the frequent answer than the first that differs from it is, so the order is drawn.
@@ -209,13 +208,13 @@ def ask(prompt, answers, key, discard):
 # one question after the other
 
 def main(config):
-    common.check_domains(config)
-    common.require(config.labeller == "you" or config.data == "atlas", "--labeller=atlas judges answers to atlas "
-                   "questions only: leave --data out, or label yourself")
-    folder = common.Flags(data=config.data, out_dir=config.out_dir).folder
+    check_domains(config)
+    require(config.labeller == "you" or config.data == "atlas", "--labeller=atlas judges answers to atlas "
+            "questions only: leave --data out, or label yourself")
+    folder = Flags(data=config.data, out_dir=config.out_dir).folder
     path = Path(config.pairs or folder / "pairs.jsonl")
-    common.require(path.suffix == ".jsonl", f"--pairs={path} must end in .jsonl")
-    device = common.pick_device(config)
+    require(path.suffix == ".jsonl", f"--pairs={path} must end in .jsonl")
+    device = pick_device(config)
     model, encoding, sha256 = load(config.init_from or folder / "sft.pt", device)
     split = data.load_prompts(config.data, encoding, model.config.block_size, config.max_new_tokens)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -251,8 +250,8 @@ def label(model, encoding, prompts, config, decisions, sha256, key, discard):
         if (source, step) in decisions.steps:
             in_vain = 0
             continue
-        ids, rng = prompts[order.order(step)[0]], common.generator(device, config.seed, "label", step)
-        prompt, answers = data.decode(encoding, ids), two_answers(model, encoding, ids, config, rng)
+        ids, rng = prompts[order.order(step)[0]], generator(device, config.seed, "label", step)
+        prompt, answers = decode(encoding, ids), two_answers(model, encoding, ids, config, rng)
         if answers is None or (prompt, frozenset(answers)) in decisions.asked:
             continue
         in_vain = 0
@@ -266,4 +265,4 @@ def label(model, encoding, prompts, config, decisions, sha256, key, discard):
 
 
 if __name__ == "__main__":
-    common.main(main, Config, __doc__, data.DataError)
+    run_script(main, Config, __doc__, DataError)

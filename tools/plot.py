@@ -6,7 +6,7 @@ Draws the curves of PPO from metrics.jsonl, of one run or of several on top of e
     python -m tools.plot out/low/* out/high/* --metrics kl score     runs whose flags differ: a colour for each group
 
 Runs that differ in nothing but the seed and where they lie are one group; a group is named by the flags in which it
-differs from the others. Where a rule of metrics.HEALTH bounds a metric, what lies within is green. Needs matplotlib.
+differs from the others. The range within the bounds of a rule in support.metrics.HEALTH is green. Needs matplotlib.
 """
 
 import argparse
@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoint import HARMLESS
-from common import UserError, require
-from metrics import HEALTH, objective, parse
+from support.checkpoint import MAY_CHANGE
+from support.flags import UserError, require
+from support.metrics import HEALTH, objective, parse
 
 PANELS = {  # metric: title of its panel, unit, what else is drawn there, where the axis ends (None: where the data do)
     "gold": ("share of answers that are right", "share of responses", ("gold_heldout",), (-0.02, 1.02)),
@@ -35,7 +35,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 HEALTHY = "#009E73"
 # Flags in which the runs of a group may differ. A resumed run may spell its data and sizes in another way, but runs
 # with others are others.
-SAME_GROUP = HARMLESS - {"data", "tokenizer", "reward", "n_layer", "n_head", "n_embd", "block_size"} | {
+SAME_GROUP = MAY_CHANGE - {"data", "tokenizer", "reward", "n_layer", "n_head", "n_embd", "block_size"} | {
     "seed", "init_from"}
 
 
@@ -150,7 +150,7 @@ def draw(folders, save, metrics=None):
     if sizes != [1]:
         note += f"     line and band: mean, lowest and highest of {' or '.join(map(str, sizes))} runs"
     if any(bounds != (None, None) for bounds in ranges):
-        note += "     green: outside of it a rule in metrics.py, which averages over iterations, may warn"
+        note += "     green: outside of it a rule in support/metrics.py, which averages over iterations, may warn"
     figure.supxlabel(textwrap.fill(note, 58 * columns), fontsize=9)
     figure.savefig(save, dpi=110)
     plt.close(figure)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from enumerable import EOS, enumerate_responses
 from model import GPT, GPTConfig
-from ppo import gae, keep, kl_estimate, log_ratio, policy_loss, shape_rewards, value_loss, whiten
+from ppo import gae, zero_outside, kl_estimate, log_ratio, policy_loss, shape_rewards, value_loss, whiten
 from rollout import generate, score_response
 
 
@@ -209,7 +209,7 @@ def dropped(scores, logprobs, ref_logprobs, mask, kl_coef):
 
 
 def k3(scores, logprobs, ref_logprobs, mask, kl_coef):
-    return dropped(scores, logprobs, ref_logprobs, mask, kl_coef) - kl_coef * keep(
+    return dropped(scores, logprobs, ref_logprobs, mask, kl_coef) - kl_coef * zero_outside(
         kl_estimate(logprobs, ref_logprobs, "k3"), mask)
 
 

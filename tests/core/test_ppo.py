@@ -9,9 +9,9 @@ from functools import partial
 import pytest
 import torch
 
-from ppo import (OBJECTIVES, KLController, PenaltyController, cpi_loss, explained_variance, gae, group_advantages,
-                 keep, kl_estimate, kl_penalty_loss, masked_mean, policy_loss, reinforce_loss, reward_to_go,
-                 shape_rewards, surrogate_loss, token_advantages, value_loss, whiten)
+from ppo import (KLController, cpi_loss, explained_variance, gae, group_advantages, kl_estimate, kl_penalty_loss,
+                 masked_mean, policy_loss, reinforce_loss, reward_to_go, shape_rewards, value_loss, whiten,
+                 zero_outside)
 from tensors import randn
 
 NAN, INF = math.nan, math.inf
@@ -39,7 +39,7 @@ def same(actual, expected, tol=1e-13):
 # masked statistics
 
 def test_keep_drops_what_multiplication_by_zero_cannot():
-    assert keep(t([1.0, NAN, INF, -INF]), bits([1, 0, 0, 0])).tolist() == [1, 0, 0, 0]
+    assert zero_outside(t([1.0, NAN, INF, -INF]), bits([1, 0, 0, 0])).tolist() == [1, 0, 0, 0]
 
 
 @pytest.mark.parametrize("x, mask, mean", [
@@ -51,10 +51,10 @@ def test_masked_mean_counts_tokens_not_rows_nor_slots(x, mask, mean):
 def test_whiten_has_mean_0_and_biased_variance_1():
     x, mask = t([[1, 2, 3], [5, 6, 99]]), bits([[1, 1, 1], [1, 1, 0]])
     white = whiten(x, mask)
-    same(white, keep((x - 3.4) / math.sqrt(3.44 + 1e-8), mask))  # 3.44 = 17.2 / 5; the unbiased one is 4.3
+    same(white, zero_outside((x - 3.4) / math.sqrt(3.44 + 1e-8), mask))  # 3.44 = 17.2 / 5; the unbiased one is 4.3
     same(white[0, 0], -1.2940, tol=5e-5)  # as many digits as the number has
     same(masked_mean(white, mask), 0.0)
-    same(whiten(x, mask, shift_mean=False), keep(white + 3.4, mask))
+    same(whiten(x, mask, shift_mean=False), zero_outside(white + 3.4, mask))
     same(whiten(t([-1e-4, 1e-4]), bits([1, 1])), [-(0.5 ** 0.5), 0.5 ** 0.5])  # 1e-8 goes under the root
 
 
@@ -62,7 +62,7 @@ def test_whiten_has_mean_0_and_biased_variance_1():
 def test_whiten_of_one_token_or_of_equal_tokens_is_0_and_not_nan(x, mask):
     mask = bits(mask)
     same(whiten(t(x), mask), torch.zeros_like(t(x)))
-    same(whiten(t(x), mask, shift_mean=False), keep(torch.full_like(t(x), 7), mask))
+    same(whiten(t(x), mask, shift_mean=False), zero_outside(torch.full_like(t(x), 7), mask))
 
 
 @pytest.mark.parametrize("values, expected", [
@@ -246,19 +246,19 @@ def test_gae_equals_its_double_sum_on_ragged_responses(gamma, lam):
     for row, n in enumerate(lengths):
         expected = slow_gae(rewards[row, :n].tolist(), values[row, :n].tolist(), gamma, lam)
         same(advantages[row], expected + [0.0] * (width - n))
-    assert torch.equal(returns, advantages + keep(values, mask))  # to the bit
+    assert torch.equal(returns, advantages + zero_outside(values, mask))  # to the bit
     if lam == 1:
-        same(advantages, keep(reward_to_go(rewards, mask, gamma) - values, mask))
+        same(advantages, zero_outside(reward_to_go(rewards, mask, gamma) - values, mask))
     if lam == 0:
-        next_values = torch.nn.functional.pad(keep(values, mask)[:, 1:], (0, 1))
-        same(advantages, keep(rewards + gamma * next_values - values, mask))
+        next_values = torch.nn.functional.pad(zero_outside(values, mask)[:, 1:], (0, 1))
+        same(advantages, zero_outside(rewards + gamma * next_values - values, mask))
 
 
 def test_group_advantages_leave_the_own_score_out_of_its_baseline():
     mask = lengths_to_mask([2, 1, 3, 0, 1, 2], 3)
     per_response = t([1 - 4, 2 - 3.5, 6 - 1.5, 0 - 4.5, 4 - 2.5, 5 - 2])
     advantages = group_advantages(t([1, 2, 6, 0, 4, 5]), 3, mask)
-    same(advantages, keep(per_response.unsqueeze(1).expand(6, 3), mask), tol=0)
+    same(advantages, zero_outside(per_response.unsqueeze(1).expand(6, 3), mask), tol=0)
 
 
 @pytest.mark.parametrize("group_size", [2, 3, 6])
@@ -448,8 +448,6 @@ FUNCTIONS = {  # name -> (function of (B, R) tensors and a mask, which of the te
     "shape_rewards": (lambda new, ref, mask: shape_rewards(SCORES.to(new), new, ref, mask, 0.1), [False] * 2),
     "reward_to_go": (partial(reward_to_go, gamma=0.9), [True]),
     "gae": (partial(gae, gamma=0.9, lam=0.8), [False, False]),
-    **{f"token_advantages_{rung}": (partial(token_advantages, rung, gamma=0.9, lam=0.8), [False, False])
-       for rung in OBJECTIVES[:3]},
     "reinforce_loss": (reinforce_loss, [True, False]),
     "cpi_loss": (cpi_loss, [True, False, False]),
     "kl_penalty_loss": (partial(kl_penalty_loss, coef=0.7), [True, False, False]),
@@ -548,61 +546,3 @@ def test_k3_does_not_pull_a_token_the_wrong_way_beyond_the_cap():
     logprobs = torch.tensor([-200.0], requires_grad=True)
     kl_estimate(logprobs, torch.zeros(1), "k3").sum().backward()
     assert logprobs.grad.item() <= 0
-
-
-# ----------------------------------------------------------------------------------------------------------
-# the ladder
-
-REWARDS, VALUES, RAGGED = t([[1, 2, 4], [1, 2, 99]]), t([[1, 1, 1], [2, 4, 99]]), bits([[1, 1, 1], [1, 1, 0]])
-
-
-@pytest.mark.parametrize("objective, expected", [
-    ("reinforce", [[3, 3, 3], [2, 2, 0]]),  # gamma 0.5: 1 + 2 / 2 + 4 / 4, on each token
-    ("reward_to_go", [[3, 4, 4], [2, 2, 0]]),
-    ("baseline", [[2, 3, 3], [0, -2, 0]]),
-    ("gae", [[1.0625, 2.25, 3], [0.5, -2, 0]]), ("cpi", [[1.0625, 2.25, 3], [0.5, -2, 0]]),
-    ("kl_penalty", [[1.0625, 2.25, 3], [0.5, -2, 0]]), ("clip", [[1.0625, 2.25, 3], [0.5, -2, 0]])])
-def test_each_rung_weighs_tokens_as_the_derivation_says(objective, expected):
-    advantages, returns = token_advantages(objective, REWARDS, VALUES, RAGGED, gamma=0.5, lam=0.5)
-    same(advantages, expected, tol=0)
-    to_go = reward_to_go(REWARDS, RAGGED, 0.5)
-    same(returns, to_go if objective in OBJECTIVES[:3] else advantages + keep(VALUES, RAGGED), tol=0)
-    assert not advantages.requires_grad and not returns.requires_grad
-
-
-@pytest.mark.parametrize("objective", ["baseline", "cpi", "kl_penalty", "clip"])
-def test_a_group_takes_the_critics_place(objective):
-    advantages, returns = token_advantages(objective, REWARDS, VALUES, RAGGED, 0.5, None, group_size=2)
-    same(advantages, [[1, 1, 1], [-1, -1, 0]], tol=0)  # returns of 3 and 2, each the other's baseline
-    same(returns, reward_to_go(REWARDS, RAGGED, 0.5), tol=0)
-
-
-@pytest.mark.parametrize("objective, loss", {
-    **dict.fromkeys(OBJECTIVES[:4], lambda new, old, adv, mask: reinforce_loss(new, adv, mask)),
-    "cpi": cpi_loss, "kl_penalty": partial(kl_penalty_loss, coef=0.7), "clip": partial(policy_loss, clip=0.1)}.items())
-def test_each_rung_has_its_loss_and_all_measure_the_ratio(objective, loss):
-    inputs = [0.5 * randn(4, 5, seed=seed) for seed in range(3)]
-    value, stats = surrogate_loss(objective, *inputs, MASK, clip=0.1, penalty=0.7)
-    same(value, loss(*inputs, MASK)[0], tol=0)
-    assert RATIO_STATS <= stats.keys() and stats["ratio_max"] > 1
-
-
-@pytest.mark.parametrize("function", [lambda name: token_advantages(name, REWARDS, VALUES, RAGGED, 1, 1),
-                                      lambda name: surrogate_loss(name, REWARDS, REWARDS, VALUES, RAGGED)])
-def test_an_unknown_rung_is_refused_by_name(function):
-    with pytest.raises(ValueError, match="'ppo' is no rung of the ladder: choose one of reinforce, .*, clip"):
-        function("ppo")
-
-
-@pytest.mark.parametrize("kl, coef", [(0.0301, 2), (0.0299, 1), (0.0134, 1), (0.0133, 0.5), (0.0, 0.5)])
-def test_when_the_penalty_doubles_and_halves(kl, coef):
-    """It doubles above one and a half times its target and halves below two thirds of it."""
-    penalty = PenaltyController(target=0.02)
-    penalty.update(kl)
-    assert penalty.value == coef
-
-
-@pytest.mark.parametrize("target, coef", [(0, 1), (-1, 1), (NAN, 1), (0.1, 0), (0.1, -1), (0.1, NAN)])
-def test_the_penalty_refuses_settings_that_stop_or_invert_it(target, coef):
-    with pytest.raises(ValueError, match="must be above 0"):
-        PenaltyController(target, coef)

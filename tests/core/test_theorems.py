@@ -25,10 +25,11 @@ from torch.autograd.functional import hessian, jacobian
 
 from enumerable import EOS, enumerate_responses
 from experiments.overoptimization import best_of_n_kl
+from experiments.rungs import OBJECTIVES, PenaltyController, surrogate_loss, token_advantages
 from model import GPTConfig
-from ppo import (OBJECTIVES, KLController, PenaltyController, cpi_loss, explained_variance, gae, group_advantages,
-                 kl_estimate, kl_penalty_loss, log_ratio, masked_mean, policy_loss, ratio_stats, reinforce_loss,
-                 reward_to_go, shape_rewards, surrogate_loss, token_advantages, value_loss, whiten)
+from ppo import (KLController, cpi_loss, explained_variance, gae, group_advantages, kl_estimate, kl_penalty_loss,
+                 log_ratio, masked_mean, policy_loss, ratio_stats, reinforce_loss, reward_to_go, shape_rewards,
+                 value_loss, whiten)
 from reward_model import RewardModel, bradley_terry_loss
 from rollout import generate, score_response
 from tensors import randn
@@ -1076,7 +1077,7 @@ def test_t52_the_kl_of_best_of_n_is_below_its_formula():
 # ---------------------------------------------------------------------------------------------------------------------
 # Break -> the tests that it turns red, the first four of them. Each break was made alone, in a copy of its module.
 #
-# keep: x * mask instead of where -> T3 T5 T6 T7 ...
+# zero_outside: x * mask instead of where -> T3 T5 T6 T7 ...
 # masked_mean: over slots, not over True -> T3 T4 T6 T7 ...; over rows, not over tokens -> T3 T4 T6 T7 ...; mean of
 #     the rows' means -> T7 T44 T45 T46
 # whiten: unbiased variance -> T44; the mean stays -> T44; shift_mean inverted -> T44; variance, not its root -> T44

@@ -11,12 +11,15 @@ import math
 import pytest
 import torch
 
-import common
+import experience
 import model
 import rollout
 import train_ppo
-from checkpoint import digest, load_checkpoint
-from common import UserError
+import train_rm
+from experiments import rungs
+from support import optimizer, stages
+from support.checkpoint import digest, load_checkpoint
+from support.flags import UserError
 from tiny import CLOCKS, ONE_STEP, SIZES, STAGES, Spy, metrics, pairs, run, weights, write_jsonl
 
 LADDER = [ONE_STEP | {"objective": objective} for objective in ("reinforce", "reward_to_go", "baseline", "gae")] + \
@@ -58,13 +61,13 @@ def test_the_reward_model_averages_its_latest_weights(world, monkeypatch):
     for iteration in range(1, 201):
         with torch.no_grad():
             model.weight.fill_(1.0 if iteration <= 100 else 0.0)
-        common.follow(average, model, iteration)
+        optimizer.update_average(average, model, iteration)
         if iteration == 1:
             assert torch.equal(average.weight, model.weight) and torch.equal(average.bias, model.bias)
     assert (average.weight - math.prod(1 - 9 / (t + 8) for t in range(101, 201))).abs().max() < 1e-6
     assert 0 < average.weight.max() < 0.005
 
-    steps = Spy(monkeypatch, "follow", common)
+    steps = Spy(monkeypatch, "update_average", train_rm)
     folder = world("rm")
     run("rm", folder)
     saved = weights(folder, "rm")
@@ -115,7 +118,7 @@ def test_in_bfloat16_the_ratio_starts_at_1_and_sampling_only_rounds(flags, world
     way. The sampler's products, of one token a row, may round in another. bfloat16 keeps a number to 2^-8 of itself: a
     logit of at most L moves by 2^-8 L, a log-prob, which is one logit less the log-sum of all, by twice that, and the
     difference of two passes by twice that again. Roundings cancel, so the mean is held to a fourth of it."""
-    logits, folder = Spy(monkeypatch, "wide", rollout), world("ppo")
+    logits, folder = Spy(monkeypatch, "upcast", rollout), world("ppo")
     run("ppo", folder, dtype="bfloat16", **flags)
     largest = max(result.abs().max().item() for (_,), result in logits.calls)
     assert logits.calls[0][0][0].dtype == torch.bfloat16
@@ -127,7 +130,7 @@ def test_in_bfloat16_the_ratio_starts_at_1_and_sampling_only_rounds(flags, world
 
 def test_old_and_reference_logprobs_come_from_passes_of_update_shape(world, monkeypatch):
     """A matrix product may round differently for another number of rows, though not on every CPU and size."""
-    score_response = Spy(monkeypatch, "score_response")
+    score_response = Spy(monkeypatch, "score_response", experience)
     run("ppo", world("ppo"), micro_batch_size=2)
     assert {len(tokens) for (_, tokens, *_), _ in score_response.calls} == {2}
 
@@ -156,12 +159,12 @@ def test_gradients_and_weights_do_not_depend_on_the_micro_batch(stage, splits, w
     """A mean of the parts' means would weigh the tokens of short responses more. The gradient agrees to 1e-6
     of its norm, some ten float32 roundings. AdamW's first step is lr * sign(gradient), so the weights agree
     to 1e-5 except where the gradient is 0 in theory (the keys' biases) and its sign that of a rounding."""
-    gradients, finals, step = [], [], common.Optimizer.step
+    gradients, finals, step = [], [], optimizer.Optimizer.step
 
     def keep_gradient(self, iteration, loss):
         gradients.append(torch.cat([p.grad.reshape(-1) for p in self.params if p.grad is not None]))
         return step(self, iteration, loss)
-    monkeypatch.setattr(common.Optimizer, "step", keep_gradient)
+    monkeypatch.setattr(optimizer.Optimizer, "step", keep_gradient)
     flags = {"ppo": dict(batch_size=6, minibatches=1, ent_coef=0.1, kl_in="loss", kl_coef=1.0)}.get(stage, {})
     for micro in splits:
         folder = world(stage)
@@ -195,14 +198,14 @@ def test_recomputed_activations_change_no_bit_of_a_run(stage, flags, world, monk
 def test_every_epoch_reuses_old_logprobs_advantages_and_returns(world, monkeypatch):
     """Fresh old log-probs each epoch would keep the ratio at 1 and the clip dead; whitening per minibatch
     would compare answers with their few neighbours; returns after whitening would have the wrong scale."""
-    surrogate_loss, value_loss = Spy(monkeypatch, "surrogate_loss"), Spy(monkeypatch, "value_loss")
-    gae, shape = Spy(monkeypatch, "token_advantages"), Spy(monkeypatch, "shape_rewards")
+    policy_loss, value_loss = Spy(monkeypatch, "policy_loss"), Spy(monkeypatch, "value_loss")
+    gae, shape = Spy(monkeypatch, "gae"), Spy(monkeypatch, "shape_rewards")
     run("ppo", world("ppo"), max_iters=2, epochs=3, minibatches=3)
     # The second iteration, because the policy of the first is still the reference
     (_, logprobs, ref_logprobs, mask, _), _ = shape.calls[1]
     gae_args, (advantages, returns) = gae.calls[1]
     assert len(gae.calls) == 2 and not torch.equal(logprobs, ref_logprobs)
-    assert torch.equal(returns, advantages + torch.where(mask, gae_args[2], 0))
+    assert torch.equal(returns, advantages + torch.where(mask, gae_args[1], 0))
     mean, std = advantages[mask].mean(), advantages[mask].std(unbiased=False)
     whitened = torch.where(mask, (advantages - mean) / std, 0)
     # rows of one length would not tell a token mean from a mean of means
@@ -212,8 +215,8 @@ def test_every_epoch_reuses_old_logprobs_advantages_and_returns(world, monkeypat
     for epoch in range(3):
         calls = slice(9 + 3 * epoch, 9 + 3 * epoch + 3)
         order = []
-        for (policy_args, _), (value_args, _) in zip(surrogate_loss.calls[calls], value_loss.calls[calls]):
-            (_, _, old, adv, m, *_), ret = policy_args, value_args[2]
+        for (policy_args, _), (value_args, _) in zip(policy_loss.calls[calls], value_loss.calls[calls]):
+            (_, old, adv, m, _), ret = policy_args, value_args[2]
             rows = []  # which a minibatch holds; inside it they stand by length
             for i in range(len(old)):
                 row, = [b for b in range(len(mask)) if torch.equal(old[i], logprobs[b])]
@@ -249,8 +252,8 @@ def test_the_ratio_moves_between_epochs(world):
 
 @pytest.mark.parametrize("critic", ["shared", "separate"])
 def test_reference_and_reward_model_are_frozen_and_unshared(critic, world, monkeypatch):
-    policies, reward_models = Spy(monkeypatch, "load_policy"), Spy(monkeypatch, "load_reward_model")
-    optimizers = Spy(monkeypatch, "Optimizer", common)
+    policies, reward_models = (Spy(monkeypatch, name, stages) for name in ("load_policy", "load_reward_model"))
+    optimizers = Spy(monkeypatch, "Optimizer")
     folder = world("ppo")
     run("ppo", folder, critic=critic)
     (_, policy), (_, reference) = policies.calls
@@ -321,12 +324,12 @@ def test_target_kl_ends_the_epochs_early(world):
 
 def test_target_kl_below_rounding_still_takes_a_step(world, monkeypatch):
     """In bfloat16 the first ratio is not exactly 1; a minibatch before any step means nothing yet."""
-    surrogate_loss = train_ppo.surrogate_loss
+    policy_loss = train_ppo.policy_loss
 
     def rounded(*args):
-        loss, stats = surrogate_loss(*args)
+        loss, stats = policy_loss(*args)
         return loss, stats | {"approx_kl": stats["approx_kl"] + 1e-6}
-    monkeypatch.setattr(train_ppo, "surrogate_loss", rounded)
+    monkeypatch.setattr(train_ppo, "policy_loss", rounded)
     folder = world("ppo")
     run("ppo", folder, target_kl=1e-9)
     assert all(row["optimizer_steps"] == 1 and row["grad_norm"] > 0 for row in metrics(folder, "ppo"))
@@ -335,7 +338,7 @@ def test_target_kl_below_rounding_still_takes_a_step(world, monkeypatch):
 @pytest.mark.parametrize("objective", ["reinforce", "reward_to_go", "baseline", "gae"])
 def test_an_objective_without_a_ratio_takes_one_step_per_rollout(objective, world, monkeypatch):
     """The step is over the whole rollout."""
-    surrogate_loss, folder = Spy(monkeypatch, "surrogate_loss"), world("ppo")
+    surrogate_loss, folder = Spy(monkeypatch, "surrogate_loss", rungs), world("ppo")
     run("ppo", folder, objective=objective, **ONE_STEP)
     assert [row["optimizer_steps"] for row in metrics(folder, "ppo")] == [1] * 3
     assert [len(args[1]) for args, _ in surrogate_loss.calls] == [12] * 3
@@ -345,25 +348,25 @@ def test_advantages_are_whitened_on_rungs_with_a_baseline_only(world, monkeypatc
     """Whitening takes the mean off: reinforce and reward_to_go would get a baseline that the formula does not have."""
     for flags in LADDER:
         with monkeypatch.context() as patch:
-            surrogate_loss = Spy(patch, "surrogate_loss")
+            loss = Spy(patch, "surrogate_loss", rungs) if "objective" in flags else Spy(patch, "policy_loss")
             run("ppo", world("ppo"), max_iters=1, **{"minibatches": 1, "epochs": 1} | flags)
-            (objective, _, _, advantages, mask, *_), _ = surrogate_loss.calls[0]
+            advantages, mask = loss.calls[0][0][3 if "objective" in flags else 2:][:2]
         mean, spread = advantages[mask].mean(), advantages[mask].std(unbiased=False)
         whitened = abs(mean) < 1e-6 and abs(spread - 1) < 1e-3
-        assert whitened == (objective not in ("reinforce", "reward_to_go")), objective
+        assert whitened == (flags.get("objective") not in ("reinforce", "reward_to_go")), flags
 
 
 def test_a_group_answers_one_prompt_and_its_advantages_need_no_critic(world, monkeypatch):
-    token_advantages, folder = Spy(monkeypatch, "token_advantages"), world("ppo")
-    generate = Spy(monkeypatch, "generate")
+    shape, group, folder = Spy(monkeypatch, "shape_rewards"), Spy(monkeypatch, "group_advantages"), world("ppo")
+    generate = Spy(monkeypatch, "generate", experience)
     run("ppo", folder, advantage="group", samples_per_prompt=4, max_iters=2)
     rows = metrics(folder, "ppo")
     prompts = [row[:n] for (_, tokens, lens, *_), _ in generate.calls[:2]
                for row, n in zip(tokens.tolist(), lens.tolist())]
     assert all(prompts[i] == prompts[i - i % 4] for i in range(24)) and len(set(map(tuple, prompts))) > 4
-    (_, rewards, _, mask, *_), (advantages, returns) = token_advantages.calls[0]
-    whole = rewards.sum(1).view(-1, 4)
-    expected = (whole - (whole.sum(1, keepdim=True) - whole) / 3).view(-1, 1) * mask
+    ((_, _, _, mask, _), rewards), (_, advantages) = shape.calls[0], group.calls[0]
+    sums = rewards.sum(1).view(-1, 4)
+    expected = (sums - (sums.sum(1, keepdim=True) - sums) / 3).view(-1, 1) * mask
     torch.testing.assert_close(advantages, expected, rtol=0, atol=1e-6)
     before, after = (torch.load(folder / f"{name}.pt", weights_only=True)["model"] for name in ("sft", "ppo"))
     assert all(torch.equal(before[key], after[key]) for key in before if key.startswith("value_head"))
@@ -386,9 +389,8 @@ def test_kl_target_moves_kl_coef_and_metrics_show_the_one_that_was_used(world):
 
 
 def test_bad_gradients_end_the_run_before_they_reach_the_weights(world, monkeypatch):
-    surrogate_loss = train_ppo.surrogate_loss
-    monkeypatch.setattr(train_ppo, "surrogate_loss",
-                        lambda *args: (surrogate_loss(*args)[0] * math.nan, surrogate_loss(*args)[1]))
+    policy_loss = train_ppo.policy_loss
+    monkeypatch.setattr(train_ppo, "policy_loss", lambda *args: (policy_loss(*args)[0] * math.nan, policy_loss(*args)[1]))
     folder = world("ppo")
     with pytest.raises(FloatingPointError, match="2 optimizer steps in a row"):
         run("ppo", folder, max_bad_steps=2)

@@ -25,15 +25,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
-import common
 import train_ppo
 import train_rm
 import train_sft
-from checkpoint import Damaged, digest, load_checkpoint, save_checkpoint
-from common import UserError
-from metrics import Metrics
 from paths import ROOT
+from support import checkpoint, stages
+from support.checkpoint import Damaged, digest, load_checkpoint, save_checkpoint
+from support.flags import UserError
+from support.metrics import Metrics
+from support.optimizer import Optimizer
 from tiny import (SIZES, Config, make_optimizer, metrics, pairs, run, shrink, take_step, tiny_flags, weights,
                   write_jsonl)
 
@@ -199,7 +199,8 @@ class Model(torch.nn.Linear):
         self.config = Shape(**shape)
 
 
-TOKENIZER = {"name": "t", "source": "t", "n_vocab": 9, "eos": 8, "sha256": "ab"}
+TOKENIZER = {"name": "t", "source": "t", "n_vocab": 9, "sha256": "ab", "eos": [8], "special_tokens": {"e": 8},
+             "chat": "plain"}
 
 
 @contextmanager
@@ -208,7 +209,7 @@ def opened(folder, tokenizer=TOKENIZER, sources=(), shape=(), **flags):
     config = Config(**{"max_iters": 9, "batch_size": 1, "out_dir": str(folder)} | flags)
     with checkpoint.open_run(config, "sft") as run:
         model = Model(**dict(shape))
-        optimizer = common.Optimizer(model.parameters(), config)
+        optimizer = Optimizer(model.parameters(), config)
         yield run, model, *run.begin(optimizer, {"model": model}, tokenizer, sources)
 
 
@@ -264,7 +265,7 @@ def test_resume_says_what_moves_the_last_bits_and_goes_on(change, says, tmp_path
 @pytest.mark.parametrize("change, says", [
     ({"shape": {"n_layer": 2}}, "n_layer was 1 and is 2"),
     ({"shape": {"n_layer": 2, "vocab_size": 7}}, "n_layer was 1 and is 2, vocab_size was 9 and is 7"),
-    ({"tokenizer": TOKENIZER | {"n_vocab": 7, "eos": 6}}, "n_vocab was 9 and is 7, eos was 8 and is 6"),
+    ({"tokenizer": TOKENIZER | {"n_vocab": 7, "eos": [6]}}, r"n_vocab was 9 and is 7, eos was \[8\] and is \[6\]"),
     ({"tokenizer": TOKENIZER | {"sha256": "cd"}}, "sha256 was ab and is cd")], ids=str)
 def test_another_model_or_tokenizer_is_refused_field_by_field(change, says, tmp_path, monkeypatch):
     """The refusal comes before a tensor is copied."""
@@ -334,7 +335,7 @@ def test_a_process_saves_and_restores_the_generator_of_its_own_gpu_only(monkeypa
 
 def test_resume_of_a_run_that_has_nothing_left_to_do_names_max_iters(tmp_path):
     save_run(tmp_path, 3)
-    with pytest.raises(UserError, match="stands at iteration 3 already: raise --max_iters=3"), \
+    with pytest.raises(UserError, match="is at iteration 3 already: raise --max_iters=3"), \
             opened(tmp_path, resume=True, max_iters=3):
         pass
 
@@ -446,22 +447,22 @@ def test_when_a_checkpoint_is_due(tmp_path, monkeypatch):
 
 def test_an_occupied_out_dir_needs_resume_or_overwrite(tmp_path):
     path = tmp_path / "new" / "sft.pt"
-    checkpoint.occupy(Config(), path)
+    checkpoint.claim_out_dir(Config(), path)
     assert path.parent.is_dir()
     path.touch()
-    checkpoint.occupy(Config(), path.with_name("rm.pt"))  # another stage's file is in nobody's way
-    checkpoint.occupy(Config(resume=True), path), checkpoint.occupy(Config(overwrite=True), path)
+    checkpoint.claim_out_dir(Config(), path.with_name("rm.pt"))  # another stage's file is in nobody's way
+    checkpoint.claim_out_dir(Config(resume=True), path), checkpoint.claim_out_dir(Config(overwrite=True), path)
     with pytest.raises(UserError, match=r"sft\.pt is there already: --resume .* --overwrite"):
-        checkpoint.occupy(Config(), path)
+        checkpoint.claim_out_dir(Config(), path)
     with pytest.raises(UserError, match=r"--out_dir=.*sft\.pt cannot be made"):
-        checkpoint.occupy(Config(), path / "rm.pt")
+        checkpoint.claim_out_dir(Config(), path / "rm.pt")
 
 
 def test_an_out_dir_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
     # root may write anywhere, so chmod would not do
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
     with pytest.raises(UserError, match="is not writable"):
-        checkpoint.occupy(Config(), tmp_path / "sft.pt")
+        checkpoint.claim_out_dir(Config(), tmp_path / "sft.pt")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -719,8 +720,8 @@ def test_a_signal_before_the_first_stage(second, code, fresh, monkeypatch):
     folder = fresh("sft")
 
     def body():
-        real = train_ppo.make_missing_stages
-        train_ppo.make_missing_stages = lambda config: (os.kill(os.getpid(), signal.SIGTERM), real(config))
+        real = stages.train_missing
+        stages.train_missing = lambda *args: (os.kill(os.getpid(), signal.SIGTERM), real(*args))
         send(signal.SIGTERM, 1, times=int(second))
         train_stage("ppo", folder, **SIZES)
     assert Child(body).wait() == code
@@ -809,14 +810,14 @@ def fill_disk(path):
 
 @pytest.mark.parametrize("full, name", [("sft.pt.tmp", "sft.pt"), ("metrics.jsonl", "metrics.jsonl")])
 def test_a_full_disk_leaves_the_old_checkpoint_and_names_the_file(full, name, fresh, monkeypatch):
-    folder, step = fresh("sft"), common.Optimizer.step
+    folder, step = fresh("sft"), Optimizer.step
 
     def step_and_fill(self, iteration, loss):
         if iteration == 3:
             (folder / full).unlink(missing_ok=True)
             fill_disk(folder / full)
         return step(self, iteration, loss)
-    monkeypatch.setattr(common.Optimizer, "step", step_and_fill)
+    monkeypatch.setattr(Optimizer, "step", step_and_fill)
     with pytest.raises(OSError, match=rf"could not write {re.escape(str(folder / name))} \(No space left on device"):
         train_stage("sft", folder)
     assert load_checkpoint(folder / "sft.pt", "sft")["iter"] == 2
@@ -840,8 +841,8 @@ def gpu_is_full():
 @pytest.mark.parametrize("fail", [allocate_too_much, gpu_is_full])
 def test_out_of_memory_says_which_flags_to_lower(stage, flags, fail, fresh, monkeypatch):
     """The last checkpoint stays intact."""
-    folder, step = fresh(stage), common.Optimizer.step
-    monkeypatch.setattr(common.Optimizer, "step", lambda self, i, loss: fail() if i == 3 else step(self, i, loss))
+    folder, step = fresh(stage), Optimizer.step
+    monkeypatch.setattr(Optimizer, "step", lambda self, i, loss: fail() if i == 3 else step(self, i, loss))
     with pytest.raises(UserError, match=f"train_{stage}.py: out of memory .*memory.* the first that is enough: "
                        "--micro_batch_size below what is printed above, --recompute. "
                        f"In a new run, lower {flags}") as error:

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 import traceback
-from contextlib import nullcontext
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -20,17 +19,17 @@ import torch
 import torch.distributed as dist
 
 import atlas
-import common
 import data
-import distributed
+import experience
 import train_ppo
 import train_rm
-from checkpoint import digest, load_checkpoint
-from common import UserError
 from experiments import human_comparisons, ladder, overoptimization, scaling, sentiment, trpo
 from model import GPT, GPTConfig
 from paths import ROOT
 from rollout import Rollout
+from support import device, distributed, optimizer
+from support.checkpoint import digest, load_checkpoint
+from support.flags import UserError
 from tiny import CLOCKS, SIZES, STAGES, metrics, reward_file, settings, weights
 
 # A server that has imported everything and computed nothing: its children start at once, and no thread of this process
@@ -145,7 +144,7 @@ def gradients_of(folder, flags):
         advantages.append(whiten(*args))
         return advantages[-1]
 
-    torch.nn.utils.clip_grad_norm_, train_ppo.whiten, train_ppo.generate = look, keep, given_rollout
+    torch.nn.utils.clip_grad_norm_, train_ppo.whiten, experience.generate = look, keep, given_rollout
     config = settings("ppo", folder, batch_size=24, **flags)
     row = train_ppo.train(config)
     return steps, advantages, {name: value for name, value in row.items() if name not in CLOCKS}
@@ -205,13 +204,13 @@ def test_sft_and_rm_train_the_same_weights_in_1_and_in_2_processes(stage, exact,
 
 
 def rollouts_of(folder, flags):
-    own, real = [], train_ppo.generate
+    own, real = [], experience.generate
 
     def spy(*args, **kwargs):
         own.append(real(*args, **kwargs))
         return own[-1]
 
-    train_ppo.generate = spy
+    experience.generate = spy
     train_ppo.train(settings("ppo", folder, **flags))
     return vars(own[0])
 
@@ -227,7 +226,7 @@ def ragged():
     rollout = Rollout(torch.full((2, 5 + r), r), torch.tensor([4, 4]), torch.tensor([1, 1 + r]),
                       torch.ones(2, 1 + r, dtype=torch.bool), torch.ones(2, 1 + r), torch.ones(2, 1 + r))
     whole = distributed.gather(rollout, tokens=9)
-    return vars(whole), vars(distributed.share(whole)), distributed.gather([f"text {r}"] * 2)
+    return vars(whole), vars(distributed.shard(whole)), distributed.gather([f"text {r}"] * 2)
 
 
 def test_gathered_rollouts_are_in_order_of_rank_and_padded(in_processes):
@@ -246,7 +245,8 @@ def comparisons():
     encoding = data.get_tokenizer("atlas")
     policy = GPT(GPTConfig(vocab_size=encoding.n_vocab, **SIZES)).eval()
     config = train_rm.Config(candidates=3, max_new_tokens=4)
-    rows = train_rm.atlas_comparisons(policy, encoding, config, torch.device("cpu"), nullcontext, "heldout")
+    made_by = experience.Experience(config, encoding, *device.setup(config), 64)
+    rows = train_rm.atlas_comparisons(made_by, policy, "heldout")
     return [(row.prompt, row.responses, row.pairs) for row in rows]
 
 
@@ -312,13 +312,13 @@ def test_resume_with_another_number_of_processes_is_said(world, in_processes, ca
 
 def train_sharded(stage, folder, flags):
     """The final weights, and how many numbers of the parameters this process held while it trained."""
-    held, step = [], common.Optimizer.step
+    held, step = [], optimizer.Optimizer.step
 
     def look(optimizer, *args):
         held.append(sum(p.to_local().numel() if distributed.is_sharded(p) else p.numel() for p in optimizer.params))
         return step(optimizer, *args)
 
-    common.Optimizer.step = look
+    optimizer.Optimizer.step = look
     return train(stage, folder, flags), held[-1]
 
 
@@ -341,12 +341,13 @@ def test_sharded_models_train_alike_and_hold_half_each(stage, flags, world, in_p
 def policy_that_samples(folder):
     """[whether the policy that answers in train_rm.py is a shard (before, while it samples)]."""
     seen = []
-    for name in ("sample", "generate"):
-        def look(policy, *args, real=getattr(train_rm, name), **kwargs):
+    for module, name in ((train_rm, "sample"), (experience, "generate")):
+        def look(*args, real=getattr(module, name), **kwargs):
+            policy = next(arg for arg in args if isinstance(arg, GPT))
             seen.append(all(map(distributed.is_sharded, policy.parameters())))
-            return real(policy, *args, **kwargs)
+            return real(*args, **kwargs)
 
-        setattr(train_rm, name, look)
+        setattr(module, name, look)
     train_rm.train(settings("rm", folder, fsdp=True))
     return seen
 
@@ -472,7 +473,7 @@ def test_a_signal_to_any_process_ends_all_after_the_same_iteration(world, torchr
     run = torchrun("ppo", folder, max_iters=saved["iter"] + 1, resume=True)
     out, err = run.communicate(timeout=300)
     assert run.returncode == 0, err
-    assert out.count("going on after iteration") == 1 and metrics(folder, "ppo")[-1]["iter"] == saved["iter"] + 1
+    assert out.count("continuing after iteration") == 1 and metrics(folder, "ppo")[-1]["iter"] == saved["iter"] + 1
 
 
 @pytest.mark.slow

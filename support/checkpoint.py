@@ -1,15 +1,15 @@
 """
-What keeps a run whole when its machine does not: checkpoints, exact resumption, one run per out_dir, an end in good
-order when a signal asks for one. docs/reliability.md lists fault by fault what happens and which test shows it.
+Checkpoints, exact resume, locking, signals. docs/reliability.md lists for each fault the behaviour and its test.
 
 A checkpoint is one dict of plain values and tensors, never a pickled object. It holds all that the next iteration
-depends on. The order of the data and the generators of the scripts are functions of the seed and the iteration, so
-`iter` and `flags` hold those; torch's global generators are stored as they are.
+depends on. The order of the data and the scripts' generators are functions of the seed and the iteration, so `iter` and
+`flags` are enough for those. torch's global generators are stored as they are.
 """
 
 import hashlib
 import math
 import os
+import shutil
 import signal
 import threading
 from contextlib import contextmanager, suppress
@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-import distributed
-from common import UserError, replacing, require
+from support import distributed
+from support.flags import UserError, require
 
 try:
     import fcntl
@@ -33,6 +33,31 @@ class Damaged(UserError):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # one file
+
+@contextmanager
+def atomic_write(path, previous=None):
+    """A binary file to write into. Once it is complete and on the disk it replaces `path`, whose old contents are kept
+    as `previous` if that is given. A crash leaves the old file or the new one, complete. Raises OSError that names the
+    file if it could not be written."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if previous and Path(path).exists():
+            Path(previous).unlink(missing_ok=True)
+            try:
+                os.link(path, previous)  # a second name, so that at no moment there is nothing under the first
+            except OSError:  # some file systems have no links
+                shutil.copyfile(path, previous)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"could not write {path} ({error.strerror or error}); the file that was there is "
+                      "untouched") from error
+    finally:
+        temporary.unlink(missing_ok=True)  # still there after a failure only, Ctrl-C among them
+
 
 def digest(value, h=None):
     """sha256 over keys in sorted order, plain values and raw tensor bytes: torch loads a flipped byte silently."""
@@ -63,9 +88,8 @@ def non_finite(value, name=""):
 
 
 def save_checkpoint(path, checkpoint, previous=None):
-    """Writes the checkpoint and its sha256 so that a crash leaves the old file or the new one, whole. The old one
-    lives on as `previous` if that is given. Raises OSError naming the file, e.g. if the disk is full."""
-    with replacing(path, previous) as file:
+    """Writes the checkpoint and its sha256 with atomic_write. Raises OSError naming the file, e.g. on a full disk."""
+    with atomic_write(path, previous) as file:
         torch.save(checkpoint | {"sha256": digest(checkpoint)}, file)
 
 
@@ -105,6 +129,9 @@ def read_checkpoint(path, *stages):
     if recorded != digest(contents):
         raise Damaged(f"{path} is corrupt: its contents do not match its sha256")
     require(checkpoint["stage"] in stages, f"{path} was written by {script(checkpoint['stage'])}, not by {scripts}")
+    tokenizer = checkpoint.get("tokenizer")
+    if tokenizer and isinstance(tokenizer["eos"], int):  # from before there were several EOS ids and chat renderings
+        tokenizer |= {"eos": [tokenizer["eos"]], "chat": "plain"}
     return checkpoint
 
 
@@ -123,22 +150,22 @@ def load_latest(path, stage):
 # ---------------------------------------------------------------------------------------------------------------------
 # the same run
 
-# Flags that may differ when a run is resumed: no number depends on them, or what they name is compared by content.
-HARMLESS = {"max_iters", "log_interval", "sample_interval", "save_interval", "resume", "overwrite", "out_dir", "device",
-            "tokenizer", "n_layer", "n_head", "n_embd", "block_size", "max_bad_steps", "rm", "data",
-            "reward", "tensorboard", "wandb"}
+# Flags that may differ when a run is resumed: no number depends on them, or the file they name is compared by content.
+MAY_CHANGE = {"max_iters", "log_interval", "sample_interval", "save_interval", "resume", "overwrite", "out_dir",
+              "device", "tokenizer", "n_layer", "n_head", "n_embd", "block_size", "max_bad_steps", "rm", "data",
+              "reward", "tensorboard", "wandb"}
 # The same mathematics in another order, so all but the last bits.
-ROUNDING = {"micro_batch_size", "recompute", "compile", "fsdp"}
+MAY_CHANGE_LAST_BITS = {"micro_batch_size", "recompute", "compile", "fsdp"}
 
 
 def machine(device):
-    """What else decides the last bits of a number."""
+    """Everything else that decides the last bits of a number."""
     return {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "device": torch.device(device).type,
             "processes": distributed.size()}
 
 
 def file_sha256(name):
-    """sha256 of a file; what is built in (--data=atlas, --reward=rm) stands for itself."""
+    """sha256 of a file; a built-in name (--data=atlas, --reward=rm) is returned as given."""
     return hashlib.sha256(Path(name).read_bytes()).hexdigest() if Path(name).is_file() else name
 
 
@@ -149,21 +176,26 @@ def require_same_run(saved, now):
         return [f"{name} was {saved[field][name]} and is {now[field][name]}" for name in names
                 if name in saved[field] and saved[field][name] != now[field][name]]
 
-    changed = differences("model_config", now["model_config"]) + differences("tokenizer", ("n_vocab", "eos", "sha256"))
+    changed = differences("model_config", now["model_config"]) + differences("tokenizer", (
+        "n_vocab", "sha256", "eos", "special_tokens", "chat"))
     require(not changed, "--resume found a checkpoint of another model or tokenizer: " + ", ".join(changed))
     by_content = {"init_from"} if "sft" in now["sources"] else set()
-    flags = [name for name in now["flags"] if name not in HARMLESS | ROUNDING | by_content]
+    flags = [name for name in now["flags"] if name not in MAY_CHANGE | MAY_CHANGE_LAST_BITS | by_content]
     changed = [f"--{line}" for line in differences("flags", flags)]
+    rung = saved["flags"].get("objective", "clip")  # a flag of experiments/rungs.py, whose `clip` is train_ppo.py
+    if rung != now["flags"].get("objective", "clip"):
+        changed = [f"--objective was {rung}, which python -m experiments.ladder --objective={rung} continues"]
     require(not changed, "--resume continues the same run, but " + ", ".join(changed) + ": give the old values, or "
-                         "start anew with --overwrite")
+            "start again with --overwrite")
     changed = [name for name, sha256 in now["sources"].items() if saved["sources"].get(name) != sha256]
     changed += ["--data"] if saved["data"] != now["data"] else []
-    require(not changed, f"this run began with another {' and '.join(changed)}: put it back, or start anew with "
-                         "--overwrite")
+    require(not changed, f"this run began with another {' and '.join(changed)}: put it back, or start again "
+            "with --overwrite")
     limit = now["flags"]["max_iters"]
-    require(saved["iter"] < limit, f"the checkpoint stands at iteration {saved['iter']} already: raise --max_iters="
-                                   f"{limit} to go on")
-    changed = [f"--{line}" for line in differences("flags", sorted(ROUNDING))] + differences("machine", now["machine"])
+    require(saved["iter"] < limit, f"the checkpoint is at iteration {saved['iter']} already: raise --max_iters="
+                                   f"{limit} to continue")
+    changed = [f"--{line}" for line in differences("flags", sorted(MAY_CHANGE_LAST_BITS))]
+    changed += differences("machine", now["machine"])
     if changed:
         resampled = saved["machine"].get("processes", 1) != distributed.size() and now["stage"] != "sft"
         print(f"note: {', '.join(changed)}: the same run, but not "
@@ -178,8 +210,8 @@ HELD = set()  # folders that this process has locked: train_ppo.py runs the earl
 
 @contextmanager
 def locked(folder):
-    """Keeps other processes out of an out_dir by a lock of the operating system, which dies with this process.
-    Raises UserError if another one is at work there."""
+    """Keeps other processes out of an out_dir by a lock of the operating system, which ends with this process.
+    Raises UserError if another run holds it."""
     folder = folder.resolve()
     if folder in HELD or not distributed.is_first():
         yield
@@ -242,7 +274,7 @@ class Signals:
     def of_any(cls):
         """The number of a signal that this or another process has received, or 0. All processes must ask together, so
         that they leave after the same iteration."""
-        return int(distributed.largest(cls.received or 0)[0])
+        return int(distributed.all_reduce_max(cls.received or 0)[0])
 
     @staticmethod
     def exit_if(number):
@@ -273,28 +305,29 @@ def memory_advice(config, stage):
 # ---------------------------------------------------------------------------------------------------------------------
 # a stage at work
 
-def occupy(config, path):
-    """Makes out_dir and refuses to run over a finished or half-finished stage without being told to."""
+def claim_out_dir(config, path):
+    """Makes out_dir. Raises UserError if this stage's checkpoint is there and no flag says what to do with it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out_dir={path.parent} cannot be made ({error.strerror})") from None
     require(os.access(path.parent, os.W_OK), f"--out_dir={path.parent} is not writable")
     require(config.resume or config.overwrite or not path.exists(),
-            f"{path} is there already: --resume goes on from it, --overwrite replaces it, --out_dir goes elsewhere")
+            f"{path} is there already: --resume continues it, --overwrite replaces it, --out_dir writes elsewhere")
 
 
 @contextmanager
 def open_run(config, stage):
-    """The Run of a stage, alone in its out_dir, with signals deferred to its saves. What a script wraps its loop in."""
+    """The Run of a stage, alone in its out_dir, with signals deferred to its saves. Scripts wrap their loop in it."""
     path, was_there = config.folder / f"{stage}.pt", config.folder.exists()
-    occupy(config, path)
+    claim_out_dir(config, path)
     try:
         with locked(config.folder), Signals.deferred(), memory_advice(config, stage):
             if distributed.is_first():
                 Path(f"{path}.tmp").unlink(missing_ok=True)  # of a process that was killed
+            print(f"{script(stage)}: writing to {path}", flush=True)
             yield Run(config, stage, path)
-    except ValueError:  # something was wrong with the input: a folder that was made for nothing goes again
+    except ValueError:  # something was wrong with the input: a folder made for nothing is removed
         if distributed.is_first() and not was_there and {item.name for item in config.folder.iterdir()} <= {".lock"}:
             (config.folder / ".lock").unlink(missing_ok=True)
             config.folder.rmdir()
@@ -302,22 +335,22 @@ def open_run(config, stage):
 
 
 class Run:
-    """What a script's loop sees of its checkpoint: `saved` (a dict with --resume, else None), begin, due and save."""
+    """A script's view of its checkpoint: `saved` (a dict with --resume, else None), begin, due and save."""
 
     def __init__(self, config, stage, path):
         self.config, self.stage, self.path, self.previous = config, stage, path, previous_of(path)
-        # ours: whether at path there is a whole checkpoint of this run, which the next one must not lose
-        self.saved, self.ours = load_latest(path, stage) if config.resume else (None, False)
+        # whether path holds an intact checkpoint of this run, which the next save must keep as the previous one
+        self.saved, self.keep_previous = load_latest(path, stage) if config.resume else (None, False)
 
     def begin(self, optimizer, modules, tokenizer, sources=()):
-        """Takes what the checkpoints shall hold: the optimizer, modules {name: module} with "model" among them, the
+        """Takes the contents of the checkpoints: the optimizer, modules {name: module} with "model" among them, the
         tokenizer_id and sources {name: sha256} that the run depends on. With --resume, puts the state back into them
         and into torch's generators. Returns (iteration, the checkpoint's other fields), or (0, {}) for a fresh start.
         Raises UserError if the checkpoint is not of this very run."""
         self.optimizer, self.modules, sources = optimizer, modules, dict(sources)
-        file, _, function = getattr(self.config, "reward", "rm").rpartition(":")
+        file, _, function_name = getattr(self.config, "reward", "rm").rpartition(":")
         if file:
-            sources["reward"] = f"{function} of {file_sha256(file)}"
+            sources["reward"] = f"{function_name} of {file_sha256(file)}"
         self.fields = {"stage": self.stage, "model_config": asdict(modules["model"].config), "tokenizer": tokenizer,
                        "sources": sources, "data": file_sha256(self.config.data), "flags": asdict(self.config),
                        "machine": machine(optimizer.params[0].device)}
@@ -331,7 +364,7 @@ class Run:
                                     saved[name].items()}, strict=True)
         optimizer.load(saved["optimizer"])
         set_rng_state(saved["rng"])
-        print(f"going on after iteration {saved['iter']}")
+        print(f"continuing after iteration {saved['iter']}")
         return saved["iter"], {name: value for name, value in saved.items() if name not in (*modules, "optimizer")}
 
     def due(self, iteration):
@@ -345,22 +378,22 @@ class Run:
         contents = {name: module.state_dict() for name, module in self.modules.items()} | self.fields | more | {
             "iter": iteration, "finished": iteration == self.config.max_iters, "optimizer": self.optimizer.state(),
             "rng": rng_state()}
-        contents = distributed.whole(contents)
+        contents = distributed.full_tensors(contents)
         bad = non_finite(contents)
         if bad:
             raise FloatingPointError(f"iteration {iteration}: {bad} is not finite, so nothing was saved, and the last "
                                      "checkpoint is untouched: begin a new run with a lower --lr")
         if distributed.is_first():
-            if not self.ours and not self.config.resume:
+            if not self.keep_previous and not self.config.resume:
                 self.previous.unlink(missing_ok=True)  # it is of the run that --overwrite replaces
-            save_checkpoint(self.path, contents, self.previous if self.ours else None)
-        self.ours = True
+            save_checkpoint(self.path, contents, self.previous if self.keep_previous else None)
+        self.keep_previous = True
         Signals.exit_if(Signals.of_any())  # where the other processes wait for the file
 
 
 def rng_state():
-    """State of torch's global generators (dropout draws from them), on a GPU of this process's own only: the first
-    process, which writes, knows nothing of the others', and all draw the same."""
+    """State of torch's global generators, which dropout draws from. Of several GPUs it is this process's: the first
+    process writes the file, and all of them draw the same."""
     return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
 
 

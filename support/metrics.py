@@ -1,6 +1,6 @@
 """
-What a run says of itself: metrics.jsonl, a line on the screen, TensorBoard and Weights & Biases where asked for, and
-a warning when a number says that something is wrong. README, "What the numbers mean", explains each metric.
+Logging and health checks: metrics.jsonl, a line on the screen, TensorBoard and Weights & Biases where asked for, and a
+warning when a number says that something is wrong. docs/metrics.md explains each metric.
 """
 
 import dataclasses
@@ -9,7 +9,10 @@ import math
 import os
 import platform
 import subprocess
+import threading
 import time
+from collections import defaultdict
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -19,15 +22,66 @@ import numpy
 import tiktoken
 import torch
 
-import distributed
-from common import replacing
+from ppo import explained_variance, kl_estimate, masked_mean
+from support import distributed
+from support.checkpoint import atomic_write
 
+# The screen's columns for each stage, in order. A metric that is not measured in every iteration comes last.
+COLUMNS = {
+    "sft": {"loss": "7.4f", "grad_norm": "6.2f", "heldout_loss": "7.4f"},
+    "rm": {"loss": "7.4f", "accuracy": ".3f", "heldout_loss": "7.4f", "heldout_accuracy": ".3f"},
+    "ppo": {"score": "+.2f", "kl": ".2f", "gold": ".3f", "entropy": ".2f", "clip_frac": ".3f",
+            "explained_variance": "+.2f", "response_len": ".1f", "eos_rate": ".2f", "gold_heldout": ".3f"},
+    "trpo": {"score": "+.2f", "kl": ".2f", "reward": "+.2f", "gold": ".3f", "entropy": ".2f", "approx_kl": ".4f",
+             "surrogate_gain": ".3f", "step_fraction": ".2f", "explained_variance": "+.2f", "gold_heldout": ".3f"}}
 SHORT = {"entropy": "ent", "clip_frac": "clip", "explained_variance": "ev", "response_len": "len", "eos_rate": "eos",
-         "gold_heldout": "held"}  # how the screen names them
+         "gold_heldout": "held"}  # their names on the screen
+SILENCE = 10  # seconds after which a line is shown, whatever log_interval says
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the numbers of an iteration
+
+def rollout_metrics(rollout, has_eos, scores, rewards, old_logprobs, ref_logprobs, old_values, returns, entropy):
+    """The metrics of a scored rollout: tensors (B,) and (B, R) of the whole rollout -> {name: scalar tensor}."""
+    mask = rollout.mask
+    B, n_tokens = mask.size(0), mask.sum()
+    gap = (rollout.logprobs - old_logprobs)[mask].abs()
+    return {"score": scores.mean(), "kl": masked_mean(kl_estimate(old_logprobs, ref_logprobs), mask) * n_tokens / B,
+            "reward": rewards.sum() / B, "entropy": masked_mean(entropy, mask),
+            "explained_variance": explained_variance(old_values, returns, mask), "response_len": n_tokens / B,
+            "eos_rate": has_eos.float().mean(), "logprob_gap": gap.mean(), "logprob_gap_max": gap.max()}
+
+
+class Averages:
+    """Means and maxima over the passes of an update, and over all processes. Nothing waits for the device before
+    `reduce`."""
+    MAXIMA = ("ratio_first", "ratio_max")
+
+    def __init__(self):
+        self.sums, self.maxima = defaultdict(float), {}
+
+    def add(self, weight, **values):
+        """Adds weight * value for each; of those named in MAXIMA, the largest is kept."""
+        for name, value in values.items():
+            if name in self.MAXIMA:
+                self.maxima[name] = torch.maximum(self.maxima.get(name, value), value)
+            else:
+                self.sums[name] += value.detach() * weight
+
+    def reduce(self, n):
+        """{name: sum / n or maximum}, where the weights of all processes add up to n. All processes call it."""
+        means = [value / n for value in distributed.all_reduce_sum(*self.sums.values())]
+        return dict(zip(self.sums, means)) | dict(zip(self.maxima, distributed.all_reduce_max(*self.maxima.values())))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# metrics.jsonl and the screen
 
 
 class Metrics:
-    """metrics.jsonl, one line per iteration, and one aligned line on the screen every log_interval iterations.
+    """metrics.jsonl, one line per iteration, and an aligned line on the screen every log_interval iterations or SILENCE
+    seconds.
 
     The file is shared by the stages of an out_dir. Opening it drops this stage's lines past `start`, the iteration
     of the checkpoint that is resumed (0 for a fresh start, which drops all of them), and writes the header line."""
@@ -40,23 +94,24 @@ class Metrics:
                 if row and (row["stage"] != stage or (start > 0 and row.get("iter", 0) <= start))]
         if start == 0:
             kept.append((json.dumps(head), head))
-        first = distributed.is_first()  # the other processes count along in silence
+        first = distributed.is_first()  # the other processes keep count and write nothing
         if first:
-            with replacing(self.path) as file:
+            with atomic_write(self.path) as file:
                 file.write("".join(line + "\n" for line, _ in kept).encode())
 
-        ours = [row for _, row in kept if row["stage"] == stage]
+        stage_rows = [row for _, row in kept if row["stage"] == stage]
         self.rows, self.warned, self.widths = [head], set(), {}
-        for row in ours:
+        for row in stage_rows:
             if "iter" in row:
-                self.warnings(row)  # what was said before the run was interrupted is not said again
+                self.warnings(row)  # a warning given before the interruption is not repeated
         self.tensorboard = open_tensorboard(config, stage, start) if first and config.tensorboard else None
-        self.wandb = open_wandb(config, stage, (ours or [head])[0]) if first and config.wandb else None
-        self.began = self.last = time.time()
+        self.wandb = open_wandb(config, stage, (stage_rows or [head])[0]) if first and config.wandb else None
+        self.last = self.shown = time.time()
+        self.warm = None  # when the first iteration was done: it pays for warming up and would spoil the eta
 
-    def write(self, iteration, metrics, show):
-        """Appends {stage, iter, seconds, **metrics}. `show` names those for the screen with their formats; what is not
-        measured in every iteration comes last there. Prints the warnings of HEALTH, each once in a run."""
+    def write(self, iteration, metrics):
+        """Appends {stage, iter, seconds, **metrics}, shows COLUMNS if a line is due, and prints the warnings of HEALTH,
+        each once in a run."""
         now = time.time()
         row = {"stage": self.stage, "iter": iteration, "seconds": round(now - self.last, 4)}
         row |= {name: clean(value) for name, value in metrics.items()}
@@ -66,12 +121,14 @@ class Metrics:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
             raise OSError(f"could not write {self.path} ({error.strerror or error})") from error
-        if iteration % self.config.log_interval == 0 or iteration in (self.start + 1, self.config.max_iters):
-            left = (now - self.began) / (iteration - self.start) * (self.config.max_iters - iteration)
-            columns = [self.column(name, format(row[name], spec)) for name, spec in show.items()
+        due = iteration % self.config.log_interval == 0 or iteration in (self.start + 1, self.config.max_iters)
+        if due or now - self.shown >= SILENCE:
+            columns = [self.column(name, format(row[name], spec)) for name, spec in COLUMNS[self.stage].items()
                        if row.get(name) is not None]
             print(f"{self.stage} {iteration:>{len(str(self.config.max_iters))}}/{self.config.max_iters}  eta "
-                  f"{int(left) // 60:3}:{int(left) % 60:02}  " + "  ".join(columns), flush=True)
+                  f"{self.eta(iteration, now)}  " + "  ".join(columns), flush=True)
+            self.shown = now
+        self.warm = self.warm or now
         for warning in self.warnings(row):
             print(warning, flush=True)
 
@@ -84,8 +141,17 @@ class Metrics:
             self.wandb.log(numbers)
         return row
 
+    def eta(self, iteration, now):
+        """Time left, as minutes:seconds, from all iterations but the first; dashes before there is another."""
+        if iteration == self.config.max_iters:
+            return "  0:00"
+        if self.warm is None:
+            return "  -:--"
+        left = int((now - self.warm) / (iteration - self.start - 1) * (self.config.max_iters - iteration))
+        return f"{left // 60:3}:{left % 60:02}"
+
     def column(self, name, number):
-        """A number that is wider than any before it widens its column from here on."""
+        """The column's text. A number that is wider than any before it widens the column from here on."""
         self.widths[name] = max(self.widths.get(name, 0), len(number))
         return f"{SHORT.get(name, name)} {number:>{self.widths[name]}}"
 
@@ -113,8 +179,8 @@ def clean(value):
 
 
 def header(config, stage):
-    """The line that says what made the lines after it: flags, versions, device, commit."""
-    here = Path(__file__).parent
+    """The line that says how the lines after it were made: flags, versions, device, commit."""
+    here = Path(__file__).parents[1]
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True) \
         if (here / ".git").exists() else None
     cuda = torch.cuda.is_available() and config.device != "cpu"
@@ -126,19 +192,53 @@ def header(config, stage):
             "commit": git.stdout.strip() if git and git.returncode == 0 else None}
 
 
+def print_samples(rows):
+    """rows [(prompt, response, score, KL)] between two lines of metrics."""
+    for prompt, response, score, kl in rows:
+        print(f"    score {score:+.2f}  kl {kl:5.2f}  {prompt!r} -> {response!r}")
+
+
+def print_before_after(before, after):
+    """A table of such rows, of the same prompts before and after training."""
+    print("\nthe same questions before (SFT) and after (PPO): score, KL to the SFT policy, one sampled answer")
+    for rows in zip(before, after):
+        print(rows[0][0])
+        for name, (_, response, score, kl) in zip(("before", "after"), rows):
+            print(f"    {name:<7}{score:+6.2f}  {kl:6.2f}  {response!r}")
+
+
+@contextmanager
+def progress(what, state=lambda: ""):
+    """Prints `what`, the seconds so far and state() every SILENCE seconds while the block runs; nothing if it is
+    quick."""
+    done, began = threading.Event(), time.time()
+
+    def report():
+        while not done.wait(SILENCE):
+            print(f"{what}: {time.time() - began:.0f} s {state()}".rstrip(), flush=True)
+
+    thread = threading.Thread(target=report, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# the same numbers elsewhere; common.Flags.check has seen that the packages are there
+# the same numbers elsewhere; Flags.check has seen that the packages are there
 
 def open_tensorboard(config, stage, start):
     """A SummaryWriter in out_dir/tensorboard/<stage>. TensorBoard forgets what earlier files there say of iterations
-    after `start`: a run that is resumed goes on in the same curve, and one that replaces another begins it anew."""
+    after `start`: a resumed run continues its curve, and a run that replaces another begins a new one."""
     from torch.utils.tensorboard import SummaryWriter
     return SummaryWriter(config.folder / "tensorboard" / stage, purge_step=start + 1)
 
 
 def open_wandb(config, stage, first_line):
     """A run of Weights & Biases, its files under out_dir. Its id is made from the stage's header line, which a resumed
-    run keeps, so that it goes on in the same run. wandb's own environment variables apply (WANDB_MODE=offline)."""
+    run keeps, so that it continues the same run. wandb's environment variables apply (WANDB_MODE=offline)."""
     import wandb
     run = wandb.init(project="rlhf-ppo", group=config.folder.name, name=f"{config.folder.name}-{stage}",
                      dir=config.folder, config=dataclasses.asdict(config),
@@ -151,13 +251,13 @@ def open_wandb(config, stage, first_line):
 # ---------------------------------------------------------------------------------------------------------------------
 # when a number says that something is wrong
 #
-# A rule looks at `rows`: the header of a stage, then its lines so far. It may miss what is wrong, but it must not cry
-# over a healthy run: a metric that is noisy in one iteration is averaged over several.
+# A rule reads `rows`: the header of a stage, then its lines so far. No false alarms on healthy runs: a metric that is
+# noisy in one iteration is averaged over several, and a rule may miss a fault.
 
 def objective(row):
     """J = score - kl_coef * KL, what PPO maximises, whichever way the KL goes into the update; None without them."""
-    parts = [row.get(name) for name in ("score", "kl_coef", "kl")]
-    return None if None in parts else parts[0] - parts[1] * parts[2]
+    score, kl_coef, kl = (row.get(name) for name in ("score", "kl_coef", "kl"))
+    return None if None in (score, kl_coef, kl) else score - kl_coef * kl
 
 
 def objectives(rows):
@@ -184,17 +284,17 @@ def at_start(rows, metric):
 
 def moved(values):
     """The mean of the last 10 minus that of the 10 before, in standard errors of the difference; NaN without those."""
-    parts = values[-20:-10], values[-10:]
-    variance = sum(sum((x - mean(part)) ** 2 for x in part) / 9 / 10 for part in parts)
-    return (mean(parts[1]) - mean(parts[0])) / max(math.sqrt(variance), 1e-12)
+    halves = values[-20:-10], values[-10:]
+    variance = sum(sum((x - mean(part)) ** 2 for x in part) / 9 / 10 for part in halves)
+    return (mean(halves[1]) - mean(halves[0])) / max(math.sqrt(variance), 1e-12)
 
 
 def flag(rows, name):
     return rows[0]["flags"].get(name)
 
 
-def exact(rows):
-    """Whether two passes over the same tokens must agree to the last bit: float32 on a CPU, not compiled."""
+def bitwise(rows):
+    """Whether two passes over the same tokens agree to the last bit: float32 on a CPU, not compiled."""
     return not (rows[0]["cuda"] or flag(rows, "dtype") == "bfloat16" or flag(rows, "compile"))
 
 
@@ -256,10 +356,11 @@ HEALTH = (
          low=lambda rows: 0.1 * at_start(rows, "entropy"), when=gained_nothing),
     Rule("ratio_first", "ratio_first is {value:.1e}: the ratio was not 1 before any update",
          "the old log-probs are computed otherwise (temperature, dropout, shape of the passes) than the new ones",
-         "--dtype=float32, and no --compile", when=lambda rows: rows[-1]["ratio_first"] > (0 if exact(rows) else 0.05)),
+         "--dtype=float32, and no --compile",
+         when=lambda rows: rows[-1]["ratio_first"] > (0 if bitwise(rows) else 0.05)),
     Rule("logprob_gap", "logprob_gap is {value:.1e}: sampling and training disagree about the same tokens",
          "the passes with the KV cache compute something else than the whole ones", "--dtype=float32",
-         when=lambda rows: rows[-1]["logprob_gap"] > (1e-4 if exact(rows) else 0.05)),
+         when=lambda rows: rows[-1]["logprob_gap"] > (1e-4 if bitwise(rows) else 0.05)),
     Rule("clip_frac", "clip_frac is {value:.2f} over 5 iterations", "the steps are too long for the clip",
          "a lower --lr, or fewer --epochs", n=5, high=0.3),
     Rule("approx_kl", "approx_kl is {value:.2f} nats per token over 5 iterations",

@@ -1,14 +1,14 @@
 """
-Many processes, started by torchrun: who does which rows, and how the parts become one again. In a single process every
-function here gives back what it was given.
+Many processes, started by torchrun: sharding rows, gathering results, reducing metrics, sharded models. In a single
+process every function here is a no-op.
 
     torchrun --nproc_per_node=4 train_ppo.py               the same flags; --batch_size stays the batch of all together
     torchrun --nproc_per_node=4 train_ppo.py --fsdp        parameters, gradients and AdamW's moments are sharded too
 
-Every process samples, scores and trains its share of the rows, and holds the whole rollout: token ids and (B, R) floats
+Every process samples, scores and trains its shard of the rows, and holds the whole rollout: token ids and (B, R) floats
 are small beside a model. So whitening, KL, GAE and the metrics are the plain functions of ppo.py on the same tensors
-everywhere, every token weighs one over the tokens of all, and the gradients are summed. Dropout (train_sft.py) draws
-the same masks in each process, for its different rows.
+everywhere. Every token weighs one over the tokens of all processes, and the gradients are summed. Dropout
+(train_sft.py) draws the same masks in each process, for its different rows.
 """
 
 import os
@@ -20,9 +20,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-# How long a process waits for another that is alive. A dead one is noticed at once; but the others do wait while the
-# first writes a large checkpoint, or while one has the slowest answers of a reward function.
-PATIENCE = timedelta(minutes=10)
+# How long a process waits for another that is alive. A dead one is noticed at once. The others wait while the first
+# writes a large checkpoint, or while one has the slowest answers of a reward function.
+TIMEOUT = timedelta(minutes=10)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -34,39 +34,39 @@ def processes():
     if not dist.is_available() or not dist.is_torchelastic_launched():
         yield
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if is_first() else nowhere):
         yield
-    # Only after a good end: a process that failed must not wait here for the others, which may wait for it.
+    # Only after success: a process that failed must not wait here for the others, which may wait for it.
     dist.destroy_process_group()
 
 
-def is_loss(error):
-    """Whether an exception says that another process cannot be reached. gloo has no type of its own for that: it raises
-    a plain RuntimeError that begins with the place in its source."""
-    return joined() and (isinstance(error, dist.DistError)
+def is_lost_peer(error):
+    """Whether an exception says that another process cannot be reached. gloo has no type for that: it raises a plain
+    RuntimeError that begins with the place in its source."""
+    return is_distributed() and (isinstance(error, dist.DistError)
                          or type(error) is RuntimeError and "/gloo/transport/" in str(error))
 
 
-def say_alike(line):
-    """Prints on stderr the line (or None) that each process calls this with: the first prints its own, and the others
-    what differs from that. They wait for it, because torchrun ends all of them when one ends."""
+def print_once(line):
+    """Prints on stderr the line (or None) that each process calls this with: the first prints its line, the others only
+    a line that differs from it. They wait for it, because torchrun ends all of them when one ends."""
     if line and is_first():
         sys.stderr.write(f"{line}\n")
     if gather([line])[0] != line and line:
         sys.stderr.write(f"{line}\n")
 
 
-def joined():
+def is_distributed():
     return dist.is_available() and dist.is_initialized()
 
 
 def size():
-    return dist.get_world_size() if joined() else 1
+    return dist.get_world_size() if is_distributed() else 1
 
 
 def rank():
-    return dist.get_rank() if joined() else 0
+    return dist.get_rank() if is_distributed() else 0
 
 
 def is_first():
@@ -76,50 +76,62 @@ def is_first():
 
 def local_rank():
     """Which process of its machine this one is, and so which GPU it takes."""
-    return int(os.environ["LOCAL_RANK"]) if joined() else 0
+    return int(os.environ["LOCAL_RANK"]) if is_distributed() else 0
 
 
-def own(purpose):
-    """A generator's purpose that is this process's own, so that equal weights sample different tokens."""
+def per_rank(purpose):
+    """A generator's purpose that differs between processes, so that equal weights sample different tokens."""
     return purpose if is_first() else f"{purpose}, process {rank()}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # rows and numbers
 
-def share(rows):
+def shard(rows):
     """This process's rows of a tensor, a list or a record of tensors (a Rollout): a run of them, in order of rank."""
     if is_dataclass(rows):
-        return replace(rows, **{name: share(column) for name, column in vars(rows).items()})
+        return replace(rows, **{name: shard(column) for name, column in vars(rows).items()})
     n = len(rows)
     return rows[n * rank() // size():n * (rank() + 1) // size()]
 
 
+def fill_up(rows):
+    """A list of rows with its first rows repeated at the end, until all processes get as many."""
+    return rows + rows[:1] * (-len(rows) % size())
+
+
 def gather(rows, pad=0, **pads):
     """The rows of all processes, in order of rank. Tensors have as many rows in each; their columns, if they have any,
-    are padded on the right with `pad` to the most that one of them has, and those of a record with pads[its name]."""
+    are padded on the right with `pad` to the widest process's. The columns of a record are padded with pads[name]."""
     if size() == 1:
         return rows
     if is_dataclass(rows):
         return replace(rows, **{name: gather(column, pads.get(name, pad)) for name, column in vars(rows).items()})
     if isinstance(rows, list):
-        parts = [None] * size()
-        dist.all_gather_object(parts, rows)
-        return [row for part in parts for row in part]
+        gathered = [None] * size()
+        dist.all_gather_object(gathered, rows)
+        return [row for part in gathered for row in part]
     if rows.dim() == 2:
-        missing = int(largest(rows.size(1))[0]) - rows.size(1)
+        missing = int(all_reduce_max(rows.size(1))[0]) - rows.size(1)
         rows = torch.cat([rows, rows.new_full((rows.size(0), missing), pad)], dim=1)
-    parts = [torch.empty_like(rows) for _ in range(size())]
-    dist.all_gather(parts, rows.contiguous())
-    return torch.cat(parts)
+    gathered = [torch.empty_like(rows) for _ in range(size())]
+    dist.all_gather(gathered, rows.contiguous())
+    return torch.cat(gathered)
 
 
-def total(*values):
-    """The sum over all processes of each number, e.g. of shares of a mean."""
+def sum_tensor(x):
+    """x summed over all processes, in place."""
+    if size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def all_reduce_sum(*values):
+    """The sum over all processes of each number, e.g. of parts of a mean."""
     return reduce(values, dist.ReduceOp.SUM)
 
 
-def largest(*values):
+def all_reduce_max(*values):
     """The largest of all processes of each number."""
     return reduce(values, dist.ReduceOp.MAX)
 
@@ -146,9 +158,9 @@ def sum_gradients(params):
 # ---------------------------------------------------------------------------------------------------------------------
 # models that are sharded
 
-def place(device, config, *modules):
+def to_device(device, config, *modules):
     """Moves modules (or None) to the device; with --fsdp only a shard of each parameter, whose other parts are gathered
-    block by block as a pass comes to them [FSDP2, torch.distributed.fsdp.fully_shard]. Sets what --recompute says."""
+    block by block as a pass comes to them [FSDP2, torch.distributed.fsdp.fully_shard]. Sets --recompute on each."""
     for module in filter(None, modules):
         module.trunk.recompute = config.recompute
         if not config.fsdp:
@@ -159,26 +171,26 @@ def place(device, config, *modules):
         mesh = init_device_mesh(device.type, (size(),))
         for part in (*module.trunk.blocks, module):
             fully_shard(part, mesh=mesh, reshard_after_forward=reshards(part))
-            # The losses are shares of a mean over all rows, so gradients are summed and not averaged.
+            # The losses are parts of a mean over all rows, so gradients are summed and not averaged.
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
 
 
 def reshards(part):
-    """Whether a part is a shard again after its forward pass. A GPT's heads come after that, so what belongs to none of
-    its blocks stays whole: until a backward pass is through, or, in a model that has none, from its first pass on."""
+    """Whether a part is a shard again after its forward pass. A GPT's heads run after that, so the parameters outside
+    its blocks stay gathered: until a backward pass is through, or, in a frozen model, from its first pass on."""
     return not hasattr(part, "policy_head")
 
 
 @contextmanager
-def whole_on_each(model):
+def unsharded(model):
     """Gathers a sharded model for the block: in sampling, processes stop at different steps, so none can wait there."""
-    parts = [module for module in model.modules() if hasattr(module, "unshard")]
-    for part in parts:
+    sharded = [module for module in model.modules() if hasattr(module, "unshard")]
+    for part in sharded:
         part.unshard()
         part.set_reshard_after_forward(False, recurse=False)
     yield
-    for part in parts:
+    for part in sharded:
         part.set_reshard_after_forward(reshards(part), recurse=False)
         part.reshard()
 
@@ -187,17 +199,18 @@ def is_sharded(tensor):
     return hasattr(tensor, "full_tensor")
 
 
-def whole(value):
-    """value, a tensor or a dict or list of such, with each sharded tensor whole, on the CPU. All processes call it."""
+def full_tensors(value):
+    """value, a tensor or a dict or list of such, with each sharded tensor gathered on the CPU. All processes must call
+    it."""
     if isinstance(value, dict):
-        return {key: whole(item) for key, item in value.items()}
+        return {key: full_tensors(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [whole(item) for item in value]
+        return [full_tensors(item) for item in value]
     return value.full_tensor().cpu() if is_sharded(value) else value
 
 
 def shard_like(value, param):
-    """A whole tensor cut as param is, if it is sharded and of value's shape; else value as it is."""
+    """A full tensor cut as param is, if param is sharded and has value's shape; else value as given."""
     if not is_sharded(param) or value.shape != param.shape:
         return value
     from torch.distributed.tensor import distribute_tensor

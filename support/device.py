@@ -1,0 +1,136 @@
+"""
+Device and precision: where tensors live, how passes are run (bfloat16, torch.compile, rows at a time), seeded
+generators, and a clock that waits for the GPU.
+"""
+
+import ctypes
+import hashlib
+import time
+from functools import partial
+
+import torch
+
+from support import distributed
+from support.flags import require
+
+
+def pick_device(config):
+    """--device -> torch.device. Of several processes on a machine, each takes the GPU of its local rank. Raises
+    UserError if cuda was asked for and is not there, or if there are fewer GPUs than processes."""
+    cuda = torch.cuda.is_available()
+    require(cuda or config.device != "cuda", "--device=cuda was asked for, but torch sees no CUDA device: install a "
+                                             "CUDA build of torch, or leave the flag out to run on the CPU")
+    device = torch.device("cuda" if cuda and config.device != "cpu" else "cpu")
+    if device.type == "cuda" and distributed.is_distributed():
+        gpus = torch.cuda.device_count()
+        require(distributed.local_rank() < gpus, f"each process needs its own GPU and this machine has {gpus}: "
+                                                 "lower --nproc_per_node")
+        torch.cuda.set_device(distributed.local_rank())
+    return device
+
+
+def setup(config):
+    """Resolves --device and --dtype, seeds torch and returns (device, autocast); use it as `with autocast():`.
+    Weights and optimizer stay float32 either way: bfloat16 weights would swallow updates of RLHF's size."""
+    device = pick_device(config)
+    bf16 = config.dtype == "bfloat16"
+    if device.type == "cuda":
+        supported = torch.cuda.is_bf16_supported(including_emulation=False)
+        require(supported or not bf16, "--dtype=bfloat16 was asked for, but this GPU has none: use --dtype=float32")
+        bf16 = supported and config.dtype != "float32"
+        torch.set_float32_matmul_precision("high")  # TF32 for products that stay float32; on a CPU float32 is exact
+    else:
+        keep_freed_memory()
+    torch.manual_seed(config.seed)
+    return device, partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=bf16)
+
+
+def keep_freed_memory():
+    """Keeps freed memory in this process, where the C library is glibc; elsewhere this is a no-op. glibc gives a large
+    block back to the kernel as soon as a tensor is freed, and the next tensor of that size pays a page fault for every
+    4 kB: on a CPU up to a quarter of a pass."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(-4, 0)   # M_MMAP_MAX: no block gets a mapping that free() would unmap
+    mallopt(-1, -1)  # M_TRIM_THRESHOLD: the end of the heap is never given back
+
+
+def describe(device, autocast, recompute=False):
+    """One line for the screen: device and precision as resolved, and --recompute."""
+    with autocast():
+        dtype = "bfloat16 autocast" if torch.is_autocast_enabled(device.type) else "float32"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    processes = f"{distributed.size()} processes on " if distributed.size() > 1 else ""
+    activations = ", activations recomputed" if recompute else ""
+    return f"{processes}{device.type} ({name}), {dtype}{activations}, torch {torch.__version__}"
+
+
+def maybe_compile(fn, enabled):
+    """fn under torch.compile with dynamic shapes, if enabled. Prints how long the first call took, and the first call
+    with gradients, which is another graph. Without a working compiler it says so once and runs eagerly."""
+    if not enabled:
+        return fn
+    compiled, state, ran = torch.compile(fn, dynamic=True), {"broken": False}, set()
+    name = getattr(getattr(fn, "func", fn), "__name__", type(fn).__name__)  # func: of a partial
+
+    def call(*args, **kwargs):
+        if state["broken"]:
+            return fn(*args, **kwargs)
+        kind, began = "with gradients " if torch.is_grad_enabled() else "", time.perf_counter()
+        try:
+            result = compiled(*args, **kwargs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            state["broken"] = True
+            print(f"torch.compile failed ({str(error).splitlines()[0][:120]}): running without it")
+            return fn(*args, **kwargs)
+        if kind not in ran:
+            ran.add(kind)
+            print(f"torch.compile: {name} {kind}took {time.perf_counter() - began:.1f} s at first")
+        return result
+
+    return call
+
+
+def micro_batch_size(rows, given, floats_per_row, by_length=False, budget=256e6):
+    """Rows per forward pass, of each process's shard of a step's rows: `given`, which must divide the shard, or the
+    largest divisor whose float32 logits (or activations, where there are no logits) stay under `budget` bytes. A
+    divisor makes all passes alike. Where rows are sorted by_length, at most a quarter of them or 32 share a pass: a
+    single pass would be as wide as the longest row of all. Raises UserError."""
+    n = distributed.size()
+    require(rows % n == 0, f"{rows} rows of a step cannot be shared evenly by {n} processes: make --batch_size (for "
+                           "train_ppo.py: divided by --minibatches) a multiple of their number")
+    rows //= n
+    if given is not None:
+        whose = "a step" if n == 1 else "a process in a step"
+        require(rows % given == 0, f"--micro_batch_size={given} must divide the {rows} rows of {whose}: {rows} = "
+                                   f"{rows // given} x {given} + {rows % given}")
+        return given
+    fits = max(1, int(budget / (4 * floats_per_row)))
+    if by_length:
+        fits = min(fits, max(32, rows // 4))
+    return max(n for n in range(1, rows + 1) if rows % n == 0 and n <= fits)
+
+
+def generator(device, *seeds):
+    """A torch.Generator for one purpose, so that no purpose disturbs another's random numbers."""
+    seed = int.from_bytes(hashlib.sha256(repr(seeds).encode()).digest()[:7], "little")
+    return torch.Generator(device).manual_seed(seed)
+
+
+class Clock:
+    """Seconds per phase. A GPU works asynchronously, so each lap waits for it first."""
+
+    def __init__(self, device):
+        self.device, self.then, self.seconds = device, time.perf_counter(), {}
+
+    def lap(self, phase=None):
+        """Seconds since the lap before; kept in `seconds` under the phase's name, if it has one."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now, then = time.perf_counter(), self.then
+        self.then = now
+        if phase:
+            self.seconds[phase] = now - then
+        return now - then

@@ -1,0 +1,264 @@
+"""
+Command-line flags: one dataclass field per flag. The field's trailing comment is its domain and its --help, so that a
+flag, its default, its domain and its explanation stand in one place.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import importlib.util
+import inspect
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Optional, get_args, get_type_hints
+
+from support import distributed
+
+
+class UserError(ValueError):
+    """A wrong flag, file or combination: one sentence for the person at the keyboard, exit code 2."""
+
+
+def require(condition, sentence):
+    if not condition:
+        raise UserError(sentence)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the flags that every train script has
+
+@dataclass
+class Flags:
+    """Scripts add flags and set other defaults. A comment may begin with the domain, an interval or words with bars
+    between them; a comment line of its own is the heading of a group in --help."""
+    # data and files
+    data: str = "atlas"                 # atlas (built in), or a .jsonl / .jsonl.gz file
+    tokenizer: Optional[str] = None     # atlas, bytes, a tiktoken name or a .tiktoken file; default: atlas or gpt2
+    out_dir: Optional[str] = None       # checkpoints and metrics.jsonl go here; default: out/<data>
+    init_from: Optional[str] = None     # where the weights start from
+    skip_bad: bool = False              # count rows of --data that cannot be read instead of stopping at the first
+    resume: bool = False                # continue from this stage's checkpoint in out_dir
+    overwrite: bool = False             # replace this stage's checkpoint in out_dir
+    save_interval: int = 100            # [1, inf) iterations between checkpoints; the last iteration always saves
+    log_interval: int = 10              # [1, inf) iterations between lines on the screen; metrics.jsonl gets every one
+    tensorboard: bool = False           # write the metrics to out_dir/tensorboard, too (pip install tensorboard)
+    wandb: bool = False                 # send the metrics to Weights & Biases, too (pip install wandb)
+    # a model from scratch
+    n_layer: Optional[int] = None       # [1, inf) layers; default 2, or the checkpoint's
+    n_head: Optional[int] = None        # [1, inf) attention heads; default 4, or the checkpoint's
+    n_embd: Optional[int] = None        # [1, inf) width; default 128, or the checkpoint's
+    block_size: Optional[int] = None    # [2, inf) longest prompt + response; default 256, or the checkpoint's
+    # optimizer
+    max_iters: int = 0                  # [1, inf) iterations of this stage
+    batch_size: int = 0                 # [1, inf) rows per iteration, of all processes together
+    lr: float = 0.0                     # [0, inf) AdamW's learning rate
+    lr_decay_iters: Optional[int] = None  # [1, inf) lower lr linearly to 0 over this many iterations; default: constant
+    grad_clip: float = 1.0              # (0, inf) gradients of a larger norm are scaled down to it
+    max_bad_steps: int = 3              # [1, inf) stop after this many steps in a row with a non-finite gradient
+    # machine
+    seed: int = 0                       # [0, 9e18] everything random follows from it; report several, PPO seeds differ
+    device: str = "auto"                # auto|cpu|cuda: auto takes cuda if there is one
+    dtype: str = "auto"                 # auto|float32|bfloat16: autocast; auto is bfloat16 on cuda and float32 on cpu
+    compile: bool = False               # torch.compile the training passes; the first iterations then take minutes
+    micro_batch_size: Optional[int] = None  # [1, inf) rows per forward pass; lower it when memory runs out
+    recompute: bool = False             # activation checkpointing: less memory per row, for a third more arithmetic
+    fsdp: bool = False                  # under torchrun: shard parameters and AdamW's moments over the processes
+
+    # Flags that train_ppo.py passes to the earlier stages it runs. Other flags keep those stages' own defaults.
+    INHERITED: ClassVar[tuple] = ("data", "tokenizer", "out_dir", "seed", "device", "dtype", "fsdp", "recompute",
+                                  "n_layer", "n_head", "n_embd", "block_size", "skip_bad", "tensorboard", "wandb")
+
+    def check(self):
+        """Raises UserError for a value outside its domain, a missing data file or package, or flags at odds."""
+        check_domains(self)
+        require(self.data == "atlas" or Path(self.data).exists(), f"--data={self.data}: No such file or directory: "
+                "give a file that can be read")
+        require(not (self.resume and self.overwrite), "--resume continues a checkpoint and --overwrite replaces it: "
+                                                      "give one of them")
+        require(distributed.is_distributed() or not self.fsdp, "--fsdp shards a model over processes: start the script "
+                "with torchrun --nproc_per_node=N, or leave the flag out")
+        require(not (self.fsdp and self.compile), "--fsdp and --compile have not been made to work together: leave one "
+                                                  "of them out")
+        n = distributed.size()
+        if self.batch_size % n:  # the script's name is in the sentence, because train_ppo.py checks earlier stages, too
+            script = Path(inspect.getsourcefile(type(self))).name
+            raise UserError(f"{script} takes {self.batch_size} rows per iteration, which {n} processes cannot share "
+                            f"evenly: run that script with a --batch_size that is a multiple of {n}, or start another "
+                            "number of processes")
+        for package in ("tensorboard", "wandb"):
+            require(not getattr(self, package) or importlib.util.find_spec(package), f"--{package} needs the package "
+                    f"{package}: pip install {package}, or leave the flag out")
+
+    @property
+    def folder(self):
+        """Path of out_dir, the default resolved."""
+        return Path(self.out_dir or Path("out") / re.sub(r"\.jsonl(\.gz)?$", "", Path(self.data).name))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reading the comments
+
+FIELD = re.compile(r"^    (\w+):[^#\n]*#[ ]*(?:([\[(][^\])]*[\])]) |(\w+(?:\|\w+)+)(?=[:;,]|$))?(.*)$")
+HEADING = re.compile(r"^    # ([^.]+)$")
+
+
+def describe_flags(config_class):
+    """{flag: (domain, help)}, and [(heading, [flags])] in the order of the source: a script's flags, then inherited
+    ones. The domain is a text such as "[0, 1]", a tuple of words, or None."""
+    described, groups = {}, []
+    for cls in config_class.__mro__[:-1]:
+        sections = [("", [])]
+        for line in inspect.getsource(cls).splitlines():
+            if heading := HEADING.match(line):
+                sections.append((heading[1], []))
+            elif (field := FIELD.match(line)) and field[1] not in described:
+                name, interval, words, text = field.groups()
+                described[name] = (tuple(words.split("|")) if words else interval,
+                                   (interval + " " if interval else words or "") + text)
+                sections[-1][1].append(name)
+        groups += [group for group in sections if group[1]]
+    return described, groups
+
+
+def check_domains(config):
+    """Raises UserError for a flag whose value is not one of the words, or not in the interval, of its comment."""
+    for name, (domain, _) in describe_flags(type(config))[0].items():
+        value = getattr(config, name)
+        if value is None or domain is None:
+            continue
+        if isinstance(domain, tuple):
+            require(value in domain, f"--{name}={value} must be one of {', '.join(domain)}")
+        else:
+            low, high = (float(bound) for bound in domain[1:-1].split(","))
+            inside = (low <= value if domain[0] == "[" else low < value) and \
+                     (value <= high if domain[-1] == "]" else value < high)  # NaN is inside nothing
+            require(inside, f"--{name}={value} must lie in {domain}")
+
+
+def refuse_given(config, names, why):
+    """Raises UserError for the first of these flags that was given on the command line, or does not have its default:
+    it would do nothing in this run."""
+    defaults, given = {field.name: field.default for field in dataclasses.fields(config)}, getattr(config, "given", ())
+    for name in names:
+        value = getattr(config, name)
+        require(value == defaults[name] and name not in given, f"--{name}={value} would do nothing {why}: leave it out")
+
+
+def check_ppo(config):
+    """Raises UserError for flags of train_ppo.py that are wrong, at odds, or without effect together."""
+    require(config.kl_kind != "k1", "--kl_kind=k1 in the loss does nothing: the expected gradient of log pi - log "
+                                    "pi_ref over the policy's own samples is zero; use k2 or k3")
+    Flags.check(config)
+    B, n, k = config.batch_size, config.minibatches, config.samples_per_prompt
+    if config.advantage == "group":
+        refuse_given(config, ("critic", "vf_coef", "value_clip", "lam"), "with --advantage=group")
+        require(k > 1, "--advantage=group compares the responses to a prompt with each other: set "
+                       "--samples_per_prompt to 2 or more")
+    require(B % k == 0, f"--batch_size={B} must be a multiple of --samples_per_prompt={k}")
+    require(B % n == 0, f"--batch_size={B} must be a multiple of --minibatches={n}, but {B} = {n} x {B // n} + {B % n}")
+    require(config.kl_in == "loss" or config.kl_kind is None, "--kl_kind is for --kl_in=loss; in the reward the KL is "
+            "always k1, the only one with the right gradient there")
+    require(config.kl_target is None or config.kl_coef > 0, "--kl_target steers by multiplying kl_coef, so --kl_coef=0 "
+            "would stay 0: give a start above 0")
+    require(config.reward == "rm" or config.rm is None, "--rm names a reward model, but --reward names a function: "
+            "give one of them")
+
+
+def resolve_sizes(config, model=None):
+    """{n_layer, n_head, n_embd, block_size}: the flags or their defaults, or else the `model` fields of a checkpoint.
+    Raises UserError if a flag asks for another size than the checkpoint's."""
+    defaults = model or {"n_layer": 2, "n_head": 4, "n_embd": 128, "block_size": 256}
+    sizes = {}
+    for name in ("n_layer", "n_head", "n_embd", "block_size"):
+        given = getattr(config, name)
+        require(model is None or given in (None, model[name]), f"--{name}={given} does not match the checkpoint's "
+                f"{name}={model and model[name]}: leave the flag out, or use another --out_dir")
+        sizes[name] = defaults[name] if given is None else given
+    return sizes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the command line
+
+def parse_flags(config_class, argv=None, description=None):
+    """Command line -> config_class. --lr=1e-5, --lr 1e-5, --kl-coef and --kl_coef all work, --compile is
+    --compile=true, and none stands for None. Exits with code 2 and one sentence for anything else."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def fail(message):
+        distributed.print_once(f"{parser.prog}: {message} (--help lists the flags)")
+        raise SystemExit(2)
+
+    parser.error = fail
+    fields, hints = {field.name: field for field in dataclasses.fields(config_class)}, get_type_hints(config_class)
+    described, groups = describe_flags(config_class)
+    for heading, names in groups:
+        group = parser.add_argument_group(heading or "flags")
+        for name in names:
+            kinds, default = get_args(hints[name]) or (hints[name],), fields[name].default
+            spellings = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])
+            group.add_argument(*spellings, dest=name, default=argparse.SUPPRESS, metavar=kinds[0].__name__.upper(),
+                               type=flag_type(kinds), help=described[name][1].replace("%", "%%")
+                               + ("" if default is None else f" [{default}]"),
+                               **({"nargs": "?", "const": True} if kinds[0] is bool else {}))
+    values, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].split("=")[0]
+        close = difflib.get_close_matches(name.replace("-", "_").replace("__", "--", 1),
+                                          [f"--{field}" for field in fields], n=1)
+        fail(f"unknown flag {name}" + (f", did you mean {close[0]}?" if close else ""))
+    config = config_class(**vars(values))
+    config.given = set(vars(values))
+    return config
+
+
+def flag_type(kinds):
+    """The function that turns a flag's text into its type; kinds is (type,) or (type, NoneType)."""
+    def convert(text):
+        if type(None) in kinds and text.lower() == "none":
+            return None
+        if kinds[0] is bool:
+            if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+                raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+            return text.lower() in ("true", "1", "yes")
+        try:
+            return kinds[0](text)
+        except ValueError:
+            name = {int: "whole number", float: "number"}[kinds[0]]
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {name}") from None
+    return convert
+
+
+def run_script(train, config_class, description, *errors):
+    """Runs `python train_x.py --flags`. An error that you can mend (UserError and the given errors) ends in a sentence
+    and code 2. A number that is not finite, a failed disk or a lost process ends in a sentence and code 1. Anything
+    else is a bug and keeps its traceback."""
+    with distributed.processes():
+        config, script = parse_flags(config_class, description=description), Path(sys.argv[0]).name
+        if distributed.size() > 1 and hasattr(config, "check"):  # train checks again, but in each process by itself
+            refusal = None
+            try:
+                config.check()
+            except UserError as error:
+                refusal = f"{script}: {error}"
+            distributed.print_once(refusal)
+            if refusal:
+                raise SystemExit(2)
+        try:
+            return train(config)
+        except (UserError, *errors, FloatingPointError, OSError, RuntimeError) as error:
+            if distributed.is_lost_peer(error):
+                error = f"another process is gone or cannot be reached, and may have said why ({str(error)[:120]})"
+            elif isinstance(error, RuntimeError):
+                raise
+            process = f"process {distributed.rank()}: " if distributed.size() > 1 else ""
+            sys.stderr.write(f"{script}: {process}{error}\n")  # in one piece, where several processes write
+            raise SystemExit(2 if isinstance(error, (UserError, *errors)) else 1) from None
+
+
+def require_one_process(what):
+    """Raises UserError under torchrun, for code that would do the same work in each process."""
+    require(not distributed.is_distributed(), f"{what} runs in a single process: start it without torchrun")

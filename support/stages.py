@@ -1,0 +1,126 @@
+"""
+The models of earlier stages: loading them, checking that they fit, and training those that are missing. The train
+modules are passed in by train_ppo.py, so that this file imports none of them.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Optional
+
+from data import load_prompts
+from model import GPT, GPTConfig
+from reward_model import RewardModel
+from support import distributed
+from support.checkpoint import load_checkpoint
+from support.device import describe, micro_batch_size
+from support.flags import require, resolve_sizes
+from support.metrics import progress
+from tokenizer import run_tokenizer
+
+
+def prepare(config, **trainers):
+    """Checks everything that can be wrong with PPO's flags and files, then trains the missing stages with `trainers`
+    {stage: train module}. Returns the run's encoding, its tokenizer_id and the Split of its prompts."""
+    sft_path = config.init_from or config.folder / "sft.pt"
+    sft = load_checkpoint(sft_path, "sft") if config.init_from or sft_path.exists() else None
+    encoding, tokenizer = run_tokenizer(config.tokenizer, config.data, sft and sft["tokenizer"])
+    block_size = resolve_sizes(config, sft and sft["model_config"])["block_size"]
+    with progress(f"reading {config.data}"):
+        split = load_prompts(config.data, encoding, block_size, config.max_new_tokens, config.skip_bad)
+    rows_per_pass(config, encoding)
+    if config.rm:
+        load_reward_model(config, tokenizer, block_size)
+    train_missing(config, trainers)
+    return encoding, tokenizer, split
+
+
+def rows_per_pass(config, encoding):
+    """Responses per forward pass of PPO's update. Raises UserError if the flags do not divide."""
+    return micro_batch_size(config.batch_size // config.minibatches, config.micro_batch_size,
+                            config.max_new_tokens * encoding.n_vocab, by_length=True)
+
+
+def train_missing(config, trainers):
+    """Trains sft.pt and rm.pt in out_dir where they are missing or unfinished, with those stages' own defaults."""
+    inherited, missing = {name: getattr(config, name) for name in config.INHERITED}, []
+    for stage, needed in (("sft", config.init_from is None), ("rm", config.rm is None and config.reward == "rm")):
+        path = config.folder / f"{stage}.pt"
+        saved = load_checkpoint(path, stage) if needed and path.exists() else None
+        if needed and not (saved and saved["finished"]):
+            flags = saved["flags"] | {"resume": True, "overwrite": False} if saved else {}
+            flags |= {"init_from": config.init_from} if stage == "rm" else {}
+            stage_config = trainers[stage].Config(**flags | inherited)
+            stage_config.check()  # all of them before the first trains
+            missing.append((path, stage, stage_config))
+    for path, stage, stage_config in missing:
+        print(f"{path} is {'unfinished' if stage_config.resume else 'not there'}: running train_{stage}.py first\n")
+        trainers[stage].train(stage_config)
+        print()
+
+
+@dataclass
+class Models:
+    """The models that PPO starts from, and {stage: sha256} of the checkpoints that they were read from."""
+    policy: GPT
+    reference: GPT                       # the SFT policy, frozen
+    critic: Optional[GPT]                # None: the policy's own value head, or --advantage=group
+    reward_model: Optional[RewardModel]  # None: --reward is a function
+    sources: dict
+
+
+def load_models(config, tokenizer, device):
+    """The Models of a run whose earlier stages are there. A separate critic starts as the reward model, or else as the
+    SFT policy with a value of 0."""
+    sft = load_checkpoint(config.init_from or config.folder / "sft.pt", "sft")
+    policy, reward_model, rm, critic = load_policy(sft), None, {}, None
+    if config.reward == "rm":
+        reward_model, rm = load_reward_model(config, tokenizer, policy.config.block_size)
+        if rm["sources"]["sft"] != sft["sha256"]:
+            print("note: the reward model was calibrated on another SFT policy, so its scores are not in units of this "
+                  "one")
+    if config.critic == "separate":
+        critic = reward_model.as_critic() if reward_model else load_policy(sft)
+    sources = {"sft": sft["sha256"], "rm": rm.get("sha256")}
+    reference = load_policy(sft).requires_grad_(False)
+    distributed.to_device(device, config, policy, reference, critic, reward_model)
+    return Models(policy, reference, critic, reward_model, sources)
+
+
+def print_summary(config, models, experience, split):
+    """What is about to run: sizes, device, data, flags."""
+    micro, V = experience.micro_batch_size, experience.encoding.n_vocab
+    print(f"train_ppo: {models.policy.n_params:,} parameters on "
+          f"{describe(experience.device, experience.autocast, config.recompute)}, tokenizer {experience.encoding.name} "
+          f"({V:,} ids)\n{config.data}: {'; '.join(split.report)}\n{config.batch_size} responses per rollout, "
+          f"{config.epochs} epochs x {config.minibatches} minibatches of {config.batch_size // config.minibatches} = "
+          f"{config.epochs * config.minibatches} optimizer steps per rollout, {micro} responses per forward pass "
+          f"({4e-6 * micro * config.max_new_tokens * V:.0f} MB of logits)")
+    print(" ".join(f"{name}={value}" for name, value in asdict(config).items() if value is not None))
+
+
+def load_policy(checkpoint, device="cpu"):
+    """The GPT of a checkpoint, in eval mode for good: with dropout the same policy would give other log-probs on every
+    pass, and the ratio would measure that."""
+    policy = GPT(GPTConfig(**checkpoint["model_config"])).to(device).eval()
+    policy.load_state_dict(checkpoint["model"], strict=True)
+    return policy
+
+
+def load_reward_model(config, tokenizer, block_size, device="cpu"):
+    """(RewardModel in eval mode without gradients, its checkpoint). Raises UserError if it has another tokenizer, or
+    reads fewer than the block_size tokens that the policy may write. Prints a note if it was calibrated on other
+    answers."""
+    checkpoint = load_checkpoint(config.rm or config.folder / "rm.pt", "rm")
+    theirs = checkpoint["tokenizer"]
+    require(theirs["sha256"] == tokenizer["sha256"], f"the reward model's tokenizer is {theirs['name']} "
+            f"({theirs['n_vocab']:,} ids) and the policy's {tokenizer['name']} ({tokenizer['n_vocab']:,} ids): "
+            "train both with the same --tokenizer")
+    reads = checkpoint["model_config"]["block_size"]
+    require(reads >= block_size, f"the reward model reads {reads} tokens and the policy may write {block_size}: "
+            "train both from the same SFT checkpoint")
+    for name in ("max_new_tokens", "temperature"):
+        if checkpoint["flags"][name] != getattr(config, name):
+            print(f"note: the reward model was calibrated at --{name}={checkpoint['flags'][name]}, and this run has "
+                  f"{getattr(config, name)}, so scores may not start at mean 0 and std 1: train_rm.py has the flag too")
+    reward_model = RewardModel(GPTConfig(**checkpoint["model_config"])).to(device).eval().requires_grad_(False)
+    reward_model.load_state_dict(checkpoint["model"], strict=True)
+    return reward_model, checkpoint

@@ -1,0 +1,146 @@
+"""Tests of support/device.py: device, precision, compilation, rows per pass, generators."""
+
+import platform
+import re
+import subprocess
+import sys
+from contextlib import nullcontext
+from functools import partial
+
+import pytest
+import torch
+
+import support.device as device_module
+from paths import ROOT
+from support.device import describe, generator, maybe_compile, micro_batch_size, pick_device, setup
+from support.flags import UserError
+from tiny import Config
+
+
+def test_cuda_that_is_not_there_is_refused_and_auto_falls_back(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device(Config()).type == "cpu"
+    with pytest.raises(UserError, match="--device=cuda"):
+        pick_device(Config(device="cuda"))
+
+
+@pytest.mark.parametrize("dtype, expected",
+                         [("auto", torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_dtype_on_a_cpu_decides_what_a_matrix_product_computes_in(dtype, expected):
+    device, autocast = setup(Config(device="cpu", dtype=dtype))
+    with autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == expected
+    assert ("bfloat16" in describe(device, autocast)) == (expected == torch.bfloat16)
+
+
+def test_bfloat16_is_refused_on_a_gpu_without_it_and_auto_falls_back(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
+    with pytest.raises(UserError, match="--dtype=bfloat16 was asked for, but this GPU has none"):
+        setup(Config(dtype="bfloat16"))
+    asked = []
+    monkeypatch.setattr(torch, "autocast",
+                        lambda device, dtype, enabled: asked.append((device, enabled)) or nullcontext())
+    device, autocast = setup(Config(dtype="auto"))
+    with autocast():
+        pass
+    assert device.type == "cuda" and asked == [("cuda", False)]
+
+
+FAULTS = """
+import resource, torch, train_ppo
+from support import device
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(2):
+    torch.ones(10 ** 7)
+    before = faults()
+    for _ in range(10):
+        torch.ones(10 ** 7)
+    print(faults() - before)
+    device.setup(train_ppo.Config(device="cpu"))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators decide for themselves")
+def test_on_a_cpu_freed_memory_is_used_again():
+    """Fetched from the kernel each time, every page would cost a fault."""
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True,
+                          cwd=ROOT)
+    before, after = map(int, done.stdout.split())
+    assert after < before / 5  # of ten tensors' pages those of one at most, where the heap has holes
+
+
+@pytest.mark.parametrize("error", [AttributeError, OSError, TypeError])  # musl and macOS, no C library, Windows
+def test_without_glibc_memory_is_left_to_the_allocator_that_there_is(error, monkeypatch):
+    def no_mallopt(name):
+        raise error
+    monkeypatch.setattr(device_module.ctypes, "CDLL", no_mallopt)
+    setup(Config(device="cpu"))
+
+
+@pytest.mark.parametrize("error", [
+    torch._dynamo.exc.BackendCompilerFailed("inductor", RuntimeError("no C++ compiler"), None),
+    torch._dynamo.exc.TorchDynamoException("no compiler")])
+def test_compile_without_a_compiler_says_so_once_and_runs_eagerly(error, monkeypatch, capsys):
+    attempts = []
+
+    def broken(*args):
+        attempts.append(args)
+        raise error
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: broken)
+    double = maybe_compile(lambda x: 2 * x, True)
+    assert [double(3), double(4)] == [6, 8]
+    assert len(attempts) == 1 and capsys.readouterr().out.count("torch.compile failed") == 1
+
+
+def test_compile_says_how_long_the_first_calls_took(monkeypatch, capsys):
+    """The first call without gradients and the first with them compile a graph each."""
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+
+    def double(x, by=2):
+        return by * x
+    for function, name in ((double, "double"), (partial(double, by=2), "double"), (torch.nn.Identity(), "Identity")):
+        compiled = maybe_compile(function, True)
+        for grad in (False, True, False, True):
+            with torch.set_grad_enabled(grad):
+                assert compiled(3) == function(3)
+        lines = capsys.readouterr().out.splitlines()
+        assert [re.sub(r"\d+\.\d", "N", line) for line in lines] == [
+            f"torch.compile: {name} took N s at first", f"torch.compile: {name} with gradients took N s at first"]
+
+
+def test_compile_hides_no_error_of_the_function_itself(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    with pytest.raises(ZeroDivisionError):
+        maybe_compile(lambda x: x / 0, True)(1)
+    assert maybe_compile(len, False) is len
+
+
+def test_generators_differ_by_purpose_and_spare_the_global_one():
+    before = torch.get_rng_state()
+    draws = [torch.rand(4, generator=generator("cpu", *seeds)).tolist()
+             for seeds in ((0, "a", 1), (0, "a", 2), (0, "b", 1), (1, "a", 1), (0, "a1"), (0, "a", 11),
+                           (0, "a", 1, 1))]
+    assert len({tuple(draw) for draw in draws}) == len(draws)
+    assert torch.rand(4, generator=generator("cpu", 0, "a", 1)).tolist() == draws[0]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("rows, given, logits, size", [
+    (12, None, 1, 12), (12, 3, 10**12, 3), (12, None, 256e6 / 4 / 5, 4), (12, None, 10**12, 1),
+    (7, None, 256e6 / 4 / 6, 1)])
+def test_micro_batch_is_the_flag_or_the_largest_divisor_in_budget(rows, given, logits, size):
+    assert micro_batch_size(rows, given, logits) == size
+
+
+@pytest.mark.parametrize("rows, given, logits, size", [(128, None, 1, 32), (90, None, 1, 30), (24, None, 1, 24),
+                                                        (512, None, 1, 128), (512, None, 1e6, 64), (128, 64, 1, 64)])
+def test_many_rows_sorted_by_length_make_four_passes(rows, given, logits, size):
+    assert micro_batch_size(rows, given, logits, by_length=True) == size
+
+
+def test_a_micro_batch_that_does_not_divide_is_refused_with_the_arithmetic():
+    with pytest.raises(UserError,
+                       match=r"--micro_batch_size=5 must divide the 12 rows of a step: 12 = 2 x 5 \+ 2"):
+        micro_batch_size(12, 5, 1)

@@ -1,0 +1,152 @@
+"""Tests of support/flags.py: flags from the command line, their domains and their help."""
+
+import dataclasses
+import math
+import sys
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+
+import sample
+import train_ppo
+import train_rm
+import train_sft
+from support.flags import Flags, UserError, check_domains, describe_flags, parse_flags, resolve_sizes, run_script
+from tiny import Config
+
+CONFIGS = [train_sft.Config, train_rm.Config, train_ppo.Config, sample.Config]
+
+
+@pytest.mark.parametrize("argv, name, value", [
+    ("--lr=1e-5", "lr", 1e-5), ("--lr 1e-5", "lr", 1e-5), ("--kl-coef=2", "kl_coef", 2.0),
+    ("--kl_coef=2", "kl_coef", 2.0), ("--kl-coef 2", "kl_coef", 2.0), ("--compile", "compile", True),
+    ("--compile=true", "compile", True), ("--compile=false", "compile", False),
+    ("--compile no", "compile", False),
+    ("--compile --lr=1", "compile", True), ("--skip-bad=1", "skip_bad", True),
+    ("--width=none", "width", None),
+    ("--width=None", "width", None), ("--width=7", "width", 7), ("--rate=none", "rate", None),
+    ("--data=a.jsonl --data=b.jsonl", "data", "b.jsonl"), ("", "lr", 0.1)])
+def test_every_spelling_of_a_flag(argv, name, value):
+    parsed = getattr(parse_flags(Config, argv.split()), name)
+    assert parsed == value and type(parsed) is type(value)
+
+
+@pytest.mark.parametrize("argv, says", [
+    ("--lrr=1", "unknown flag --lrr, did you mean --lr?"), ("--kl-coeff 1", "did you mean --kl_coef?"),
+    # argparse alone would take it for an abbreviation
+    ("--micro_batch=4", "did you mean --micro_batch_size?"),
+    ("--zzzzzz", "unknown flag --zzzzzz"), ("stray", "unknown flag stray"),
+    ("--lr=fast", "'fast' is not a number"), ("--width=2.5", "'2.5' is not a whole number"),
+    ("--compile=maybe", "'maybe' is neither true nor false"), ("--lr", "expected one argument"),
+    ("--lr=none", "'none' is not a number")])
+def test_a_flag_that_does_not_parse_exits_2_with_a_sentence(argv, says, capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse_flags(Config, argv.split())
+    out, err = capsys.readouterr()
+    assert exit.value.code == 2 and says in err and err.count("\n") == 1 and not out
+
+
+@pytest.mark.parametrize("config_class", [Config, *CONFIGS], ids=lambda c: c.__module__)
+def test_every_flag_has_a_comment_and_help_lists_it_with_its_default(config_class, capsys):
+    comments = {name: text for name, (_, text) in describe_flags(config_class)[0].items()}
+    with pytest.raises(SystemExit) as exit:
+        parse_flags(config_class, ["--help"])
+    listed = " ".join(capsys.readouterr().out.split())
+    assert exit.value.code == 0
+    for field in dataclasses.fields(config_class):
+        assert len(comments[field.name]) > 5
+        assert f"--{field.name}" in listed
+        default = "" if field.default is None else f" [{field.default}]"
+        assert " ".join(comments[field.name].split()) + default in listed
+
+
+def test_a_scripts_own_comment_replaces_the_shared_one():
+    assert describe_flags(train_sft.Config)[0]["lr"] != describe_flags(Flags)[0]["lr"]
+
+
+@pytest.mark.parametrize("config_class", CONFIGS, ids=lambda c: c.__module__)
+def test_every_numeric_flag_has_a_domain(config_class):
+    """NaN, infinity and whatever lies below the domain are refused."""
+    numeric = [name for name, kind in get_type_hints(config_class).items()
+               if {int, float} & {kind, *get_args(kind)}]
+    assert len(numeric) >= 4
+    for name in numeric:
+        for value in (math.nan, math.inf, -math.inf, -1):
+            with pytest.raises(UserError, match=rf"--{name}={value} must lie in "):
+                check_domains(dataclasses.replace(config_class(), **{name: value}))
+        check_domains(config_class())  # the defaults are allowed
+
+
+@pytest.mark.parametrize("name, bad, good", [
+    ("lam", 1.0001, 1.0), ("gamma", 1.0001, 0.0), ("clip", 1.0, 0.999), ("clip", 0.0, 1e-3),
+    ("temperature", 0.0, 1e-3),
+    ("grad_clip", 0.0, 1e-3), ("batch_size", 0, 1), ("kl_target", 0.0, 1e-3), ("block_size", 1, 2),
+    ("device", "gpu", "cuda"), ("dtype", "float16", "bfloat16"), ("kl_in", "both", "loss"),
+    ("critic", "own", "separate")])
+def test_the_ends_of_a_domain(name, bad, good):
+    check_domains(train_ppo.Config(**{name: good}))
+    with pytest.raises(UserError, match=f"--{name}={bad} must "):
+        check_domains(train_ppo.Config(**{name: bad}))
+
+
+def test_resume_and_overwrite_together_are_refused():
+    with pytest.raises(UserError, match="give one of them"):
+        Config(max_iters=1, batch_size=1, resume=True, overwrite=True).check()
+
+
+@pytest.mark.parametrize("package", ["tensorboard", "wandb"])
+def test_a_package_that_is_asked_for_and_missing_is_said_in_a_sentence(package, monkeypatch):
+    Config(max_iters=1, batch_size=1).check()  # nobody needs it who did not ask
+    monkeypatch.setitem(sys.modules, package, None)
+    Config(max_iters=1, batch_size=1).check()
+    with pytest.raises(UserError, match=f"--{package} needs the package {package}: pip install {package}, or leave"):
+        Config(max_iters=1, batch_size=1, **{package: True}).check()
+
+
+@pytest.mark.parametrize("data, folder",
+                         [("atlas", "out/atlas"), ("a/pairs.jsonl", "out/pairs"), ("hh.jsonl.gz", "out/hh")])
+def test_out_dir_is_named_after_the_data(data, folder):
+    assert Config(data=data).folder == Path(folder)
+    assert Config(data=data, out_dir="x").folder == Path("x")
+
+
+class DataProblem(ValueError):
+    pass
+
+
+@pytest.mark.parametrize("error", [UserError("bad value"), DataProblem("bad value")])
+def test_main_turns_the_named_errors_into_a_sentence_and_code_2(error, monkeypatch, capsys):
+    def train(config):
+        raise error
+    monkeypatch.setattr("sys.argv", ["dir/train_x.py"])
+    with pytest.raises(SystemExit) as exit:
+        run_script(train, Config, "doc", DataProblem)
+    assert exit.value.code == 2 and capsys.readouterr().err == "train_x.py: bad value\n"
+
+
+@pytest.mark.parametrize("error", [OSError("could not write a.pt (disk full)"), FloatingPointError("bad")])
+def test_main_turns_a_full_disk_and_bad_numbers_into_a_sentence_and_code_1(error, monkeypatch, capsys):
+    def train(config):
+        raise error
+    monkeypatch.setattr("sys.argv", ["train_x.py"])
+    with pytest.raises(SystemExit) as exit:
+        run_script(train, Config, "doc", DataProblem)
+    assert exit.value.code == 1 and capsys.readouterr().err == f"train_x.py: {error}\n"
+
+
+def test_main_lets_a_bug_show_its_traceback(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train_x.py"])
+    with pytest.raises(ZeroDivisionError):
+        run_script(lambda config: 1 / 0, Config, "doc", DataProblem)
+
+
+@pytest.mark.parametrize("name", ["n_layer", "n_head", "n_embd", "block_size"])
+def test_sizes_come_from_the_flag_the_default_or_the_checkpoint(name):
+    """No flag may contradict the checkpoint."""
+    model = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 64, "vocab_size": 9}
+    defaults = resolve_sizes(Config())
+    assert resolve_sizes(Config(**{name: 8})) == defaults | {name: 8}
+    assert resolve_sizes(Config(**{name: model[name]}), model) == {k: model[k] for k in defaults}
+    with pytest.raises(UserError, match=f"--{name}=8 does not match the checkpoint's {name}={model[name]}"):
+        resolve_sizes(Config(**{name: 8}), model)

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -274,6 +274,32 @@ def test_another_model_or_tokenizer_is_refused_field_by_field(change, says, tmp_
     with pytest.raises(UserError, match=rf"another model or tokenizer: {says}$"), \
             opened(tmp_path, resume=True, **change):
         pass
+
+
+OLD_TOKENIZER = {name: TOKENIZER[name] for name in ("name", "source", "n_vocab", "sha256")} | {"eos": 8}
+
+
+def test_a_tokenizer_of_before_chat_and_several_eos_is_the_same_one(tmp_path):
+    """Checkpoints from before these fields can still be loaded and resumed; with another EOS they cannot."""
+    with opened(tmp_path, tokenizer=OLD_TOKENIZER) as (run, _, _, _):
+        run.save(3)
+    assert load_checkpoint(tmp_path / "sft.pt", "sft")["tokenizer"]["eos"] == [8]
+    with opened(tmp_path, resume=True) as (_, _, start, _):
+        assert start == 3
+    with pytest.raises(UserError, match=r"eos was \[8\] and is \[7\]"), \
+            opened(tmp_path, resume=True, tokenizer=TOKENIZER | {"eos": [7]}):
+        pass
+
+
+@pytest.mark.parametrize("saved, resumes", [("clip", True), ("reinforce", False)])
+def test_a_rung_of_the_ladder_is_not_resumed_as_another(saved, resumes, tmp_path):
+    """Earlier checkpoints hold --objective, which is a flag of experiments.ladder now; `clip` is PPO itself."""
+    with opened(tmp_path) as (run, _, _, _):
+        run.fields["flags"] = run.fields["flags"] | {"objective": saved}
+        run.save(3)
+    with nullcontext() if resumes else pytest.raises(UserError, match="--objective was reinforce, which python -m exp"):
+        with opened(tmp_path, resume=True) as (_, _, start, _):
+            assert start == 3
 
 
 def test_resume_goes_by_the_content_of_its_sources(tmp_path):

@@ -1,0 +1,83 @@
+"""Tests of the house: who imports whom, how long things may be, and that --help shows a script's own flags first."""
+
+import ast
+import re
+from dataclasses import fields
+
+import pytest
+
+import sample
+import train_ppo
+import train_rm
+import train_sft
+from paths import ROOT
+from support.flags import describe_flags, parse_flags
+
+PURE, SUPPORT = {"atlas", "model", "ppo"}, {path.stem for path in ROOT.glob("support/*.py")}
+ROOFS = ("train_sft", "train_rm", "train_ppo", "sample")
+# What each part may import of ours; the roofs, tools/ and experiments/ may import everything below them.
+ALLOWED = {name: set() for name in PURE} | {
+    "tokenizer": {"atlas"}, "data": {"atlas", "tokenizer"}, "pretrained": {"model", "tokenizer"},
+    "reward_model": {"model"}, "rollout": {"model"}, "experience": {"rollout", "data", "tokenizer", "support"},
+    "support": {"model", "ppo", "data", "tokenizer", "reward_model", "support"}}
+
+
+def imports_of(path):
+    """First parts of the names of our own modules that a file imports."""
+    names = {path.stem for path in ROOT.glob("*.py")} | {"support", "tools", "experiments"}
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module.split(".")[0])
+    return found & names
+
+
+@pytest.mark.parametrize("part, allowed", ALLOWED.items())
+def test_imports_point_one_way(part, allowed):
+    for path in [ROOT / f"{part}.py"] if part != "support" else ROOT.glob("support/*.py"):
+        assert imports_of(path) <= allowed, path
+
+
+def test_no_cycle_inside_support():
+    below = {name: {module for module in SUPPORT if re.search(rf"^from support(\.{module} import| import .*\b{module}\b)",
+                                                              (ROOT / f"support/{name}.py").read_text(), re.MULTILINE)}
+             for name in SUPPORT}
+    while below:
+        leaves = {name for name, others in below.items() if not others}
+        assert leaves, f"a cycle among {sorted(below)}"
+        below = {name: others - leaves for name, others in below.items() if name not in leaves}
+
+
+@pytest.mark.parametrize("roof", ROOFS)
+def test_nothing_below_imports_a_roof(roof):
+    below = [path for path in ROOT.glob("*.py") if path.stem not in ROOFS] + [*ROOT.glob("support/*.py")]
+    assert not [path.name for path in below if roof in imports_of(path)]
+
+
+def test_the_loop_stays_short_and_calls_the_algorithm_by_name():
+    text = (ROOT / "train_ppo.py").read_text()
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    assert len(text.splitlines()) <= 300
+    assert max(node.end_lineno - node.lineno + 1 for node in functions) <= 110
+    places = [text.index(f" {name}(") for name in ("shape_rewards", "gae", "whiten", "policy_loss", "value_loss")]
+    assert places == sorted(places)
+    assert re.findall(r"^ +# -- (\d) ", text, re.MULTILINE) == ["1", "2", "3", "4", "5"]
+
+
+def test_no_name_of_a_test_is_longer_than_70_characters():
+    for path in ROOT.glob("tests/**/test_*.py"):
+        assert not [name for name in re.findall(r"^ *def (test_\w+)", path.read_text(), re.MULTILINE) if len(name) > 70]
+
+
+@pytest.mark.parametrize("script", [train_sft, train_rm, train_ppo, sample], ids=lambda module: module.__name__)
+def test_help_shows_the_scripts_own_flags_first_under_headings(script, capsys):
+    with pytest.raises(SystemExit):
+        parse_flags(script.Config, ["--help"])
+    listing = capsys.readouterr().out.split("show this help message")[1]
+    shown = re.findall(r"^  --(\w+)", listing, re.MULTILINE)
+    here = list(script.Config.__annotations__)
+    assert shown[:len(here)] == here and len(shown) == len(set(shown)) == len(fields(script.Config))
+    for heading, names in describe_flags(script.Config)[1]:
+        assert f"\n{heading or 'flags'}:\n" in listing and names

@@ -64,7 +64,8 @@ class Experience:
         with self.autocast():
             scores = torch.cat([reward_model(*part) for part in zip(rows.tokens.split(micro), rows.lens.split(micro))])
         scores = distributed.gather(scores)
-        for i in (~scores.isfinite()).nonzero().flatten()[:1].tolist():
+        if not scores.isfinite().all():
+            i = int((~scores.isfinite()).nonzero()[0])
             raise FloatingPointError(f"the reward model's score is {scores[i].item()} for the prompt {texts[i][0]!r} "
                                      f"and the response {texts[i][1]!r}: train it again with a lower --lr")
         return scores
@@ -92,11 +93,12 @@ class Experience:
     # -- log-probs and values
 
     def minibatch_passes(self, rollout, order=None):
-        """[[(rows, T, token_fraction)]]: the forward passes of this process for each minibatch of a rollout, whose rows
-        are taken in the given order or as they come.
+        """For each minibatch a list of this process's micro-batches (rows, T, token_fraction). `order` permutes the
+        rollout's rows first; None keeps them.
 
-        A pass is tokens[rows, :T], rows of similar length. token_fraction is the pass's part of the minibatch's tokens
-        on all processes: weighed by it, the mean losses of the passes add up to the token mean of the minibatch."""
+        A micro-batch is one forward pass over tokens[rows, :T], rows of similar length. token_fraction is its part of
+        the minibatch's response tokens on all processes. The mean losses of the micro-batches, times token_fraction,
+        add up to the minibatch's mean over tokens."""
         lens, n_tokens = rollout.lens.cpu(), rollout.response_lens.cpu()  # so that nothing below waits for the device
         order = torch.arange(len(lens)) if order is None else order
         minibatches = order.split(self.config.batch_size // self.config.minibatches)
@@ -105,9 +107,9 @@ class Experience:
                 for minibatch in minibatches]
 
     def recompute(self, model, rollout, passes, entropy=False):
-        """logprobs, values and, if asked for, entropy, each (B, R), of a whole rollout under `model`, in these very
-        passes. A matrix product may round differently for another number of rows, and then the first ratio of the
-        update would not be exactly 1."""
+        """[logprobs, values], and entropy if asked for, each (B, R), of a whole rollout under `model`. The passes are
+        those of the update's first epoch: with other row counts a matrix product may round differently, and then the
+        first ratio would not be exactly 1."""
         return self.in_passes(partial(self.score_response, model, entropy=entropy), rollout, passes)
 
     def recompute_values(self, critic, rollout, passes):
@@ -116,8 +118,8 @@ class Experience:
 
     @torch.no_grad()
     def in_passes(self, score, rollout, passes):
-        """The tensors (B, R, ...) that score(tokens, prompt_lens, R) returns for all rows of a rollout: those of the
-        passes of all processes, put together."""
+        """Runs score(tokens, prompt_lens, R) on every micro-batch of all processes. Returns its tensors for the whole
+        rollout, each (B, R, ...), rows in the rollout's order."""
         results = None
         for rows, T, _ in chain(*passes):
             tensors = score(rollout.tokens[rows, :T], rollout.prompt_lens[rows], rollout.mask.size(1))

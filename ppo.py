@@ -13,8 +13,8 @@ joschu.net/blog/kl-approx.
 
 import torch
 
-# exp() of a larger log-ratio overflows float32, and inf * 0 would then turn a clipped token into NaN. e^80 is far
-# beyond any ratio that a run survives: the cap changes no healthy number, it only keeps a sick one finite and visible.
+# exp() of a larger log-ratio overflows float32, and inf * 0 is NaN. No healthy run comes near e^80: the cap only keeps
+# a broken one finite and visible.
 MAX_LOG_RATIO = 80.0
 
 
@@ -22,8 +22,8 @@ MAX_LOG_RATIO = 80.0
 # masked statistics
 
 def zero_outside(x, mask):
-    """x where mask is True, 0 elsewhere. torch.where and not x * mask, because NaN * 0 is NaN; and always applied to
-    the inputs, because a masked output whose input was NaN still sends NaN back through the gradient."""
+    """x where mask is True, 0 elsewhere. Not x * mask, because NaN * 0 is NaN. Apply it to the inputs of a formula:
+    masking the output leaves NaN in the gradient of a NaN input."""
     return torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
@@ -43,8 +43,8 @@ def whiten(x, mask, shift_mean=True):
 
 
 def explained_variance(values, returns, mask):
-    """1 - Var(returns - values) / Var(returns): 1 is a critic that is right up to a constant, 0 one that says the same
-    everywhere, below 0 one that misleads."""
+    """1 - Var(returns - values) / Var(returns). 1: right up to a constant. 0: no better than a constant. Below 0: worse
+    than a constant."""
     values, returns = zero_outside(values, mask), zero_outside(returns, mask)
 
     def variance(x):
@@ -60,9 +60,8 @@ def kl_estimate(logprobs, ref_logprobs, kind="k1"):
     """Per-token estimates of KL(policy || reference) on tokens that the policy sampled [K3]. Same shape as given.
 
     With k = log pi - log pi_ref: k1 = k (unbiased), k2 = k^2 / 2 (biased, smooth), k3 = exp(-k) - 1 + k (unbiased,
-    never negative). As estimates of the value all three will do; as losses to differentiate they are three different
-    things: the expected gradient of k1 is zero; in each visited state, that of k2 is the gradient of KL(policy || ref)
-    and that of k3 the gradient of KL(ref || policy)."""
+    never negative). All three estimate the value of the KL. As losses they differ. Their expected gradient in a visited
+    state is, for k1: zero; k2: that of KL(policy || ref); k3: that of KL(ref || policy)."""
     k = logprobs - ref_logprobs
     if kind == "k1":
         return k
@@ -78,9 +77,9 @@ def kl_estimate(logprobs, ref_logprobs, kind="k1"):
 def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     """rewards (B, R): -kl_coef * (log pi - log pi_ref) on every response token, plus the score on the last [Z19].
 
-    The KL is k1 and nothing else: with the log-prob treated as a number (it is data here, no gradient flows), k1 in
-    the reward is what makes the policy gradient that of E[score] - kl_coef * KL(policy || reference): exactly, at gamma
-    = 1, with lambda = 1 or an exact critic, and for the policy that sampled."""
+    The KL is always k1, as a constant: no gradient flows through it. Only then is the policy gradient that of
+    E[score] - kl_coef * KL(policy || reference). It is exact for the policy that sampled, at gamma = 1, with lambda = 1
+    or an exact critic."""
     rewards = -kl_coef * kl_estimate(zero_outside(logprobs, mask), zero_outside(ref_logprobs, mask), "k1")
     last = torch.arange(mask.size(1), device=mask.device) == mask.sum(1, keepdim=True) - 1  # (B, R)
     return (rewards + zero_outside(scores.unsqueeze(1).expand_as(rewards), last)).detach()
@@ -90,7 +89,7 @@ class KLController:
     """The KL coefficient: fixed if target is None, else steered towards `target` nats per response [Z19, sec. 2.2].
 
     The rule is proportional control in log space: the relative error, clipped to +-0.2, moves the coefficient by
-    that share once per `horizon` episodes."""
+    that fraction once per `horizon` episodes."""
 
     def __init__(self, kl_coef, target=None, horizon=10_000):
         if not kl_coef >= 0:
@@ -127,8 +126,8 @@ def gae(rewards, values, mask, gamma, lam):
 
         delta_t = r_t + gamma * V_{t+1} - V_t          A_t = delta_t + gamma * lam * A_{t+1}
 
-    V is 0 after the last token, whether EOS ended the response or max_new_tokens cut it: a cut response is treated
-    as an episode that ended, because it is scored as it stands."""
+    V is 0 after the last token. A response cut at max_new_tokens counts as a finished episode, without bootstrapping,
+    because it is scored as it was cut."""
     rewards, values = zero_outside(rewards, mask).detach(), zero_outside(values, mask).detach()
     advantages = torch.zeros_like(rewards)
     next_value, next_advantage = torch.zeros_like(rewards[:, 0]), torch.zeros_like(rewards[:, 0])
@@ -142,8 +141,8 @@ def gae(rewards, values, mask, gamma, lam):
 
 
 def group_advantages(scores, group_size, mask):
-    """Advantages without a critic (B, R): each response's score minus the mean score of the others that answer the
-    same prompt, on all of its tokens. Rows of a group stand together: row i belongs to group i // group_size."""
+    """Leave-one-out advantages (B, R) without a critic [RLOO: Kool et al. 2019]: the response's score minus the mean
+    score of the prompt's other responses, on all its tokens. Row i belongs to group i // group_size."""
     if group_size < 2 or scores.numel() % group_size:
         raise ValueError(f"group_size={group_size} must be 2 or more and divide the {scores.numel()} responses")
     groups = scores.view(-1, group_size)
@@ -189,9 +188,10 @@ def cpi_loss(logprobs, old_logprobs, advantages, mask):
 
 
 def kl_penalty_loss(logprobs, old_logprobs, advantages, mask, coef):
-    """-(mean(ratio * A) - coef * KL(pi_old || pi)): TRPO's constraint as a penalty [PPO, eq. 8]. The KL
-    is estimated by ratio - 1 - log ratio, k3 for samples of pi_old: value and gradient are exact in the mean, and
-    unlike -log ratio it is never negative."""
+    """-(mean(ratio * A) - coef * KL(pi_old || pi)): TRPO's constraint as a penalty [PPO, eq. 8].
+
+    The KL estimate is k3 = ratio - 1 - log ratio, on samples of pi_old. Its value and gradient are unbiased, and unlike
+    -log ratio it is never negative."""
     log_r = log_ratio(logprobs, old_logprobs, mask)
     surrogate = log_r.exp() * zero_outside(advantages, mask).detach() - coef * (torch.expm1(log_r) - log_r)
     return -masked_mean(surrogate, mask), ratio_stats(log_r, mask)
@@ -200,10 +200,9 @@ def kl_penalty_loss(logprobs, old_logprobs, advantages, mask, coef):
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
     """-mean(min(ratio * A, clamp(ratio, 1 - clip, 1 + clip) * A)): the clipped surrogate [PPO, eq. 7].
 
-    The minimum makes it a lower bound of ratio * A and removes the gradient exactly where the ratio has already
-    moved past the clip in the direction that A asks for. clip_frac is the share of tokens where that happens. It
-    does not bound the ratio: a step may overshoot the clip, and nothing pulls back a token that other tokens' gradients
-    carry further."""
+    The minimum is a lower bound of ratio * A. It has no gradient where the ratio is past the clip in A's direction:
+    above 1 + clip if A > 0, below 1 - clip if A < 0. clip_frac is the fraction of those tokens. The ratio itself has no
+    bound: one step may overshoot the clip, and nothing pulls the ratio back."""
     log_r = log_ratio(logprobs, old_logprobs, mask)
     ratio, advantages = log_r.exp(), zero_outside(advantages, mask).detach()
     unclipped, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
@@ -215,9 +214,8 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
 def value_loss(values, old_values, returns, mask, clip):
     """0.5 * mean(max((V - G)^2, (clamp(V, V_old - clip, V_old + clip) - G)^2)); clip=None: 0.5 * mean((V - G)^2).
 
-    `clip` is in units of return, so it depends on the scale of the score. The maximum is pessimistic: a critic that has
-    moved more than clip towards a return gets no more gradient from it, even where it has not arrived yet, so that the
-    optimum is no longer the mean return."""
+    G is the return. `clip` is in units of G, so it depends on the scale of the score. A value that moved more than clip
+    from V_old towards G gets no gradient, even if it is still far from G. So the optimum is not the mean return."""
     values = zero_outside(values, mask)
     old_values, returns = (zero_outside(x, mask).detach() for x in (old_values, returns))
     error = (values - returns) ** 2

@@ -14,7 +14,8 @@ An iteration of `loop` has five parts:
     4 update                    epochs x minibatches of the clipped loss
     5 log                       metrics, samples, checkpoint
 
-Shapes: B = batch_size responses of at most R tokens, T = prompt + response. The mathematics is in ppo.py.
+Shapes: B = batch_size responses. R = tokens of the longest response in the rollout. T = tokens of the longest prompt +
+response, of the rollout or of one forward pass. The mathematics is in ppo.py.
 """
 
 from dataclasses import dataclass, replace
@@ -45,31 +46,31 @@ class Config(Flags):
     init_from: Optional[str] = None  # the SFT checkpoint, start and reference of the policy; default: out_dir/sft.pt
     rm: Optional[str] = None         # the reward model's checkpoint; default: out_dir/rm.pt
     reward: str = "rm"               # rm, or path/to/file.py:function, f(prompts, responses) -> list of floats
-    critic: Optional[str] = None     # separate|shared: default separate, which starts from the reward model if any
+    critic: Optional[str] = None     # separate|shared: a network, or a head on the policy; default: separate
     # rollouts
     max_iters: int = 100             # [1, inf) rollouts; enough once score - kl_coef * kl is flat
     batch_size: int = 256            # [1, inf) responses per rollout; more is steadier
     samples_per_prompt: int = 1      # [1, inf) responses to each prompt of a rollout; --advantage=group needs 2 or more
     max_new_tokens: int = 16         # [1, inf) longest response; one that is cut there gets eos_penalty
-    temperature: float = 1.0         # (0, inf) of the sampled distribution, and so of every log-prob
+    temperature: float = 1.0         # (0, inf) sampling temperature; every log-prob is taken at it, too
     # rewards and advantages
-    kl_coef: float = 0.05            # [0, inf) price of a nat of KL, in std of the SFT scores; 0 invites reward hacking
-    kl_target: Optional[float] = None  # (0, inf) steer kl_coef to this KL in nats per response; default: kl_coef stays
-    kl_in: str = "reward"            # reward|loss: -kl_coef * k1 on each token, or a term of the loss
-    kl_kind: Optional[str] = None    # k2|k3, with --kl_in=loss: default k2; k3 is the forward KL
-    eos_penalty: float = 1.0         # [0, inf) taken off the score of a response without EOS, in standard deviations
-    advantage: str = "gae"           # gae|group: group compares with the prompt's other responses, without a critic
+    kl_coef: float = 0.05            # [0, inf) score units (rm: SFT stds) per nat of KL; 0 invites reward hacking
+    kl_target: Optional[float] = None  # (0, inf) adapt kl_coef to this KL, nats per response; default: fixed
+    kl_in: str = "reward"            # reward|loss: subtract it from each token's reward, or add it to the loss
+    kl_kind: Optional[str] = None    # k2|k3: in the loss, gradient of KL(policy||SFT) or KL(SFT||policy); default: k2
+    eos_penalty: float = 1.0         # [0, inf) taken off the score of a response without EOS; score units
+    advantage: str = "gae"           # gae|group: group subtracts the mean of the prompt's other responses (RLOO)
     gamma: float = 1.0               # [0, 1] discount per token; below 1 short answers pay
     lam: float = 0.95                # [0, 1] GAE: 1 trusts the rewards, 0 the critic
     # update
-    epochs: int = 1                  # [1, inf) passes over a rollout; more reuses it farther from its policy
+    epochs: int = 1                  # [1, inf) times each rollout is used; more is farther off-policy
     minibatches: int = 4             # [1, inf) optimizer steps per epoch
-    clip: float = 0.2                # (0, 1) the ratio moves this far from 1 before its gradient stops
-    value_clip: Optional[float] = None  # (0, inf) values stay this close to the old ones, in units of score
-    vf_coef: float = 0.1             # [0, inf) weight of the value loss, felt in a shared trunk
+    clip: float = 0.2                # (0, 1) PPO's epsilon: how far from 1 a ratio still gets a gradient
+    value_clip: Optional[float] = None  # (0, inf) clip range of the values, in score units; default: off
+    vf_coef: float = 0.1             # [0, inf) weight of the value loss; matters most with --critic=shared
     ent_coef: float = 0.0            # [0, inf) weight of the entropy bonus; 0.01 when entropy collapses early
-    target_kl: Optional[float] = None  # (0, inf) end the epochs at this distance from the sampling policy
-    lr: float = 4e-4                 # [0, inf) at width 128; 1e-5 at 124M parameters, 3e-6 at 1B
+    target_kl: Optional[float] = None  # (0, inf) end the update at this approx_kl, nats per token; default: off
+    lr: float = 4e-4                 # [0, inf) AdamW's learning rate at width 128; 1e-5 at 124M parameters, 3e-6 at 1B
     # screen
     log_interval: int = 5            # [1, inf) iterations between lines; metrics.jsonl gets every one
     sample_interval: int = 20        # [1, inf) iterations between samples, and between looks at held-out questions
@@ -90,8 +91,9 @@ def train(config, rung=None):
         return loop(run.config, run, rung)
 
 
-def begin(config, run):
-    """Trains missing stages, loads models and prompts, continues a checkpoint with --resume, prints what will run."""
+def prepare_run(config, run):
+    """Trains missing stages, loads models and prompts, restores a checkpoint with --resume, prints what will run.
+    `start` is the last finished iteration, `saved` the checkpoint's other fields."""
     reward_function = load_reward_function(config.reward)
     encoding, tokenizer, split = stages.prepare(config, sft=train_sft, rm=train_rm)
     device, autocast = setup(config)
@@ -107,10 +109,11 @@ def begin(config, run):
 
 def loop(config, run, rung):
     """The five parts, max_iters times; `run` restores and saves the checkpoint."""
-    models, reward_fn, experience, split, optimizer, start, saved = begin(config, run)
-    policy, reference, critic = models.policy, models.reference, models.critic
+    models, reward_fn, experience, split, optimizer, start, saved = prepare_run(config, run)
+    policy, reference = models.policy, models.reference
+    critic = models.critic  # None with --critic=shared, a head on the policy, and with --advantage=group
     controller = KLController(saved.get("kl_coef", config.kl_coef), config.kl_target)
-    order = BatchOrder([1] * len(split.train), config.batch_size // config.samples_per_prompt, config.seed)
+    order = BatchOrder(range(len(split.train)), config.batch_size // config.samples_per_prompt, config.seed)
     questions, evaluator = split.examples(10), atlas.evaluate if config.data == "atlas" else None
     if rung:
         rung.load(saved)
@@ -129,8 +132,8 @@ def loop(config, run, rung):
         task_metrics = experience.evaluate(evaluator, policy, texts, split.heldout if look else [])
         clock.lap()
 
-        # -- 2 recompute: every response token under the policy that sampled it, the reference and the critic, in the
-        # passes of the first epoch
+        # -- 2 recompute: every response token under the policy that sampled it, the reference and the critic. `passes`
+        # has for each minibatch a list of micro-batches (rows, T, token_fraction)
         passes = experience.minibatch_passes(rollout)
         old_logprobs, old_values, entropy = experience.recompute(policy, rollout, passes, entropy=True)
         ref_logprobs, _ = experience.recompute(reference, rollout, passes)
@@ -145,21 +148,21 @@ def loop(config, run, rung):
                                 kl_coef if config.kl_in == "reward" else 0.0)
         advantages, returns = gae(rewards, old_values, mask, config.gamma, config.lam)
         if config.advantage == "group":
-            totals = reward_to_go(rewards, mask, config.gamma)[:, 0]
-            advantages = group_advantages(totals, config.samples_per_prompt, mask)
+            response_returns = reward_to_go(rewards, mask, config.gamma)[:, 0]  # (B,)
+            advantages = group_advantages(response_returns, config.samples_per_prompt, mask)
         advantages = whiten(advantages, mask)
-        if rung:
+        if rung:  # an objective of the derivation instead of PPO's
             advantages, returns = rung.advantages(rewards, old_values, mask)
 
-        # -- 4 update: epochs x minibatches. The first epoch makes the passes of part 2 again, so that its first ratio
-        # is exactly 1; the prompts came in random order anyway
+        # -- 4 update: epochs x minibatches. The first epoch repeats the forward passes of part 2: same rows, same
+        # padding, same rounding. So every ratio is exactly 1 before the first step, in float32 on a CPU to the last bit
         rng = generator("cpu", config.seed, "minibatches", iteration)
         shuffles = [torch.randperm(B, generator=rng) for _ in range(config.epochs - 1)]
         epochs = [passes] + [experience.minibatch_passes(rollout, shuffle) for shuffle in shuffles]
         averages, steps, grad_norms = Averages(), 0, 0.0
         for n, minibatch in enumerate(chain(*epochs), start=1):
             total_loss, approx_kl = 0.0, 0.0
-            for rows, T, token_fraction in minibatch:
+            for rows, T, token_fraction in minibatch:  # gradient accumulation over micro-batches
                 logprobs, values, ent = experience.score_response(policy, tokens[rows, :T], prompt_lens[rows], R,
                                                                   entropy=config.ent_coef > 0)
                 if critic:
@@ -185,7 +188,7 @@ def loop(config, run, rung):
             if config.target_kl is not None and n > 1 and approx_kl > config.target_kl:
                 optimizer.zero_grad()  # the policy is far enough from the one that sampled: end the epochs here
                 break
-            lr, grad_norm = optimizer.step(iteration, total_loss)
+            lr, grad_norm = optimizer.step(iteration, total_loss)  # no step if a number is not finite
             steps, grad_norms = steps + 1, grad_norms + grad_norm
         clock.lap("sec_update")
 
@@ -209,4 +212,4 @@ def loop(config, run, rung):
 
 
 if __name__ == "__main__":
-    run_script(train, Config, __doc__, DataError)
+    run_script(train, Config, __doc__.split("\n\nAn iteration")[0], DataError)

@@ -5,8 +5,8 @@ differs from the one before by what the derivation changed. From baseline on, ad
     python -m experiments.ladder --objective=reinforce      one rung, with the flags of train_ppo.py
     python -m experiments.ladder                            all of them, and TRPO: see experiments/ladder.py
 
-Up to `gae` a rollout allows one optimizer step, because the formulas hold for the policy that sampled. From `cpi` on
-the ratio corrects for the steps since then.
+reinforce, reward_to_go, baseline and gae take one optimizer step per rollout: they are on-policy, so their gradient is
+right only for the policy that sampled. cpi, kl_penalty and clip take several, and the ratio corrects.
 """
 
 from dataclasses import dataclass, replace
@@ -53,11 +53,11 @@ class Config(train_ppo.Config):
 
 
 class PenaltyController:
-    """The coefficient of kl_penalty_loss: doubled when an update led farther than 1.5 * target nats per token from the
-    policy that sampled, halved when it stayed nearer than target / 1.5 [PPO, sec. 4]. It may swing around the target
-    and never rest: a factor of 2 in the coefficient is about one of 4 in the KL. Where the optimizer fixes the length
-    of a step, as Adam does, a target that single steps overshoot is out of reach, and the coefficient grows without
-    end."""
+    """The coefficient of kl_penalty_loss: doubled when KL(pi_old || pi) ends above 1.5 * target nats per token, halved
+    when it ends below target / 1.5 [PPO, sec. 4].
+
+    It may oscillate: a factor of 2 in the coefficient is about a factor of 4 in the KL. Adam's step length hardly
+    depends on the loss's scale, so if one step overshoots the target, the coefficient grows without end."""
 
     def __init__(self, target, coef=1.0):
         if not (target > 0 and coef > 0):
@@ -74,14 +74,15 @@ class PenaltyController:
 
 
 def token_advantages(objective, rewards, values, mask, gamma, lam, group_size=None):
-    """The weight of each token's log-prob on a rung, and the target of the critic, each (B, R).
+    """Advantages (each token's weight in the policy gradient) and returns (the critic's target), each (B, R).
 
-    reinforce: the return of the whole response, on each of its tokens. reward_to_go: what follows the token. baseline:
-    what follows it beyond the V that the critic expected. From gae on: GAE with lam. With a group_size, the returns of
-    the other responses to the same prompt take the critic's place.
+    reinforce: the return of the whole response. reward_to_go: the return from the token on. baseline: that minus the
+    critic's value V. gae, cpi, kl_penalty, clip: GAE with lam. With a group_size, the mean return of the prompt's other
+    responses replaces V.
 
-    All have the same expected gradient if gamma = 1 (from gae on: and lam = 1, or an exact critic). Below 1, only
-    reinforce keeps the exact factor gamma^t in front of the later tokens; the others drop it, as is usual."""
+    All have the same expected gradient if gamma = 1 (gae, cpi, kl_penalty, clip: and lam = 1, or an exact critic).
+    Below 1, only reinforce keeps the exact factor gamma^t in front of the later tokens; the others drop it, as is
+    usual."""
     returns = reward_to_go(rewards, mask, gamma).detach()
     if objective == "reinforce":
         return zero_outside(returns[:, :1].expand_as(returns), mask), returns

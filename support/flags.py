@@ -105,8 +105,8 @@ HEADING = re.compile(r"^    # ([^.]+)$")
 
 
 def describe_flags(config_class):
-    """{flag: (domain, help)}, and [(heading, [flags])] in the order of the source: a script's flags, then inherited
-    ones. The domain is a text such as "[0, 1]", a tuple of words, or None."""
+    """{flag: (domain, help)}, and [(heading, [flags])] in the order of the source: a script's own flags, then those it
+    inherits. The domain is a text such as "[0, 1]", a tuple of words, or None."""
     described, groups = {}, []
     for cls in config_class.__mro__[:-1]:
         sections = [("", [])]
@@ -116,7 +116,7 @@ def describe_flags(config_class):
             elif (field := FIELD.match(line)) and field[1] not in described:
                 name, interval, words, text = field.groups()
                 described[name] = (tuple(words.split("|")) if words else interval,
-                                   (interval + " " if interval else words or "") + text)
+                                   (f"{interval} " if interval else "") + text.lstrip(":;, "))
                 sections[-1][1].append(name)
         groups += [group for group in sections if group[1]]
     return described, groups
@@ -185,7 +185,7 @@ def resolve_sizes(config, model=None):
 def parse_flags(config_class, argv=None, description=None):
     """Command line -> config_class. --lr=1e-5, --lr 1e-5, --kl-coef and --kl_coef all work, --compile is
     --compile=true, and none stands for None. Exits with code 2 and one sentence for anything else."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, usage="%(prog)s [--flag=value ...]",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def fail(message):
@@ -199,16 +199,18 @@ def parse_flags(config_class, argv=None, description=None):
         group = parser.add_argument_group(heading or "flags")
         for name in names:
             kinds, default = get_args(hints[name]) or (hints[name],), fields[name].default
-            spellings = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])
-            group.add_argument(*spellings, dest=name, default=argparse.SUPPRESS, metavar=kinds[0].__name__.upper(),
-                               type=flag_type(kinds), help=described[name][1].replace("%", "%%")
-                               + ("" if default is None else f" [{default}]"),
+            domain, text = described[name]
+            metavar = "|".join(domain) if isinstance(domain, tuple) else kinds[0].__name__.upper()
+            group.add_argument(f"--{name}", dest=name, default=argparse.SUPPRESS, metavar=metavar,
+                               type=flag_type(kinds), help=text.replace("%", "%%")
+                               + ("" if default is None else f" (default {default})"),
                                **({"nargs": "?", "const": True} if kinds[0] is bool else {}))
+    argv = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), arg)
+            for arg in (sys.argv[1:] if argv is None else argv)]
     values, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
-        close = difflib.get_close_matches(name.replace("-", "_").replace("__", "--", 1),
-                                          [f"--{field}" for field in fields], n=1)
+        close = difflib.get_close_matches(name, [f"--{field}" for field in fields], n=1)
         fail(f"unknown flag {name}" + (f", did you mean {close[0]}?" if close else ""))
     config = config_class(**vars(values))
     config.given = set(vars(values))

@@ -26,7 +26,7 @@ def prepare(config, **trainers):
     block_size = resolve_sizes(config, sft and sft["model_config"])["block_size"]
     with progress(f"reading {config.data}"):
         split = load_prompts(config.data, encoding, block_size, config.max_new_tokens, config.skip_bad)
-    rows_per_pass(config, encoding)
+    rows_per_pass(config, encoding)  # for its UserError, before earlier stages train
     if config.rm:
         load_reward_model(config, tokenizer, block_size)
     train_missing(config, trainers)
@@ -62,7 +62,7 @@ class Models:
     """The models that PPO starts from, and {stage: sha256} of the checkpoints that they were read from."""
     policy: GPT
     reference: GPT                       # the SFT policy, frozen
-    critic: Optional[GPT]                # None: the policy's own value head, or --advantage=group
+    critic: Optional[GPT]                # None with --critic=shared (the policy's value head) or --advantage=group
     reward_model: Optional[RewardModel]  # None: --reward is a function
     sources: dict
 
@@ -98,8 +98,8 @@ def print_summary(config, models, experience, split):
 
 
 def load_policy(checkpoint, device="cpu"):
-    """The GPT of a checkpoint, in eval mode for good: with dropout the same policy would give other log-probs on every
-    pass, and the ratio would measure that."""
+    """The GPT of a checkpoint, always in eval mode. Dropout would change the log-probs from pass to pass, and the ratio
+    with them."""
     policy = GPT(GPTConfig(**checkpoint["model_config"])).to(device).eval()
     policy.load_state_dict(checkpoint["model"], strict=True)
     return policy

@@ -57,7 +57,7 @@ def test_every_flag_has_a_comment_and_help_lists_it_with_its_default(config_clas
     for field in dataclasses.fields(config_class):
         assert len(comments[field.name]) > 5
         assert f"--{field.name}" in listed
-        default = "" if field.default is None else f" [{field.default}]"
+        default = "" if field.default is None else f" (default {field.default})"
         assert " ".join(comments[field.name].split()) + default in listed
 
 

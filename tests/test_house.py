@@ -41,9 +41,11 @@ def test_imports_point_one_way(part, allowed):
 
 
 def test_no_cycle_inside_support():
-    below = {name: {module for module in SUPPORT if re.search(rf"^from support(\.{module} import| import .*\b{module}\b)",
-                                                              (ROOT / f"support/{name}.py").read_text(), re.MULTILINE)}
-             for name in SUPPORT}
+    def imports(name, module):
+        text = (ROOT / f"support/{name}.py").read_text()
+        return re.search(rf"^from support(\.{module} import| import .*\b{module}\b)", text, re.MULTILINE)
+
+    below = {name: {module for module in SUPPORT if imports(name, module)} for name in SUPPORT}
     while below:
         leaves = {name for name, others in below.items() if not others}
         assert leaves, f"a cycle among {sorted(below)}"

@@ -20,7 +20,8 @@ def same(actual, expected, tol=1e-13):
     torch.testing.assert_close(actual, expected, rtol=0, atol=tol)
 
 
-REWARDS, VALUES, RAGGED = t([[1, 2, 4], [1, 2, 99]]), t([[1, 1, 1], [2, 4, 99]]), torch.tensor([[1, 1, 1], [1, 1, 0]]).bool()
+REWARDS, VALUES = t([[1, 2, 4], [1, 2, 99]]), t([[1, 1, 1], [2, 4, 99]])
+RAGGED = torch.tensor([[1, 1, 1], [1, 1, 0]]).bool()
 
 
 @pytest.mark.parametrize("objective, expected", [
@@ -48,7 +49,8 @@ def test_a_group_takes_the_critics_place(objective):
     **dict.fromkeys(OBJECTIVES[:4], lambda new, old, adv, mask: reinforce_loss(new, adv, mask)),
     "cpi": cpi_loss, "kl_penalty": partial(kl_penalty_loss, coef=0.7), "clip": partial(policy_loss, clip=0.1)}.items())
 def test_each_rung_has_its_loss_and_all_measure_the_ratio(objective, loss):
-    inputs, mask = [0.5 * randn(4, 5, seed=seed) for seed in range(3)], torch.arange(5) < torch.tensor([[5], [1], [3], [2]])
+    inputs = [0.5 * randn(4, 5, seed=seed) for seed in range(3)]
+    mask = torch.arange(5) < torch.tensor([[5], [1], [3], [2]])
     value, stats = surrogate_loss(objective, *inputs, mask, clip=0.1, penalty=0.7)
     same(value, loss(*inputs, mask)[0], tol=0)
     assert {"approx_kl", "ratio_max", "ratio_mean"} <= stats.keys() and stats["ratio_max"] > 1

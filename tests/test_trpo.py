@@ -59,7 +59,7 @@ class Problem:
         """The policy as it is now becomes pi_old."""
         with torch.no_grad():
             self.old_logprobs, self.old = self.logprobs(), self.distributions()
-        self.weights = zero_outside(self.old_logprobs, MASK).sum(1, keepdim=True).exp()  # (N, 1) probabilities of responses
+        self.weights = zero_outside(self.old_logprobs, MASK).sum(1, keepdim=True).exp()  # (N, 1) probabilities
 
     @sdpa_kernel(SDPBackend.MATH)
     def logprobs(self):

@@ -428,7 +428,11 @@ def test_kl_target_moves_kl_coef_and_metrics_show_the_one_that_was_used(world):
 
 def test_bad_gradients_end_the_run_before_they_reach_the_weights(world, monkeypatch):
     policy_loss = train_ppo.policy_loss
-    monkeypatch.setattr(train_ppo, "policy_loss", lambda *args: (policy_loss(*args)[0] * math.nan, policy_loss(*args)[1]))
+
+    def poisoned(*args):
+        loss, stats = policy_loss(*args)
+        return loss * math.nan, stats
+    monkeypatch.setattr(train_ppo, "policy_loss", poisoned)
     folder = world("ppo")
     with pytest.raises(FloatingPointError, match="2 optimizer steps in a row"):
         run("ppo", folder, max_bad_steps=2)

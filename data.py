@@ -338,3 +338,7 @@ class BatchOrder:
             return rows
         rows = rows[np.argsort(self.lengths[rows], kind="stable")].reshape(self.window, self.batch_size)
         return rows[np.random.default_rng([self.seed, run, 1]).permutation(self.window)[batch]]
+
+
+def default_max_new_tokens(data, encoding, block_size, skip_bad=False):
+    return 16

@@ -58,11 +58,11 @@ class Experience:
 
     @torch.no_grad()
     def score_by_model(self, reward_model, rollout, texts):
-        """Scores (B,) of a reward model. Raises FloatingPointError that names the first prompt whose score is NaN or
-        infinite: one such score would spoil the advantages of the whole rollout."""
-        rows, micro = distributed.shard(rollout), self.micro_batch_size
+        """Scores (B,) of a reward model, of texts that all end with EOS. Raises FloatingPointError that names the first
+        prompt whose score is NaN or infinite: one such score would spoil the advantages of the whole rollout."""
+        tokens, lens = (rows.split(self.micro_batch_size) for rows in distributed.shard(rollout).as_ended(self.eos))
         with self.autocast():
-            scores = torch.cat([reward_model(*part) for part in zip(rows.tokens.split(micro), rows.lens.split(micro))])
+            scores = torch.cat([reward_model(*part) for part in zip(tokens, lens)])
         scores = distributed.gather(scores)
         if not scores.isfinite().all():
             i = int((~scores.isfinite()).nonzero()[0])

@@ -218,6 +218,11 @@ class ScalarHead(nn.Module):
     def forward(self, hidden):
         return self.linear(hidden).squeeze(-1)
 
+    @torch.no_grad()
+    def shift(self, amount):
+        """Adds a number to the output everywhere."""
+        self.linear.bias.add_(amount)
+
 
 class GPT(nn.Module):
     """A trunk shared by two heads: the policy (logits over the vocabulary) and the value function."""

@@ -179,3 +179,10 @@ def download_gpt2(name):
         for file in ("config.json", "pytorch_model.bin"):  # weights last: their presence means all is there
             (Path(partial) / file).replace(folder / file)
     return model
+
+
+def is_pretrained(path_or_name):
+    """Whether this names pretrained weights: a folder, a weights file, or a public name that no path has."""
+    path = Path(path_or_name)
+    return path.is_dir() or path.suffix in (".safetensors", ".bin") or \
+        (str(path_or_name) in GPT2_NAMES and not path.exists())

@@ -12,6 +12,7 @@ sampled is the one that is scored. Temperature is no exception, because both sid
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from model import KVCache, upcast
 
@@ -35,6 +36,13 @@ class Rollout:
     def has_eos(self, eos):
         """(B,) bool: whether the response ended by itself. Without EOS it was cut at max_new_tokens."""
         return self.tokens.gather(1, (self.lens - 1).unsqueeze(1)).squeeze(1) == eos
+
+    def as_ended(self, eos):
+        """tokens (B, T or T + 1) and lens (B,) with an EOS after each response that was cut: a reward model has only
+        learned to judge texts that end. The padding is EOS, so a cut row's text is longer by one token of it."""
+        cut = ~self.has_eos(eos)
+        tokens = F.pad(self.tokens, (0, 1), value=eos) if cut.any() else self.tokens
+        return tokens, self.lens + cut
 
     def ids(self):
         """[(prompt, response)]: each row's real tokens, as lists of ids."""

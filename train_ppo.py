@@ -51,11 +51,11 @@ class Config(Flags):
     max_iters: int = 100             # [1, inf) rollouts; enough once score - kl_coef * kl is flat
     batch_size: int = 256            # [1, inf) responses per rollout; more is steadier
     samples_per_prompt: int = 1      # [1, inf) responses to each prompt of a rollout; --advantage=group needs 2 or more
-    max_new_tokens: int = 16         # [1, inf) longest response; one that is cut there gets eos_penalty
+    max_new_tokens: Optional[int] = None  # [1, inf) longest response; default: 16, or 95 % of the file's responses fit
     temperature: float = 1.0         # (0, inf) sampling temperature; every log-prob is taken at it, too
     # rewards and advantages
     kl_coef: float = 0.05            # [0, inf) score units (rm: SFT stds) per nat of KL; 0 invites reward hacking
-    kl_target: Optional[float] = None  # (0, inf) adapt kl_coef to this KL, nats per response; default: fixed
+    kl_target: Optional[float] = None  # (0, inf) adapt kl_coef to this KL per response, by 20 % in 10,000 responses
     kl_in: str = "reward"            # reward|loss: subtract it from each token's reward, or add it to the loss
     kl_kind: Optional[str] = None    # k2|k3: in the loss, gradient of KL(policy||SFT) or KL(SFT||policy); default: k2
     eos_penalty: float = 1.0         # [0, inf) taken off the score of a response without EOS; score units
@@ -100,7 +100,7 @@ def prepare_run(config, run):
     experience = Experience(config, encoding, device, autocast, stages.rows_per_pass(config, encoding))
     models = stages.load_models(config, tokenizer, device)
     trained = {"model": models.policy} | ({"critic": models.critic} if models.critic else {})
-    optimizer = Optimizer([p for module in trained.values() for p in module.parameters()], config)
+    optimizer = Optimizer(models.policy.parameters(), config, models.critic.parameters() if models.critic else ())
     start, saved = run.begin(optimizer, trained, tokenizer, models.sources)
     stages.print_summary(config, models, experience, split)
     reward_fn = experience.reward_fn(reward_function or models.reward_model)
@@ -127,6 +127,9 @@ def loop(config, run, rung):
         scores = reward_fn(rollout, texts)
         tokens, prompt_lens, mask = rollout.tokens, rollout.prompt_lens, rollout.mask
         (B, R), has_eos = mask.shape, rollout.has_eos(experience.eos)
+        final_rewards = scores - config.eos_penalty * ~has_eos
+        if iteration == 1 and config.critic and config.reward != "rm":  # a new critic starts at the mean, not at 0
+            (critic or policy).value_head.shift(masked_mean(final_rewards.unsqueeze(1).expand(B, R), mask).item())
         clock.lap("sec_rollout")
         look = last or iteration == 1 or iteration % config.sample_interval == 0
         task_metrics = experience.evaluate(evaluator, policy, texts, split.heldout if look else [])
@@ -144,13 +147,14 @@ def loop(config, run, rung):
         # -- 3 rewards and advantages: the score on the last token and the KL on each; how much better than the critic
         # expected each token was; whitened once, over the whole rollout
         kl_coef = controller.value
-        rewards = shape_rewards(scores - config.eos_penalty * ~has_eos, old_logprobs, ref_logprobs, mask,
+        rewards = shape_rewards(final_rewards, old_logprobs, ref_logprobs, mask,
                                 kl_coef if config.kl_in == "reward" else 0.0)
         advantages, returns = gae(rewards, old_values, mask, config.gamma, config.lam)
         if config.advantage == "group":
             response_returns = reward_to_go(rewards, mask, config.gamma)[:, 0]  # (B,)
             advantages = group_advantages(response_returns, config.samples_per_prompt, mask)
-        advantages = whiten(advantages, mask)
+        # If all scores are equal, whitening would blow up KL terms and rounding to a spread of 1: then advantages are 0
+        advantages = whiten(advantages, mask) * (final_rewards.max() > final_rewards.min())
         if rung:  # an objective of the derivation instead of PPO's
             advantages, returns = rung.advantages(rewards, old_values, mask)
 
@@ -193,8 +197,8 @@ def loop(config, run, rung):
         clock.lap("sec_update")
 
         # -- 5 log, sample, save
-        measured = rollout_metrics(rollout, has_eos, scores, rewards, old_logprobs, ref_logprobs, old_values, returns,
-                                   entropy)
+        measured = rollout_metrics(rollout, has_eos, scores, rewards, old_logprobs, ref_logprobs, old_values, entropy,
+                                   config.gamma)
         controller.update(measured["kl"].item(), B)
         row = metrics.write(iteration, measured | task_metrics | averages.reduce(n) | clock.seconds | {
             "episodes": iteration * B, "kl_coef": kl_coef, "lr": lr, "grad_norm": grad_norms / steps,
@@ -202,8 +206,7 @@ def loop(config, run, rung):
             "tokens_per_s": mask.sum() / sum(clock.seconds.values())} | (rung.end(approx_kl) if rung else {}))
         if iteration % config.sample_interval == 0 and not last:
             print_samples(experience.preview(policy, reference, reward_fn, questions[:3], "samples"))
-        if run.due(iteration):
-            run.save(iteration, kl_coef=controller.value, **(rung.state() if rung else {}))
+        run.end(iteration, kl_coef=controller.value, **(rung.state() if rung else {}))
 
     print_before_after(*(experience.preview(model, reference, reward_fn, questions, "table")
                          for model in (reference, policy)))

@@ -14,7 +14,7 @@ there is no PPO, no margin loss and no score centring here.
 import copy
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Optional
 
 import numpy as np
@@ -25,12 +25,12 @@ from data import BatchOrder, Comparison, collate_comparisons, load_comparisons, 
 from experience import Experience
 from reward_model import RewardModel, bradley_terry_loss, calibration_table
 from support import distributed
-from support.checkpoint import load_checkpoint, open_run
+from support.checkpoint import open_run
 from support.device import describe, maybe_compile, micro_batch_size, setup
 from support.flags import Flags, require, resolve_sizes, run_script
 from support.metrics import Metrics, progress
 from support.optimizer import Optimizer, update_average
-from support.stages import load_policy
+from support.stages import load_policy, load_start, resolve_max_new_tokens
 from tokenizer import DataError, decode, encode_prompt, encode_response, run_tokenizer
 
 EVAL_ROWS = 512         # one evaluation reads at most this many held-out comparisons
@@ -48,22 +48,30 @@ class Config(Flags):
     batch_size: int = 16             # [1, inf) comparisons per step; on atlas each holds --candidates answers
     lr: float = 7e-4                 # [0, inf) from the small SFT model; 1e-5 to 5e-5 from GPT-2 weights
     candidates: Optional[int] = None  # [2, inf) atlas: answers per prompt, compared pair by pair; default 24
-    max_new_tokens: int = 16         # [1, inf) longest sampled answer, in tokens
+    max_new_tokens: Optional[int] = None  # [1, inf) longest sampled answer, in tokens; default: as in train_ppo.py
     temperature: float = 1.0         # (0, inf) of the sampled answers; as in PPO, which the scores are calibrated for
     log_interval: int = 50           # [1, inf) iterations between lines, each with the loss on held-out rows
     save_interval: int = 500         # [1, inf) iterations between checkpoints; the last iteration always saves
 
 
 def sample(experience, policy, prompts, purpose):
-    """One response of the policy to each of prompts (lists of ids): lists of ids, ending with EOS unless they were
-    cut."""
+    """One response of the policy to each of prompts (lists of ids): lists of ids that end with EOS. A response that was
+    cut gets one, as in PPO: a reward model has only learned to judge texts that end."""
     rng, responses = experience.rng(purpose), []
     with progress(f"sampling {len(prompts):,} answers of the SFT policy", lambda: f"{len(responses):,} done"):
         for i in range(0, len(prompts), SAMPLE_ROWS):
             some = prompts[i:i + SAMPLE_ROWS]
             rollout = experience.sample(policy, distributed.fill_up(some), rng)
             responses += [response for _, response in rollout.ids()][:len(some)]
-    return responses
+    return [response + [experience.eos] * (response[-1] != experience.eos) for response in responses]
+
+
+def load_data(config, encoding, block_size):
+    """The Split of comparisons, None for atlas, whose comparisons are sampled; and the prompts whose answers calibrate
+    the score. Raises DataError."""
+    resolve_max_new_tokens(config, encoding, block_size)
+    split = None if config.data == "atlas" else load_comparisons(config.data, encoding, block_size, config.skip_bad)
+    return split, load_prompts(config.data, encoding, block_size, config.max_new_tokens, config.skip_bad).train
 
 
 def atlas_comparisons(experience, policy, split):
@@ -137,16 +145,17 @@ def train(config):
     config.check()
     require(config.data == "atlas" or config.candidates is None, "--candidates is for --data=atlas; a file "
             "holds the answers that were compared already")
-    with open_run(config, "rm") as run:
-        return loop(config, run)
+    with open_run(replace(config), "rm") as run:
+        return loop(run.config, run)
 
 
 def loop(config, run):
     """The stage itself; `run` restores and saves its checkpoint."""
     device, autocast = setup(config)
-    sft = load_checkpoint(config.init_from or config.folder / "sft.pt", "sft")
+    sft = load_start(config)
     encoding, tokenizer = run_tokenizer(config.tokenizer, config.data, sft["tokenizer"])
-    resolve_sizes(config, sft["model_config"])
+    block_size = resolve_sizes(config, sft["model_config"])["block_size"]
+    resolve_max_new_tokens(config, encoding, block_size)
     sft["model_config"]["dropout"] = 0.0
     policy = load_policy(sft)
     model = RewardModel.from_policy(policy)
@@ -157,19 +166,18 @@ def loop(config, run):
     average.reset_calibration()
     score = maybe_compile(model, config.compile)
     experience = Experience(config, encoding, device, autocast, SCORE_ROWS)
-    eos, block_size = encoding.eot_token, policy.config.block_size
+    eos = encoding.eot_token
 
     n_params = sum(p.numel() for p in model.parameters())
     print(f"train_rm: {n_params:,} parameters on {describe(device, autocast, config.recompute)}, tokenizer "
           f"{encoding.name} ({encoding.n_vocab:,} ids)")
+    with progress(f"reading {config.data}"):
+        split, prompts = load_data(config, encoding, block_size)
     if config.data == "atlas":
         train_rows, heldout = (atlas_comparisons(experience, policy, split) for split in ("train", "heldout"))
         report = [f"the SFT policy answered {len(train_rows):,} questions {config.candidates or CANDIDATES} times each"]
     else:
-        with progress(f"reading {config.data}"):
-            split = load_comparisons(config.data, encoding, block_size, config.skip_bad)
         train_rows, heldout, report = split.train, split.heldout[:EVAL_ROWS], split.report
-    prompts = load_prompts(config.data, encoding, block_size, config.max_new_tokens, config.skip_bad).train
     n_pairs = sum(len(row.pairs) for row in train_rows)
     require(train_rows, "every question got the same answer each time, so there is nothing to compare: the SFT "
             "policy has collapsed, train it again")
@@ -211,8 +219,7 @@ def loop(config, run):
             calibrate(experience, average, policy, prompts)
         row = metrics.write(iteration, {"loss": loss, "accuracy": accuracy, **heldout_stats, "lr": lr,
                                         "grad_norm": grad_norm, "skipped_steps": optimizer.skipped})
-        if run.due(iteration):
-            run.save(iteration)
+        run.end(iteration)
 
     if heldout:
         print_calibration(row, margins)

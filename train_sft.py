@@ -6,8 +6,8 @@ the reference that its KL is measured against.
     python train_sft.py --data=pairs.jsonl --init_from=gpt2      GPT-2's weights; the chosen answers are demonstrations
     python train_sft.py --resume --max_iters=2000                go on from out_dir/sft.pt
 
-The loss is the mean of -log pi over response tokens, EOS included; prompts are context and are not trained on. There
-is no pretraining, no packing and no chat template here.
+The loss is the mean of -log pi over the response tokens of the data, EOS included; prompts are context and are not
+trained on. There is no pretraining, no packing and no chat template here.
 """
 
 import copy
@@ -20,14 +20,14 @@ import atlas
 from data import BatchOrder, Demonstration, collate_demonstrations, load_demonstrations
 from model import GPT, GPTConfig
 from ppo import masked_mean
-from pretrained import from_pretrained
 from rollout import score_response
 from support import distributed
 from support.checkpoint import open_run
 from support.device import describe, maybe_compile, micro_batch_size, setup
-from support.flags import Flags, UserError, require, resolve_sizes, run_script
+from support.flags import Flags, require, resolve_sizes, run_script
 from support.metrics import Metrics, progress
 from support.optimizer import Optimizer, update_average
+from support.stages import check_vocabulary, load_pretrained
 from tokenizer import DataError, encode_prompt, encode_response, run_tokenizer
 
 EVAL_ROWS = 256  # one evaluation reads at most this many held-out rows
@@ -52,16 +52,17 @@ def starting_model(config, vocab_size):
         require(sizes["n_embd"] % sizes["n_head"] == 0, f"--n_embd={sizes['n_embd']} must be a multiple of "
                                                         f"--n_head={sizes['n_head']}")
         return GPT(GPTConfig(vocab_size=vocab_size, dropout=config.dropout, **sizes))
-    try:
-        gpt2 = from_pretrained(config.init_from)
-    except (OSError, ImportError, ValueError) as error:
-        raise UserError(f"--init_from={config.init_from}: {error}") from None
-    require(gpt2.config.vocab_size == vocab_size, f"--init_from={config.init_from} has "
-            f"{gpt2.config.vocab_size:,} tokens and the tokenizer {vocab_size:,}: GPT-2 needs --tokenizer=gpt2")
+    gpt2 = load_pretrained(config.init_from)
+    check_vocabulary(config, gpt2, vocab_size)
     resolve_sizes(config, asdict(gpt2.config))
     model = GPT(replace(gpt2.config, dropout=config.dropout))
     model.load_state_dict(gpt2.state_dict())
     return model
+
+
+def load_data(config, encoding, block_size):
+    """The Split of demonstrations. Raises DataError."""
+    return load_demonstrations(config.data, encoding, block_size, config.skip_bad, config.seed)
 
 
 @torch.no_grad()
@@ -98,7 +99,7 @@ def loop(config, run):
     else:
         model = starting_model(config, encoding.n_vocab)
     with progress(f"reading {config.data}"):
-        split = load_demonstrations(config.data, encoding, model.config.block_size, config.skip_bad, config.seed)
+        split = load_data(config, encoding, model.config.block_size)
     average = copy.deepcopy(model).requires_grad_(False).eval()  # what is evaluated, and saved as the SFT model
     distributed.to_device(device, config, model, average)
     optimizer = Optimizer(model.parameters(), config)
@@ -130,15 +131,17 @@ def loop(config, run):
 
     order = BatchOrder([len(row.prompt) + len(row.response) for row in split.train], config.batch_size, config.seed,
                        window=50)
+    # Batches are sorted by length. A mean over the tokens of each would weigh those of short responses more, so all
+    # batches are divided by one number: the tokens of a batch of average length.
+    tokens_per_step = config.batch_size * sum(len(row.response) for row in split.train) / len(split.train)
     metrics, row = Metrics(config, "sft", start), {}
     model.train()
     for iteration in range(start + 1, config.max_iters + 1):
         batch = [split.train[i] for i in order.order(iteration - 1)]
         n_tokens, loss, rows = sum(len(row.response) for row in batch), 0.0, distributed.shard(batch)
         for i in range(0, len(rows), micro):
-            # Each part weighs by its tokens, so that the sum is the token mean of the batch however it is split.
             part, n = loss_of(model, rows[i:i + micro])
-            (part * n / n_tokens).backward()
+            (part * n / tokens_per_step).backward()
             loss += (part.detach() * n / n_tokens).item()
         loss, = distributed.all_reduce_sum(loss)
         lr, grad_norm = optimizer.step(iteration, loss)
@@ -148,8 +151,7 @@ def loop(config, run):
         look = last or iteration % config.log_interval == 0
         row = metrics.write(iteration, {"loss": loss, "heldout_loss": heldout_loss() if look else None, "lr": lr,
                                         "grad_norm": grad_norm, "skipped_steps": optimizer.skipped})
-        if run.due(iteration):
-            run.save(iteration)
+        run.end(iteration)
     if config.data == "atlas":
         row["knows_country"] = knows_country(average, encoding, device)
         print(f"the right country is likelier than a wrong one on {row['knows_country']:.1%} of the held-out questions")

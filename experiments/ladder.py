@@ -38,10 +38,11 @@ from experience import Experience
 from experiments import rungs, trpo
 from experiments.rungs import ONE_STEP, REUSE, surrogate_loss, token_advantages
 from ppo import shape_rewards
+from support import stages
 from support.checkpoint import load_checkpoint
 from support.device import setup
 from support.flags import check_domains, require_one_process, run_script
-from support.stages import load_policy, load_reward_model, train_missing
+from support.stages import load_policy, load_reward_model
 from tokenizer import DataError, get_tokenizer
 from tools.plot import import_pyplot, read_run
 
@@ -71,7 +72,7 @@ class Config:
 
 def prepare(folder, seed):
     """Trains the sft.pt and rm.pt that the runs of a seed share, where they are missing."""
-    train_missing(train_ppo.Config(out_dir=str(folder), seed=seed, device="cpu"), {"sft": train_sft, "rm": train_rm})
+    stages.prepare(train_ppo.Config(out_dir=str(folder), seed=seed, device="cpu"), sft=train_sft, rm=train_rm)
 
 
 def train(folder, seed, name, **flags):

@@ -59,6 +59,8 @@ class PenaltyController:
     It may oscillate: a factor of 2 in the coefficient is about a factor of 4 in the KL. Adam's step length hardly
     depends on the loss's scale, so if one step overshoots the target, the coefficient grows without end."""
 
+    LOWEST = 1e-6  # without a bound it would reach exactly 0, which no doubling leaves
+
     def __init__(self, target, coef=1.0):
         if not (target > 0 and coef > 0):
             raise ValueError(f"the penalty's target {target} and coefficient {coef} must be above 0, because the rule "
@@ -70,7 +72,7 @@ class PenaltyController:
         if kl > 1.5 * self.target:
             self.value *= 2
         elif kl < self.target / 1.5:
-            self.value /= 2
+            self.value = max(self.value / 2, self.LOWEST)
 
 
 def token_advantages(objective, rewards, values, mask, gamma, lam, group_size=None):

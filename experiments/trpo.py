@@ -244,13 +244,12 @@ def loop(config, run):
             lr, _ = optimizer.step(iteration, vf_loss.detach())
         clock.lap("sec_update")
 
-        measured = rollout_metrics(rollout, has_eos, scores, rewards, old_logprobs, ref_logprobs, old_values, returns,
-                                   entropy)
+        measured = rollout_metrics(rollout, has_eos, scores, rewards, old_logprobs, ref_logprobs, old_values, entropy,
+                                   config.gamma)
         row = metrics.write(iteration, measured | task_metrics | stats | clock.seconds | {
             "episodes": iteration * B, "value_loss": critic_loss, "kl_coef": config.kl_coef, "lr": lr,
             "skipped_steps": optimizer.skipped})
-        if run.due(iteration):
-            run.save(iteration)
+        run.end(iteration)
     print(f"trpo: wrote {run.path}")
     return row
 

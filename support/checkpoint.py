@@ -135,6 +135,15 @@ def read_checkpoint(path, *stages):
     return checkpoint
 
 
+def load_finished(path, stage):
+    """load_checkpoint for a model that another stage is to use. Raises UserError if its training was interrupted: its
+    weights are not averaged to the end, and a reward model is not calibrated."""
+    checkpoint = load_checkpoint(path, stage)
+    require(checkpoint["finished"], f"{path} is unfinished, it stopped after iteration {checkpoint['iter']}: finish it "
+            f"with {script(stage)} --resume, or name another file")
+    return checkpoint
+
+
 def load_latest(path, stage):
     """(checkpoint, whether it is the one at path). If that is damaged, it is the previous one, with a printed note."""
     previous = previous_of(path)
@@ -326,7 +335,12 @@ def open_run(config, stage):
             if distributed.is_first():
                 Path(f"{path}.tmp").unlink(missing_ok=True)  # of a process that was killed
             print(f"{script(stage)}: writing to {path}", flush=True)
-            yield Run(config, stage, path)
+            run = Run(config, stage, path)
+            try:
+                yield run
+            except Exception:
+                run.rescue()
+                raise
     except ValueError:  # something was wrong with the input: a folder made for nothing is removed
         if distributed.is_first() and not was_there and {item.name for item in config.folder.iterdir()} <= {".lock"}:
             (config.folder / ".lock").unlink(missing_ok=True)
@@ -335,12 +349,14 @@ def open_run(config, stage):
 
 
 class Run:
-    """A script's view of its checkpoint: `saved` (a dict with --resume, else None), begin, due and save."""
+    """A script's view of its checkpoint: `saved` (a dict with --resume, else None), begin, and end after each
+    iteration."""
 
     def __init__(self, config, stage, path):
         self.config, self.stage, self.path, self.previous = config, stage, path, previous_of(path)
         # whether path holds an intact checkpoint of this run, which the next save must keep as the previous one
         self.saved, self.keep_previous = load_latest(path, stage) if config.resume else (None, False)
+        self.unsaved = None  # the arguments of `write` for the last iteration, and the optimizer's calls until then
 
     def begin(self, optimizer, modules, tokenizer, sources=()):
         """Takes the contents of the checkpoints: the optimizer, modules {name: module} with "model" among them, the
@@ -367,17 +383,36 @@ class Run:
         print(f"continuing after iteration {saved['iter']}")
         return saved["iter"], {name: value for name, value in saved.items() if name not in (*modules, "optimizer")}
 
-    def due(self, iteration):
-        """Whether an iteration ends with a checkpoint: the last, each save_interval-th, one in which a signal came."""
+    def end(self, iteration, **more):
+        """Ends an iteration: saves it, with `more` fields, if it is the last or a save_interval-th one or if a signal
+        came."""
         regular = iteration == self.config.max_iters or iteration % self.config.save_interval == 0
-        return bool(Signals.of_any()) or regular
+        if Signals.of_any() or regular:
+            self.save(iteration, **more)
+        else:
+            self.unsaved = (iteration, more, rng_state()), self.optimizer.calls
 
     def save(self, iteration, **more):
-        """Writes the checkpoint, with `more` fields, and keeps the one before as *.prev.pt. Then leaves with 130 or 143
-        if a signal asked for it. Raises FloatingPointError, and writes nothing, if a number in it is not finite."""
+        """Writes the checkpoint, then leaves with 130 or 143 if a signal asked for it."""
+        self.write(iteration, more, rng_state())
+        self.unsaved = None
+        Signals.exit_if(Signals.of_any())  # where the other processes wait for the file
+
+    def rescue(self):
+        """Saves the last iteration before an exception ends the run, if no optimizer step has been taken since. Many
+        processes cannot do this, because those that raised nothing are somewhere else."""
+        if self.unsaved and self.unsaved[1] == self.optimizer.calls and distributed.size() == 1:
+            with suppress(Exception):  # the exception that ends the run is the one to be seen
+                self.write(*self.unsaved[0])
+                print(f"{script(self.stage)}: saved iteration {self.unsaved[0][0]}, the last one before the error; "
+                      "--resume continues it", flush=True)
+
+    def write(self, iteration, more, rng):
+        """Writes the checkpoint and keeps the one before as *.prev.pt. Raises FloatingPointError, and writes nothing,
+        if a number in it is not finite."""
         contents = {name: module.state_dict() for name, module in self.modules.items()} | self.fields | more | {
             "iter": iteration, "finished": iteration == self.config.max_iters, "optimizer": self.optimizer.state(),
-            "rng": rng_state()}
+            "rng": rng}
         contents = distributed.full_tensors(contents)
         bad = non_finite(contents)
         if bad:
@@ -388,7 +423,6 @@ class Run:
                 self.previous.unlink(missing_ok=True)  # it is of the run that --overwrite replaces
             save_checkpoint(self.path, contents, self.previous if self.keep_previous else None)
         self.keep_previous = True
-        Signals.exit_if(Signals.of_any())  # where the other processes wait for the file
 
 
 def rng_state():

@@ -68,7 +68,8 @@ class Flags:
 
     # Flags that train_ppo.py passes to the earlier stages it runs. Other flags keep those stages' own defaults.
     INHERITED: ClassVar[tuple] = ("data", "tokenizer", "out_dir", "seed", "device", "dtype", "fsdp", "recompute",
-                                  "n_layer", "n_head", "n_embd", "block_size", "skip_bad", "tensorboard", "wandb")
+                                  "n_layer", "n_head", "n_embd", "block_size", "skip_bad", "max_new_tokens",
+                                  "temperature", "tensorboard", "wandb")
 
     def check(self):
         """Raises UserError for a value outside its domain, a missing data file or package, or flags at odds."""
@@ -77,6 +78,8 @@ class Flags:
                 "give a file that can be read")
         require(not (self.resume and self.overwrite), "--resume continues a checkpoint and --overwrite replaces it: "
                                                       "give one of them")
+        require((self.lr_decay_iters or self.max_iters) >= self.max_iters, f"--lr_decay_iters={self.lr_decay_iters} "
+                f"lowers lr to 0 before --max_iters={self.max_iters}: give that many or more")
         require(distributed.is_distributed() or not self.fsdp, "--fsdp shards a model over processes: start the script "
                 "with torchrun --nproc_per_node=N, or leave the flag out")
         require(not (self.fsdp and self.compile), "--fsdp and --compile have not been made to work together: leave one "

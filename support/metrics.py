@@ -22,7 +22,7 @@ import numpy
 import tiktoken
 import torch
 
-from ppo import explained_variance, kl_estimate, masked_mean
+from ppo import explained_variance, kl_estimate, masked_mean, reward_to_go
 from support import distributed
 from support.checkpoint import atomic_write
 
@@ -42,15 +42,17 @@ SILENCE = 10  # seconds after which a line is shown, whatever log_interval says
 # ---------------------------------------------------------------------------------------------------------------------
 # the numbers of an iteration
 
-def rollout_metrics(rollout, has_eos, scores, rewards, old_logprobs, ref_logprobs, old_values, returns, entropy):
-    """The metrics of a scored rollout: tensors (B,) and (B, R) of the whole rollout -> {name: scalar tensor}."""
+def rollout_metrics(rollout, has_eos, scores, rewards, old_logprobs, ref_logprobs, old_values, entropy, gamma):
+    """The metrics of a scored rollout: tensors (B,) and (B, R) of the whole rollout -> {name: scalar tensor}. The
+    critic's explained variance is that of the reward-to-go: lambda-returns contain the critic, and would flatter it."""
     mask = rollout.mask
     B, n_tokens = mask.size(0), mask.sum()
     gap = (rollout.logprobs - old_logprobs)[mask].abs()
-    return {"score": scores.mean(), "kl": masked_mean(kl_estimate(old_logprobs, ref_logprobs), mask) * n_tokens / B,
-            "reward": rewards.sum() / B, "entropy": masked_mean(entropy, mask),
-            "explained_variance": explained_variance(old_values, returns, mask), "response_len": n_tokens / B,
-            "eos_rate": has_eos.float().mean(), "logprob_gap": gap.mean(), "logprob_gap_max": gap.max()}
+    kl = masked_mean(kl_estimate(old_logprobs, ref_logprobs), mask) * n_tokens / B  # nats per response
+    return {"score": scores.mean(), "score_std": scores.std(unbiased=False), "kl": kl, "reward": rewards.sum() / B,
+            "entropy": masked_mean(entropy, mask), "response_len": n_tokens / B, "eos_rate": has_eos.float().mean(),
+            "explained_variance": explained_variance(old_values, reward_to_go(rewards, mask, gamma), mask),
+            "logprob_gap": gap.mean(), "logprob_gap_max": gap.max()}
 
 
 class Averages:
@@ -341,16 +343,19 @@ HEALTH = (
     Rule("kl", "kl is {value:.2f} nats over 5 iterations, though no KL is below 0",
          "the log-probs are not those of the distribution that was sampled, or a rollout is too small to tell",
          "--dtype=float32, then a larger --batch_size", n=5, low=-0.1),
-    Rule("kl", "kl is {value:.1f} nats over 5 iterations, more than one per token",
+    Rule("kl", "kl is {value:.1f} nats over 5 iterations, more than 30 or one for every two tokens",
          "the policy has left the text that the reward model can judge", "a higher --kl_coef, and read the samples",
-         n=5, high=10.0, when=lambda rows: mean(recent(rows, "kl", 5)) > mean(recent(rows, "response_len", 5))),
+         n=5, high=10.0,
+         when=lambda rows: mean(recent(rows, "kl", 5)) > min(30, mean(recent(rows, "response_len", 5)) / 2)),
     Rule("score", "score rises to {value:+.2f} while J = score - kl_coef * kl falls",
          "the KL costs more than the score gains, so the update does not follow J", "a lower --lr, or fewer --epochs",
          n=10, when=lambda rows: moved(recent(rows, "score", 20)) > 2 and moved(objectives(rows)) < -2),
-    Rule("eos_rate", "eos_rate is {value:.2f} over 5 iterations, which is close to 0 or less than half of its start",
+    Rule("score_std", "score_std is 0 over 3 iterations: all responses have the same score, so nothing can be learned",
+         "the reward is the same for all responses so far", "another --reward, a larger --batch_size, or a reward that "
+         "gives part of the score for part of the task", n=3, when=lambda rows: max(recent(rows, "score_std", 3)) == 0),
+    Rule("eos_rate", "eos_rate is {value:.2f} over 5 iterations: more than half of the responses are cut",
          "longer answers score higher, or stopping is not learned, or it takes more tokens",
-         "a higher --eos_penalty, or --max_new_tokens", n=5,  # half of a rate that is low may be chance
-         low=lambda rows: at_start(rows, "eos_rate") / 2 if at_start(rows, "eos_rate") > 0.1 else 0.02),
+         "a higher --eos_penalty, or --max_new_tokens", n=5, low=0.5),
     Rule("entropy", "entropy has fallen to {value:.3f} nats per token and J has not gained by it",
          "the policy became sure of an answer before it had tried others", "a lower --lr, or --ent_coef=0.01", n=5,
          low=lambda rows: 0.1 * at_start(rows, "entropy"), when=gained_nothing),

@@ -14,22 +14,28 @@ class Optimizer:
     """AdamW behind gradient clipping and a guard: a step whose loss or gradient is not finite is not taken.
 
     One NaN gradient makes clip_grad_norm_ spread NaN to all of them, and step() would then destroy every weight and
-    moment, so the norm is checked first. No weight decay: it would pull the policy away from its reference."""
+    moment, so the norm is checked first. critic_params are clipped apart: the value loss has the scale of the score,
+    which must not shorten the policy's steps. No weight decay: it would pull the policy away from its reference."""
 
-    def __init__(self, params, config):
-        self.params, self.config = [p for p in params if p.requires_grad], config
+    def __init__(self, params, config, critic_params=()):
+        self.config = config
+        self.groups = [group for group in ([p for p in part if p.requires_grad] for part in (params, critic_params))
+                       if group]
+        self.params, self.calls = sum(self.groups, []), 0
         self.adamw = torch.optim.AdamW(self.params, lr=config.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
                                        fused=self.params[0].device.type in ("cuda", "cpu"))
         self.skipped, self.skipped_in_a_row = 0, 0
 
     def step(self, iteration, loss):
-        """Sums gradients over processes, clips, steps and clears them. Returns (lr, gradient norm before clipping).
-        iteration counts from 1. loss is the total whose gradients these are. Raises FloatingPointError after
+        """Sums gradients over processes, clips, steps and clears them. Returns (lr, gradient norm of params before
+        clipping). iteration counts from 1. loss is the total whose gradients these are. Raises FloatingPointError after
         max_bad_steps steps in a row whose loss or gradient was not finite."""
+        self.calls += 1
         lr, loss = learning_rate(self.config, iteration), float(loss)
         distributed.sum_gradients(self.params)
-        norm = distributed.full_tensors(torch.nn.utils.clip_grad_norm_(self.params, self.config.grad_clip)).item()
-        if math.isfinite(loss) and math.isfinite(norm):
+        norms = [distributed.full_tensors(torch.nn.utils.clip_grad_norm_(group, self.config.grad_clip)).item()
+                 for group in self.groups]
+        if all(map(math.isfinite, [loss, *norms])):
             for group in self.adamw.param_groups:
                 group["lr"] = lr
             self.adamw.step()
@@ -37,13 +43,14 @@ class Optimizer:
         else:
             self.skipped += 1
             self.skipped_in_a_row += 1
-            print(f"iteration {iteration}: loss {loss}, gradient norm {norm}, so this optimizer step is skipped")
+            print(f"iteration {iteration}: loss {loss}, gradient norm {', '.join(map(str, norms))}, so this optimizer "
+                  "step is skipped")
         self.zero_grad()
         if self.skipped_in_a_row >= self.config.max_bad_steps:
             raise FloatingPointError(f"{self.skipped_in_a_row} optimizer steps in a row had a loss or a gradient that "
                                      "is not finite: lower --lr or --grad_clip in a new run, or use --dtype=float32; "
                                      "the last checkpoint is untouched")
-        return lr, norm
+        return lr, norms[0]
 
     def zero_grad(self):
         self.adamw.zero_grad(set_to_none=True)

@@ -6,31 +6,42 @@ modules are passed in by train_ppo.py, so that this file imports none of them.
 from dataclasses import asdict, dataclass
 from typing import Optional
 
-from data import load_prompts
+from data import default_max_new_tokens, load_prompts
 from model import GPT, GPTConfig
+from pretrained import from_pretrained, is_pretrained
 from reward_model import RewardModel
 from support import distributed
-from support.checkpoint import load_checkpoint
+from support.checkpoint import digest, file_sha256, load_checkpoint, load_finished
 from support.device import describe, micro_batch_size
-from support.flags import require, resolve_sizes
+from support.flags import UserError, require, resolve_sizes
 from support.metrics import progress
-from tokenizer import run_tokenizer
+from tokenizer import get_tokenizer, run_tokenizer, tokenizer_id
 
 
 def prepare(config, **trainers):
     """Checks everything that can be wrong with PPO's flags and files, then trains the missing stages with `trainers`
     {stage: train module}. Returns the run's encoding, its tokenizer_id and the Split of its prompts."""
-    sft_path = config.init_from or config.folder / "sft.pt"
-    sft = load_checkpoint(sft_path, "sft") if config.init_from or sft_path.exists() else None
+    own_sft = config.folder / "sft.pt"  # unfinished or not, it says which tokenizer and sizes the run has
+    sft = load_start(config) if config.init_from else load_checkpoint(own_sft, "sft") if own_sft.exists() else None
     encoding, tokenizer = run_tokenizer(config.tokenizer, config.data, sft and sft["tokenizer"])
     block_size = resolve_sizes(config, sft and sft["model_config"])["block_size"]
     with progress(f"reading {config.data}"):
+        resolve_max_new_tokens(config, encoding, block_size)
         split = load_prompts(config.data, encoding, block_size, config.max_new_tokens, config.skip_bad)
     rows_per_pass(config, encoding)  # for its UserError, before earlier stages train
     if config.rm:
         load_reward_model(config, tokenizer, block_size)
-    train_missing(config, trainers)
+    train_missing(config, trainers, encoding, block_size)
     return encoding, tokenizer, split
+
+
+def resolve_max_new_tokens(config, encoding, block_size):
+    """Fills in the default of --max_new_tokens, which depends on the data, and prints it."""
+    if config.max_new_tokens is None:
+        config.max_new_tokens = default_max_new_tokens(config.data, encoding, block_size, config.skip_bad)
+        if config.data != "atlas":
+            print(f"--max_new_tokens={config.max_new_tokens} by default, from the lengths of the responses in "
+                  f"{config.data}")
 
 
 def rows_per_pass(config, encoding):
@@ -39,18 +50,27 @@ def rows_per_pass(config, encoding):
                             config.max_new_tokens * encoding.n_vocab, by_length=True)
 
 
-def train_missing(config, trainers):
-    """Trains sft.pt and rm.pt in out_dir where they are missing or unfinished, with those stages' own defaults."""
-    inherited, missing = {name: getattr(config, name) for name in config.INHERITED}, []
+def train_missing(config, trainers, encoding, block_size):
+    """Trains sft.pt and rm.pt in out_dir where they are missing or unfinished, with those stages' own defaults. If one
+    of them would refuse anything, it does so before the first trains."""
+    missing = []
     for stage, needed in (("sft", config.init_from is None), ("rm", config.rm is None and config.reward == "rm")):
         path = config.folder / f"{stage}.pt"
         saved = load_checkpoint(path, stage) if needed and path.exists() else None
         if needed and not (saved and saved["finished"]):
+            require(not config.resume, f"--resume continues a run that began with another model than {path}, which is "
+                    f"{'unfinished' if saved else 'not there'}: give its --{'init_from' if stage == 'sft' else 'rm'}")
             flags = saved["flags"] | {"resume": True, "overwrite": False} if saved else {}
             flags |= {"init_from": config.init_from} if stage == "rm" else {}
+            fields = trainers[stage].Config.__dataclass_fields__
+            inherited = {name: getattr(config, name) for name in config.INHERITED if name in fields}
             stage_config = trainers[stage].Config(**flags | inherited)
-            stage_config.check()  # all of them before the first trains
+            stage_config.check()
+            with progress(f"reading {config.data} for train_{stage}.py"):
+                trainers[stage].load_data(stage_config, encoding, block_size)
             missing.append((path, stage, stage_config))
+        elif needed:
+            note_misfits(path, saved, config)
     for path, stage, stage_config in missing:
         print(f"{path} is {'unfinished' if stage_config.resume else 'not there'}: running train_{stage}.py first\n")
         trainers[stage].train(stage_config)
@@ -70,7 +90,7 @@ class Models:
 def load_models(config, tokenizer, device):
     """The Models of a run whose earlier stages are there. A separate critic starts as the reward model, or else as the
     SFT policy with a value of 0."""
-    sft = load_checkpoint(config.init_from or config.folder / "sft.pt", "sft")
+    sft = load_start(config)
     policy, reward_model, rm, critic = load_policy(sft), None, {}, None
     if config.reward == "rm":
         reward_model, rm = load_reward_model(config, tokenizer, policy.config.block_size)
@@ -97,6 +117,43 @@ def print_summary(config, models, experience, split):
     print(" ".join(f"{name}={value}" for name, value in asdict(config).items() if value is not None))
 
 
+def note_misfits(path, saved, config):
+    """Prints a note if a stage found in out_dir was trained on other data or with another seed than this run has."""
+    misfits = ["on other data"] if saved["data"] != file_sha256(config.data) else []
+    misfits += [f"with --seed={saved['flags']['seed']}"] if saved["flags"]["seed"] != config.seed else []
+    if misfits:
+        print(f"note: {path} was trained {' and '.join(misfits)}, and this run has --data={config.data} and --seed="
+              f"{config.seed}: it is used as it is; train_{saved['stage']}.py --overwrite replaces it")
+
+
+def load_start(config):
+    """The checkpoint that a run starts from: --init_from, an SFT checkpoint or pretrained weights (a folder or a public
+    name), or else out_dir/sft.pt. Raises UserError."""
+    path = config.init_from or config.folder / "sft.pt"
+    if not (config.init_from and is_pretrained(config.init_from)):
+        return load_finished(path, "sft")
+    model, source = load_pretrained(config.init_from), config.tokenizer or "gpt2"
+    tokenizer = tokenizer_id(get_tokenizer(source), source)
+    check_vocabulary(config, model, tokenizer["n_vocab"])
+    weights = model.state_dict()
+    return {"stage": "sft", "model": weights, "model_config": asdict(model.config), "tokenizer": tokenizer,
+            "sha256": digest(weights)}
+
+
+def load_pretrained(path_or_name):
+    """from_pretrained, whose errors become a UserError."""
+    try:
+        return from_pretrained(path_or_name)
+    except (OSError, ImportError, ValueError) as error:
+        raise UserError(f"--init_from={path_or_name}: {error}") from None
+
+
+def check_vocabulary(config, model, n_vocab):
+    """Raises UserError if pretrained weights have another number of tokens than the tokenizer."""
+    require(model.config.vocab_size == n_vocab, f"--init_from={config.init_from} has {model.config.vocab_size:,} "
+            f"tokens and the tokenizer {n_vocab:,}: GPT-2 needs --tokenizer=gpt2")
+
+
 def load_policy(checkpoint, device="cpu"):
     """The GPT of a checkpoint, always in eval mode. Dropout would change the log-probs from pass to pass, and the ratio
     with them."""
@@ -109,7 +166,7 @@ def load_reward_model(config, tokenizer, block_size, device="cpu"):
     """(RewardModel in eval mode without gradients, its checkpoint). Raises UserError if it has another tokenizer, or
     reads fewer than the block_size tokens that the policy may write. Prints a note if it was calibrated on other
     answers."""
-    checkpoint = load_checkpoint(config.rm or config.folder / "rm.pt", "rm")
+    checkpoint = load_finished(config.rm or config.folder / "rm.pt", "rm")
     theirs = checkpoint["tokenizer"]
     require(theirs["sha256"] == tokenizer["sha256"], f"the reward model's tokenizer is {theirs['name']} "
             f"({theirs['n_vocab']:,} ids) and the policy's {tokenizer['name']} ({tokenizer['n_vocab']:,} ids): "

@@ -19,7 +19,7 @@ ROOFS = ("train_sft", "train_rm", "train_ppo", "sample")
 ALLOWED = {name: set() for name in PURE} | {
     "tokenizer": {"atlas"}, "data": {"atlas", "tokenizer"}, "pretrained": {"model", "tokenizer"},
     "reward_model": {"model"}, "rollout": {"model"}, "experience": {"rollout", "data", "tokenizer", "support"},
-    "support": {"model", "ppo", "data", "tokenizer", "reward_model", "support"}}
+    "support": {"model", "ppo", "data", "tokenizer", "pretrained", "reward_model", "support"}}
 
 
 def imports_of(path):

@@ -162,6 +162,7 @@ def baselines():
     ({"samples_per_prompt": 5}, "--batch_size=12 must be a multiple of --samples_per_prompt=5"),
     ({"batch_size": 10, "minibatches": 4},
      r"--batch_size=10 must be a multiple of --minibatches=4, but 10 = 4 x 2 \+ 2"),
+    ({"lr_decay_iters": 2}, "--lr_decay_iters=2 lowers lr to 0 before --max_iters=3"),
     ({"micro_batch_size": 4}, "--micro_batch_size=4 must divide the 6 rows of a step: 6 = 1 x 4 [+] 2"),
     ({"max_new_tokens": 64}, "longer than block_size=64")], ids=lambda x: str(x)[:40])
 def test_combinations_of_flags_that_are_refused(flags, says, world):

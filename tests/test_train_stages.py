@@ -7,11 +7,14 @@ import sys
 
 import pytest
 
+from model import GPT, GPTConfig
 from paths import DATA, ROOT
+from pretrained import save_pretrained
 from support import checkpoint
 from support.checkpoint import digest, load_checkpoint
 from support.flags import UserError
-from tiny import SIZES, STAGES, metrics, pairs, run, shrink, weights, write_jsonl
+from tiny import SIZES, STAGES, metrics, pairs, reward_file, run, shrink, weights, write_jsonl
+from tokenizer import DataError, get_tokenizer
 
 
 def test_ppo_trains_the_missing_stages_and_says_so(world, monkeypatch, capsys):
@@ -49,6 +52,67 @@ def test_ppo_first_resumes_an_earlier_stage_that_was_interrupted(stage, world, m
     assert f"{stage} 3/4" in out and f"{stage} 1/4" not in out
     assert digest(weights(folder, stage)) == digest(weights(whole, stage))
     assert metrics(folder, stage) == metrics(whole, stage)
+
+
+def test_a_stage_of_other_data_or_another_seed_is_used_with_a_note(world, capsys):
+    folder = world("ppo")
+    run("ppo", folder, max_iters=1)
+    assert "was trained" not in capsys.readouterr().out
+    write_jsonl(folder / "other.jsonl", pairs(offset=100))
+    run("ppo", folder, max_iters=1, overwrite=True, data=str(folder / "other.jsonl"), seed=7)
+    notes = [line for line in capsys.readouterr().out.splitlines() if "was trained on other data and with --seed=0" in line]
+    assert len(notes) == 2 and "sft.pt" in notes[0] and "train_rm.py --overwrite replaces it" in notes[1]
+    run("ppo", folder, max_iters=1, overwrite=True, seed=7, init_from=str(folder / "sft.pt"), rm=str(folder / "rm.pt"))
+    assert "was trained" not in capsys.readouterr().out  # these were named
+
+
+@pytest.mark.parametrize("stage, user, flag", [("sft", "rm", "init_from"), ("sft", "ppo", "init_from"),
+                                               ("rm", "ppo", "rm")])
+def test_an_unfinished_model_is_refused_where_it_is_named(stage, user, flag, world):
+    """An interrupted reward model is not calibrated, so that kl_coef would not mean what it says."""
+    folder = world(user)
+    saved = load_checkpoint(folder / f"{stage}.pt", stage)
+    saved.pop("sha256")
+    checkpoint.save_checkpoint(folder / "part.pt", saved | {"finished": False})
+    with pytest.raises(UserError, match=rf"part\.pt is unfinished, it stopped after iteration \d+: finish it with train_{stage}"):
+        run(user, folder, **{flag: str(folder / "part.pt")})
+    assert not (folder / f"{user}.pt").exists()
+
+
+@pytest.mark.parametrize("missing, flag", [("sft", "init_from"), ("rm", "rm")])
+def test_resume_trains_no_other_stage(missing, flag, world, monkeypatch):
+    """A run with --init_from that is resumed without it would train for minutes before it compares anything."""
+    shrink(monkeypatch)
+    folder = world("ppo")
+    (folder / f"{missing}.pt").rename(folder / "named.pt")
+    run("ppo", folder, **{flag: str(folder / "named.pt")})
+    before = sorted(path.name for path in folder.iterdir())
+    with pytest.raises(UserError, match=f"{missing}.pt, which is not there: give its --{flag}"):
+        run("ppo", folder, resume=True, max_iters=6)
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_what_a_later_stage_would_refuse_is_refused_before_the_first_trains(world, monkeypatch):
+    shrink(monkeypatch)
+    folder = world("sft")
+    write_jsonl(folder / "pairs.jsonl", [row | {"rejected": row["chosen"]} for row in pairs()])
+    with pytest.raises(DataError, match="0 usable rows .*chosen equal to rejected"):
+        run("ppo", folder, **SIZES)
+    assert not (folder / "sft.pt").exists()
+
+
+def test_ppo_starts_from_a_pretrained_folder_without_any_sft_stage(world, tmp_path, monkeypatch):
+    shrink(monkeypatch)
+    folder, reward = world("sft"), reward_file(tmp_path, "[float(len(r)) for r in responses]")
+    save_pretrained(GPT(GPTConfig(vocab_size=257, **SIZES)), get_tokenizer("bytes"), tmp_path / "gpt2")
+    write_jsonl(folder / "prompts.jsonl", [{"prompt": row["prompt"]} for row in pairs()])
+    flags = {"init_from": str(tmp_path / "gpt2"), "data": str(folder / "prompts.jsonl")}
+    run("ppo", folder, reward=reward, **flags)
+    assert not (folder / "sft.pt").exists() and load_checkpoint(folder / "ppo.pt", "ppo")["iter"] == 3
+    run("ppo", folder, reward=reward, resume=True, max_iters=4, **flags)
+    run("rm", folder, init_from=str(tmp_path / "gpt2"), max_iters=1)  # the reward model may start from there as well
+    with pytest.raises(UserError, match="has 257 tokens and the tokenizer 508: GPT-2 needs --tokenizer=gpt2"):
+        run("ppo", folder, reward=reward, overwrite=True, **flags | {"tokenizer": "atlas"})
 
 
 def test_an_occupied_out_dir_needs_overwrite_which_replaces_ppo_alone(world):

@@ -827,6 +827,18 @@ def test_t36c_the_reward_keeps_charging_the_kl_of_the_old_policy():
     assert rel(step_with(NEW_LOGPROBS), exact) <= 1e-10 and rel(step_with(OLD_LOGPROBS), exact) > 0.1
 
 
+def test_t36e_where_no_score_differs_whitening_forgets_kl_coef():
+    """What is left of the advantages is the KL, whose price whitening divides away: 0.001 moves the policy as 1 does."""
+    def advantages(kl_coef):
+        return reward_to_go(SHAPED(torch.full((N,), 2.0), kl_coef=kl_coef), MASK, gamma=1)
+
+    for kl_coef in 1e-3, 1.0:
+        exact = -kl_coef * gradient(kl_of_responses, OLD)
+        assert rel(step(reinforce_loss, OLD, advantages(kl_coef)), exact) <= 1e-10
+    whitened = [step(reinforce_loss, OLD, whiten(advantages(kl_coef), MASK)) for kl_coef in (1e-3, 1.0)]
+    assert rel(whitened[0], whitened[1]) < 0.05 and rel(whitened[0], -1e-3 * gradient(kl_of_responses, OLD)) > 100
+
+
 def test_t36d_only_the_kl_in_the_reward_passes_through_the_clip():
     """A token past the clip whose score asks for more: in the reward its KL has no gradient, in the loss it pulls."""
     one, old = torch.ones(1, 1, dtype=torch.bool), torch.full((1, 1), math.log(0.2), dtype=torch.float64)

@@ -17,11 +17,18 @@ import model
 import rollout
 import train_ppo
 import train_rm
+import train_sft
+from data import collate_demonstrations
 from experiments import rungs
+from ppo import masked_mean, reward_to_go
+from reward_model import RewardModel
+from rollout import score_response
 from support import optimizer, stages
 from support.checkpoint import digest, load_checkpoint
 from support.flags import UserError
-from tiny import CLOCKS, ONE_STEP, SIZES, STAGES, Spy, metrics, pairs, reward_file, run, weights, write_jsonl
+from tiny import (CLOCKS, ONE_STEP, SIZES, STAGES, Spy, metrics, pairs, reward_file, run, settings, weights,
+                  write_jsonl)
+from tokenizer import get_tokenizer
 
 LADDER = [ONE_STEP | {"objective": objective} for objective in ("reinforce", "reward_to_go", "baseline", "gae")] + \
          [{"objective": objective} for objective in ("cpi", "kl_penalty")] + \
@@ -349,14 +356,91 @@ def test_the_entropy_bonus_raises_the_entropy(world, tmp_path):
     assert entropies[-1] > entropies[0] + 0.1
 
 
-def test_explained_variance_is_of_the_returns_by_the_old_values(world, monkeypatch):
-    """1 - Var(returns - values) / Var(returns), not over Var(values)."""
+def test_a_constant_in_the_reward_changes_nothing(world, tmp_path):
+    """A new critic starts at the mean reward. From 0, its first errors would teach short answers where the constant is
+    above 0, and long ones below. Adam's first steps are lr * sign(gradient), so the weights agree where it is not 0."""
+    rows, finals = {}, {}
+    for constant in (0.0, -10.0, 10.0):
+        for critic in ("separate", "shared"):
+            folder = world("ppo")
+            reward = reward_file(tmp_path, f"[r.count('e') + {constant} for r in responses]")
+            run("ppo", folder, reward=reward, critic=critic, max_iters=1, epochs=1, minibatches=1)
+            rows[constant, critic], = metrics(folder, "ppo")
+            model = weights(folder, "ppo")["model"]
+            finals[constant, critic] = torch.cat([p.reshape(-1) for name, p in model.items() if "value" not in name])
+    for (constant, critic), row in rows.items():
+        assert row["score"] - constant == pytest.approx(rows[0.0, critic]["score"], abs=1e-5)
+        assert row["value_loss"] == pytest.approx(rows[0.0, critic]["value_loss"], rel=1e-3)
+        moved = (finals[constant, critic] - finals[0.0, critic]).abs() > 1e-4
+        assert moved.float().mean() < 0.02
+
+
+def test_where_no_score_differs_the_policy_learns_nothing(world, tmp_path):
+    """Whitened, the KL and the critic's errors would move it as far as a reward does."""
+    folder = world("ppo")
+    run("ppo", folder, reward=reward_file(tmp_path, "[5.0] * len(prompts)"), eos_penalty=0.0)
+    assert digest(weights(folder, "ppo")["model"]) == digest(weights(folder, "sft")["model"])
+    assert [row["score_std"] for row in metrics(folder, "ppo")] == [0.0] * 3
+
+
+def test_a_cut_answer_is_scored_as_if_it_had_ended(world, monkeypatch):
+    """A reward model has never judged a text without EOS. The missing EOS costs eos_penalty, and nothing else."""
+    forward, scored = RewardModel.forward, []
+
+    def look(self, tokens, lens):
+        scored.append((tokens, lens))
+        return forward(self, tokens, lens)
+    monkeypatch.setattr(RewardModel, "forward", look)
+    folder = world("ppo")
+    row = run("ppo", folder, max_iters=1, max_new_tokens=4)
+    assert row["eos_rate"] < 0.9
+    for tokens, lens in scored:
+        assert (tokens.gather(1, (lens - 1).unsqueeze(1)) == 256).all()
+
+
+def test_sft_weighs_every_token_of_the_data_alike(world, monkeypatch):
+    """Over whole epochs the gradients average to that of the mean over all tokens, though batches are sorted by length.
+    A mean over each batch would give tokens of short responses several times the weight of those of long ones."""
+    steps, step, folder = [], optimizer.Optimizer.step, world("sft")
+
+    def look(self, iteration, loss):
+        steps.append(torch.cat([p.grad.reshape(-1) for p in self.params if p.grad is not None]))
+        return step(self, iteration, loss)
+    monkeypatch.setattr(optimizer.Optimizer, "step", look)
+    write_jsonl(folder / "pairs.jsonl", [row | {"chosen": row["chosen"] + " x" * i} for i, row in enumerate(pairs())])
+    run("sft", folder, batch_size=19, max_iters=50, lr=0.0, block_size=128)  # 25 epochs, in one window of lengths
+
+    policy = stages.load_policy(load_checkpoint(folder / "sft.pt", "sft"))
+    rows = train_sft.load_data(settings("sft", folder), get_tokenizer("bytes"), 128).train
+    tokens, prompt_lens, _, mask = collate_demonstrations(rows, 256)
+    (-masked_mean(score_response(policy, tokens, prompt_lens, mask.size(1))[0], mask)).backward()
+    exact = torch.cat([p.grad.reshape(-1) for p in policy.parameters() if p.grad is not None])
+    assert (torch.stack(steps).mean(0) - exact).norm() < 1e-5 * exact.norm()
+
+
+def test_the_critics_gradient_does_not_shorten_the_policys(world, tmp_path):
+    """Each is clipped by itself: with a reward in hundreds the value loss has a gradient in hundreds."""
+    norms = {}
+    for scale in (1.0, 100.0):
+        reward = reward_file(tmp_path, f"[{scale} * r.count('e') for r in responses]")
+        norms[scale] = run("ppo", world("ppo"), reward=reward, kl_coef=0.0, eos_penalty=0.0, max_iters=1, epochs=1,
+                           minibatches=1)["grad_norm"]
+    assert norms[100.0] == pytest.approx(norms[1.0], rel=1e-3)
+
+
+def test_explained_variance_is_of_the_reward_to_go_by_the_old_values(world, monkeypatch):
+    """1 - Var(G - V) / Var(G), with G the rewards that followed. Not over Var(V); and not of the lambda-returns, which
+    contain V: a critic that knows nothing would explain them."""
     gae = Spy(monkeypatch, "gae")
-    row = run("ppo", world("ppo"), max_iters=1)
-    (_, values, mask, _, _), (_, returns) = gae.calls[0]
-    error, spread = (returns - values)[mask].var(unbiased=False), returns[mask].var(unbiased=False)
-    assert row["explained_variance"] == pytest.approx((1 - error / spread).item(), abs=1e-4)
-    assert abs(row["explained_variance"] - (1 - error / values[mask].var(unbiased=False)).item()) > 0.01
+    row = run("ppo", world("ppo"), max_iters=1, lam=0.5)
+    (rewards, values, mask, gamma, _), (_, lambda_returns) = gae.calls[0]
+
+    def explained(returns, over):
+        return (1 - (returns - values)[mask].var(unbiased=False) / over[mask].var(unbiased=False)).item()
+    to_go = reward_to_go(rewards, mask, gamma)
+    assert row["explained_variance"] == pytest.approx(explained(to_go, to_go), abs=1e-4)
+    for other in (explained(to_go, values), explained(lambda_returns, lambda_returns)):
+        assert abs(row["explained_variance"] - other) > 0.01
 
 
 def test_target_kl_below_rounding_still_takes_a_step(world, monkeypatch):

@@ -462,10 +462,52 @@ def test_a_run_that_is_not_finite_is_never_saved_over_a_healthy_checkpoint(where
 def test_when_a_checkpoint_is_due(tmp_path, monkeypatch):
     """At every save_interval, at the last iteration, and once a signal has come."""
     with opened(tmp_path, save_interval=4, max_iters=9) as (run, *_):
-        assert [i for i in range(1, 10) if run.due(i)] == [4, 8, 9]
+        saved = []
+        monkeypatch.setattr(run, "save", lambda iteration: saved.append(iteration))
+        for iteration in range(1, 10):
+            run.end(iteration)
+        assert saved == [4, 8, 9]
         monkeypatch.setattr(checkpoint.Signals, "received", signal.SIGTERM)
-        assert all(run.due(i) for i in range(1, 10))
+        run.end(1)
+        assert saved == [4, 8, 9, 1]
         monkeypatch.undo()
+
+
+@pytest.mark.parametrize("stepped", [False, True])
+def test_an_exception_leaves_the_last_iteration_behind(stepped, tmp_path, capsys):
+    """As a signal does, unless the optimizer has taken a step since then."""
+    with pytest.raises(ZeroDivisionError), opened(tmp_path, save_interval=100) as (run, model, *_):
+        torch.nn.init.constant_(model.weight, 2)
+        run.end(2, kl_coef=0.25)
+        torch.rand(3)  # the generators are those of the iteration's end
+        if stepped:
+            model.weight.grad = torch.ones_like(model.weight)
+            run.optimizer.step(3, 0.0)
+        1 / 0
+    assert (tmp_path / "sft.pt").exists() != stepped
+    if not stepped:
+        assert stands_at(tmp_path / "sft.pt") == 2 and load_checkpoint(tmp_path / "sft.pt", "sft")["kl_coef"] == 0.25
+        assert "saved iteration 2, the last one before the error" in capsys.readouterr().out
+
+
+def test_a_reward_function_that_raises_loses_no_iteration(fresh, tmp_path):
+    """The run that is resumed from there equals one that was never interrupted."""
+    body = "import pathlib\ncalls = []\ndef f(prompts, responses):\n    calls.append(1)\n" \
+           "    if len(calls) == 3 and not pathlib.Path(__file__).with_name('mended').exists():\n        1 / 0\n" \
+           "    return [float(response.count('e')) for response in responses]\n"
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "reward.py").write_text(body)
+    (tmp_path / "a" / "mended").touch()
+    whole, folder = fresh("ppo"), fresh("ppo")
+    run("ppo", whole, reward=f"{tmp_path}/a/reward.py:f", max_iters=4)
+    with pytest.raises(RuntimeError, match="the reward function raised"):
+        run("ppo", folder, reward=f"{tmp_path}/b/reward.py:f", max_iters=4)
+    assert load_checkpoint(folder / "ppo.pt", "ppo")["iter"] == 2
+    (tmp_path / "b" / "mended").touch()
+    run("ppo", folder, reward=f"{tmp_path}/b/reward.py:f", max_iters=4, resume=True)
+    assert digest(weights(folder, "ppo", "optimizer", "rng")) == digest(weights(whole, "ppo", "optimizer", "rng"))
+    assert metrics(folder, "ppo") == metrics(whole, "ppo")
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -375,12 +375,15 @@ def test_a_constant_in_the_reward_changes_nothing(world, tmp_path):
         assert moved.float().mean() < 0.02
 
 
-def test_where_no_score_differs_the_policy_learns_nothing(world, tmp_path):
+def test_where_no_score_differs_the_policy_learns_nothing(world, tmp_path, monkeypatch):
     """Whitened, the KL and the critic's errors would move it as far as a reward does."""
-    folder = world("ppo")
-    run("ppo", folder, reward=reward_file(tmp_path, "[5.0] * len(prompts)"), eos_penalty=0.0)
-    assert digest(weights(folder, "ppo")["model"]) == digest(weights(folder, "sft")["model"])
-    assert [row["score_std"] for row in metrics(folder, "ppo")] == [0.0] * 3
+    (tmp_path / "reward.py").write_text("calls = []\ndef f(prompts, responses):\n    calls.append(1)\n"
+                                        "    return [5.0 + (len(calls) == 1) * len(r) for r in responses]\n")
+    loss, gae, folder = Spy(monkeypatch, "policy_loss"), Spy(monkeypatch, "gae"), world("ppo")
+    run("ppo", folder, reward=f"{tmp_path / 'reward.py'}:f", eos_penalty=0.0, max_iters=2, epochs=1, minibatches=1)
+    first, second = (args[2] for args, _ in loss.calls)
+    assert first.any() and not second.any() and gae.calls[1][1][0].any()
+    assert metrics(folder, "ppo")[1]["score_std"] == 0.0
 
 
 def test_a_cut_answer_is_scored_as_if_it_had_ended(world, monkeypatch):

@@ -127,7 +127,7 @@ def gae(rewards, values, mask, gamma, lam):
         delta_t = r_t + gamma * V_{t+1} - V_t          A_t = delta_t + gamma * lam * A_{t+1}
 
     V is 0 after the last token. A response cut at max_new_tokens counts as a finished episode, without bootstrapping,
-    because it is scored as it was cut."""
+    because it is scored as if it had ended."""
     rewards, values = zero_outside(rewards, mask).detach(), zero_outside(values, mask).detach()
     advantages = torch.zeros_like(rewards)
     next_value, next_advantage = torch.zeros_like(rewards[:, 0]), torch.zeros_like(rewards[:, 0])

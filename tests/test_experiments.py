@@ -9,7 +9,7 @@ import pytest
 
 import train_rm
 import train_sft
-from experiments import ladder, overoptimization
+from experiments import ladder, overoptimization, rungs
 from support.checkpoint import load_checkpoint
 
 
@@ -60,7 +60,7 @@ def test_the_ladder_runs_every_rung_once_and_measures_it(stages, monkeypatch, ca
     config = ladder.Config(out_dir=str(stages), seeds=1, max_iters=2, save=str(stages / "ladder"))
     ladder.main(config)
     results = json.loads((stages / "ladder.json").read_text())["runs"]
-    assert results.keys() == {*ladder.OBJECTIVES, "trpo"}
+    assert results.keys() == {*rungs.OBJECTIVES, "trpo"}
     for name, result in results.items():
         assert all(len(curve) == 2 and all(map(math.isfinite, curve)) for curve in result["objective"] + result["gold"])
         assert ("gradient_variance" in result) == (name in ladder.ONE_STEP)

@@ -80,6 +80,7 @@ def train(folder, seed, name, **flags):
     module = trpo if name == "trpo" else rungs
     config = module.Config(**{
         "out_dir": str(folder / name), "seed": seed, "device": "cpu", "overwrite": True, "save_interval": 10**6,
+        "max_new_tokens": 16,
         "init_from": str(folder / "sft.pt"), "rm": str(folder / "rm.pt")} | flags)
     path, stage = checkpoint_of(folder, name)
     if path.exists():

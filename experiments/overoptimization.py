@@ -60,7 +60,7 @@ class Config:
 def train_proxy(folder, seed, rm_iters, candidates):
     """The weak reward model: folder/proxy/rm.pt."""
     config = train_rm.Config(out_dir=str(folder / "proxy"), init_from=str(folder / "sft.pt"), seed=seed, device="cpu",
-                             max_iters=rm_iters, candidates=candidates, overwrite=True)
+                             max_iters=rm_iters, candidates=candidates, overwrite=True, max_new_tokens=16)
     path = config.folder / "rm.pt"
     saved = load_checkpoint(path, "rm") if path.exists() else None
     sft = load_checkpoint(folder / "sft.pt", "sft")["sha256"]
@@ -93,7 +93,7 @@ def best_of_n(folder, seed):
     the proxy's score, for n in BEST_OF; and "mean", "std" of the utility of the SFT policy's answers."""
     checkpoint = load_checkpoint(folder / "sft.pt", "sft")
     policy, encoding = load_policy(checkpoint, "cpu"), get_tokenizer("atlas")
-    config = train_ppo.Config(rm=str(folder / "proxy" / "rm.pt"), seed=seed, device="cpu")
+    config = train_ppo.Config(rm=str(folder / "proxy" / "rm.pt"), seed=seed, device="cpu", max_new_tokens=16)
     block_size = policy.config.block_size
     reward_model, _ = load_reward_model(config, checkpoint["tokenizer"], block_size, "cpu")
     questions = atlas.prompts("train")[::8]

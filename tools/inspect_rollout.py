@@ -159,6 +159,7 @@ def load_side(path, name, saved, flags, options):
             "number per response, next to others to its prompt: there is nothing to see by token")
     encoding, tokenizer = run_tokenizer(None, None, saved["tokenizer"])
     block_size = saved["model_config"]["block_size"]
+    stages.resolve_max_new_tokens(config, encoding, block_size)
     device, autocast = setup(config)
     models = stages.load_models(config, tokenizer, device)
     for flag, source in (("init_from", "sft"), ("rm", "rm")):

@@ -139,8 +139,9 @@ def load_finished(path, stage):
     """load_checkpoint for a model that another stage is to use. Raises UserError if its training was interrupted: its
     weights are not averaged to the end, and a reward model is not calibrated."""
     checkpoint = load_checkpoint(path, stage)
-    require(checkpoint["finished"], f"{path} is unfinished, it stopped after iteration {checkpoint['iter']}: finish it "
-            f"with {script(stage)} --resume, or name another file")
+    if not checkpoint["finished"]:
+        raise UserError(f"{path} is unfinished, it stopped after iteration {checkpoint['iter']}: finish it with "
+                        f"{script(stage)} --resume, or name another file")
     return checkpoint
 
 

@@ -46,7 +46,7 @@ def stages(tmp_path_factory):
     """out_dir with seed0/sft.pt and rm.pt of a tiny model, so that the experiments find the shared stages finished."""
     out_dir = tmp_path_factory.mktemp("experiments")
     folder = str(out_dir / "seed0")
-    train_sft.train(train_sft.Config(out_dir=folder, device="cpu", max_iters=40, batch_size=32, lr=3e-3, n_layer=1,
+    train_sft.train(train_sft.Config(out_dir=folder, device="cpu", max_iters=80, batch_size=32, lr=3e-3, n_layer=1,
                                      n_head=2, n_embd=32, block_size=64))
     train_rm.train(train_rm.Config(out_dir=folder, device="cpu", max_iters=3, batch_size=4, candidates=3))
     return out_dir

@@ -67,7 +67,8 @@ class Size:
 
     @property
     def model(self):
-        return GPTConfig(block_size=self.prompt_len + self.response_len, vocab_size=self.vocab_size,
+        # One position more, for the EOS that the reward model is shown after a response without one.
+        return GPTConfig(block_size=self.prompt_len + self.response_len + 1, vocab_size=self.vocab_size,
                          n_layer=self.n_layer, n_head=self.n_head, n_embd=self.n_embd)
 
 
@@ -294,14 +295,14 @@ def work(size, critic, width):
     T, critics = P + R, int(critic == "separate")
     weights = width * (12 * size.n_layer * C * C + size.vocab_size * C)
     kv = width * 2 * size.n_layer * C * B  # per position
-    trunk = forward_flops(size, B * T, B * T * (T + 1) / 2, 0)
+    trunk, judged = (forward_flops(size, B * n, B * n * (n + 1) / 2, 0) for n in (T, T + 1))
     scored = forward_flops(size, B * T, B * T * (T + 1) / 2, B * R)
     prefill = Piece(forward_flops(size, B * P, B * P * (P + 1) / 2, B), weights, weights)
     decode = [Piece(forward_flops(size, B, B * (P + t), B), weights + kv * (P + t), weights + kv * T)
               for t in range(1, R)]
     trained = n_params(size) * (1 + critics)
     adamw = Piece(0, 28 * trained, 16 * trained)  # float32: reads weight, gradient and two moments, writes three
-    return {"rollout": [prefill, *decode, Piece(trunk)],
+    return {"rollout": [prefill, *decode, Piece(judged)],
             "score": [Piece(2 * scored + critics * trunk)],
             "update": [Piece(3 * size.epochs * (scored + critics * trunk))]
             + [adamw] * (size.epochs * size.minibatches)}

@@ -1,5 +1,5 @@
 """
-Hugging Face's GPT-2 format: from_pretrained reads a checkpoint, save_pretrained writes one.
+Hugging Face's GPT-2 format: from_pretrained reads a checkpoint, save_pretrained writes one with its tokenizer.
 
 The names of the weights, the layout of the linear layers and the fields of config.json are known here only.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from model import GPT, GPTConfig
+from tokenizer import EOT, tokenizer_json
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
 GPT2_URL = "https://huggingface.co/{name}/resolve/main/{file}"
@@ -65,28 +66,49 @@ def from_pretrained(path_or_name):
 
 
 def save_pretrained(model, encoding, path):
-    """Writes the folder `path` (config.json, pytorch_model.bin) for transformers' GPT2LMHeadModel.
+    """Writes the folder `path` for transformers' AutoModelForCausalLM and AutoTokenizer: the weights, the sampling and
+    the ids are those of this project. The value head is not part of that format and is left out.
 
-    The value head is not part of that format and is left out. config.json gets the encoding's EOS.
-    Raises ValueError for a model without biases, FileExistsError if `path` exists and is not an empty folder."""
-    path = Path(path)
-    if not model.config.bias:
+    The folder appears complete or not at all. Raises ValueError for a model without biases or with fewer ids than the
+    encoding, DataError if the encoding cannot be written, FileExistsError if `path` is there and no empty folder."""
+    path, c = Path(path), model.config
+    if not c.bias:
         raise ValueError("a model with bias=False cannot be saved as GPT-2, which has biases everywhere")
+    if encoding.n_vocab > c.vocab_size:
+        raise ValueError(f"the encoding has {encoding.n_vocab:,} ids and the model {c.vocab_size:,}: save it with the "
+                         "encoding that it was trained with")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists and is not an empty folder: choose another path")
-    path.mkdir(parents=True, exist_ok=True)
     weights = {}
     for name, p in model.trunk.named_parameters():
         w = p.detach().cpu()
         name = gpt2_name(name)
         weights["transformer." + name] = w.t().contiguous() if is_conv1d(name) else w.clone()
-    torch.save(weights, path / "pytorch_model.bin")
-    c = model.config
-    fields = dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], vocab_size=c.vocab_size,
+    eos = dict(bos_token_id=encoding.eot_token, eos_token_id=encoding.eot_token)
+    config = dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], vocab_size=c.vocab_size,
                   n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
                   n_inner=None, embd_pdrop=c.dropout, attn_pdrop=c.dropout, resid_pdrop=c.dropout,
-                  bos_token_id=encoding.eot_token, eos_token_id=encoding.eot_token, **GPT2_FIXED)
-    (path / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+                  **eos, **GPT2_FIXED)
+    # top_k=0, because transformers takes 50 by default, which is another distribution than the one PPO trained.
+    generation = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_length=c.block_size,
+                      pad_token_id=encoding.eot_token, **eos)
+    # The class is named, because for a GPT-2 transformers would take one with GPT-2's own split pattern. A special
+    # token's name in a text is text. Padding is on the left, where generate needs it.
+    tokenizer = dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=c.block_size, bos_token=EOT,
+                     eos_token=EOT, pad_token=EOT, split_special_tokens=True, padding_side="left",
+                     clean_up_tokenization_spaces=False)
+    contents = {"config.json": config, "generation_config.json": generation, "tokenizer_config.json": tokenizer,
+                "tokenizer.json": tokenizer_json(encoding)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{path.name}.", dir=path.parent) as parent:
+        folder = Path(parent) / path.name
+        folder.mkdir()
+        for file, fields in contents.items():
+            (folder / file).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        torch.save(weights, folder / "pytorch_model.bin")
+        if path.exists():
+            path.rmdir()  # empty; Windows renames onto no folder
+        folder.rename(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 """
-Text <-> ids: the built-in vocabularies, tiktoken's encodings, and prompts and responses as ids.
+Text <-> ids: the built-in vocabularies, tiktoken's encodings, prompts and responses as ids, and tokenizer.json.
 
 Text is encoded as given: nothing is stripped or added, and a special token's name in a user's text is text. EOS ends
 every response and, where a prompt is empty, starts it.
@@ -9,6 +9,8 @@ import base64
 import difflib
 import gzip
 import hashlib
+import math
+import re
 import zlib
 from pathlib import Path
 
@@ -149,3 +151,64 @@ def token_bytes(encoding, token):
         return encoding.decode_single_token_bytes(token)
     except KeyError:
         return "\ufffd".encode()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# an encoding as the tokenizer.json of Hugging Face's `tokenizers`
+
+def tokenizer_json(encoding):
+    """The contents of a tokenizer.json that gives the same ids, and the same text for them, as the encoding. Its
+    vocabulary is in GPT-2's alphabet of one printable character per byte.
+
+    Raises DataError if a special token is spelled like an ordinary one."""
+    ranks = {token: encoding.encode_single_token(token) for token in encoding.token_byte_values()}
+    special = {text: encoding.encode_single_token(text) for text in sorted(encoding.special_tokens_set)}
+    pairs = [last_merge(token, ranks) for token in sorted(ranks, key=ranks.get)]
+    vocab = {printable(token): rank for token, rank in ranks.items()}
+    for text in special:
+        if text in vocab:
+            raise DataError(f"tokenizer {encoding.name} has {text} twice, as a special and as an ordinary token, and a "
+                            "tokenizer.json can hold one of them: choose another tokenizer")
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": oniguruma(encoding._pat_str)}, "behavior": "Isolated",
+             "invert": False}
+    return {"version": "1.0", "truncation": None, "padding": None,
+            "added_tokens": [{"id": token, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
+                              "normalized": False, "special": True} for text, token in special.items()],
+            "normalizer": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+            "post_processor": None, "decoder": byte_level,
+            # ignore_merges: a piece that is a token is that token, as in tiktoken, even if no merges lead to it
+            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
+                      "vocab": vocab | special, "merges": [list(map(printable, pair)) for pair in pairs if pair]}}
+
+
+def last_merge(token, ranks):
+    """The two tokens that BPE joins into `token`, or None for one that it never makes, such as a single byte.
+
+    tiktoken joins whatever spells a token, and `tokenizers` joins listed pairs. One pair per token is enough for the
+    same ids: BPE does to a stretch of text, until a merge crosses its ends, what it does to that stretch by itself."""
+    parts = [token[i:i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        found = [ranks.get(a + b, math.inf) for a, b in zip(parts, parts[1:])]
+        i = found.index(min(found))
+        if found[i] == math.inf:
+            return None
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return parts if len(parts) == 2 else None
+
+
+# Bytes that are no visible character become the characters from U+0100 on, in their order.
+HIDDEN = [byte for byte in range(256) if not 33 <= byte <= 126 and not 161 <= byte <= 255 or byte == 173]
+ALPHABET = {byte: 256 + i for i, byte in enumerate(HIDDEN)}
+
+
+def printable(token):
+    """The bytes of a token in GPT-2's alphabet."""
+    return token.decode("latin-1").translate(ALPHABET)
+
+
+def oniguruma(pattern):
+    """A split pattern in the dialect of `tokenizers`. (?s:.) is unknown there. {1,3}+ would not be possessive but
+    repeated, and before the end of an alternative the plain {1,3} matches the same."""
+    return re.sub(r"(\{\d+,\d*\})\+(?=\||$)", r"\1", pattern.replace("(?s:.)", r"[\s\S]"))

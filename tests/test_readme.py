@@ -11,7 +11,7 @@ import train_rm
 import train_sft
 from experiments import rungs, trpo
 from paths import ROOT
-from tools import inspect_rollout, label
+from tools import export, inspect_rollout, label
 from tools.relink import LINK
 
 TEXT = (ROOT / "README.md").read_text()
@@ -24,7 +24,8 @@ FILES = sorted({(page, target) for page, text in PAGES.items()
 THEOREMS = set(re.findall(r"^def test_t(\d\d)", (ROOT / "tests/core/test_theorems.py").read_text(), re.MULTILINE))
 SCRIPTS = {"train_sft.py": train_sft.Config, "train_rm.py": train_rm.Config, "train_ppo.py": train_ppo.Config,
            "sample.py": sample.Config, "-m tools.inspect_rollout": inspect_rollout.Config,
-           "-m tools.label": label.Config, "-m experiments.ladder": rungs.Config, "-m experiments.trpo": trpo.Config}
+           "-m tools.label": label.Config, "-m tools.export": export.Config,
+           "-m experiments.ladder": rungs.Config, "-m experiments.trpo": trpo.Config}
 
 
 @pytest.mark.parametrize("page, quoted, file, line", LINES)
@@ -53,8 +54,8 @@ def test_every_test_that_the_page_on_reliability_names_exists():
 
 # `python -m experiments.ladder` has its flags from rungs.py only with --objective; other flags are of the whole ladder.
 COMMAND = re.compile(r"^(?:.*&& )?(?:python|torchrun --\S+) ((?:train|sample)\w*\.py|-m tools\.inspect_rollout|"
-                     r"-m tools\.label|-m experiments\.trpo|-m experiments\.ladder(?= --objective))([^#\n]*)",
-                     re.MULTILINE)
+                     r"-m tools\.label|-m tools\.export|-m experiments\.trpo|"
+                     r"-m experiments\.ladder(?= --objective))([^#\n]*)", re.MULTILINE)
 COMMANDS = [command for text in PAGES.values() for command in COMMAND.findall(text)]
 
 

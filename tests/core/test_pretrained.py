@@ -3,18 +3,20 @@
 import json
 import sys
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
+import tiktoken
 import torch
 
 import pretrained
 from model import GPTConfig
 from pretrained import from_pretrained, save_pretrained
 from tensors import BLOCK, V, gap, make_gpt, random_ids, randomize
+from tokenizer import tokenizer_json
 
 ids = partial(random_ids, V)
-ENCODING = SimpleNamespace(eot_token=V - 1)  # of an encoding, only the EOS is written
+ENCODING = tiktoken.Encoding("letters", pat_str=".", mergeable_ranks={bytes([65 + i]): i for i in range(V - 1)},
+                             special_tokens={"<|endoftext|>": V - 1})
 
 
 @pytest.fixture
@@ -86,6 +88,23 @@ def test_save_pretrained_file_layout(folder):
     for name, w in weights.items():
         ours = gpt.trunk.get_parameter(name.removeprefix("transformer.").replace("h.", "blocks."))
         assert torch.equal(w, ours.T if ".c_" in name and name.endswith("weight") else ours), name
+
+
+def test_generation_config_ends_at_eos_and_samples_from_all_tokens(folder):
+    """Without top_k=0 transformers would sample from the 50 likeliest tokens; without max_length, 20 of them."""
+    path, _ = folder
+    assert json.loads((path / "generation_config.json").read_text()) == {
+        "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_length": BLOCK,
+        "bos_token_id": V - 1, "eos_token_id": V - 1, "pad_token_id": V - 1}
+
+
+def test_the_tokenizer_is_written_beside_the_weights(folder):
+    path, _ = folder
+    assert json.loads((path / "tokenizer.json").read_text(encoding="utf-8")) == tokenizer_json(ENCODING)
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast" and config["model_max_length"] == BLOCK
+    assert {config[name] for name in ("bos_token", "eos_token", "pad_token")} == {"<|endoftext|>"}
+    assert config["split_special_tokens"] and config["padding_side"] == "left"
 
 
 def test_gpt2_round_trip_is_exact(folder, tmp_path):
@@ -221,6 +240,26 @@ def test_save_pretrained_refuses_to_overwrite_and_bias_free_models(folder, tmp_p
     with pytest.raises(ValueError, match="bias=False"):
         save_pretrained(make_gpt(bias=False), ENCODING, tmp_path / "no_bias")
     assert not (tmp_path / "no_bias").exists()
+
+
+def test_a_folder_that_could_not_be_completed_leaves_nothing(tmp_path, monkeypatch):
+    def full_disk(weights, file):
+        file.write_bytes(b"half")
+        raise OSError("No space left on device")
+    monkeypatch.setattr(torch, "save", full_disk)
+    (tmp_path / "empty").mkdir()
+    for name in ("new", "empty"):
+        with pytest.raises(OSError, match="No space left"):
+            save_pretrained(make_gpt(), ENCODING, tmp_path / name)
+    assert [item.name for item in tmp_path.rglob("*")] == ["empty"]
+
+
+def test_save_pretrained_refuses_an_encoding_with_more_ids_than_the_model(tmp_path):
+    with pytest.raises(ValueError, match="the encoding has 37 ids and the model 36"):
+        save_pretrained(make_gpt(vocab_size=V - 1), ENCODING, tmp_path / "small")
+    assert not any(tmp_path.iterdir())
+    save_pretrained(make_gpt(vocab_size=V + 3), ENCODING, tmp_path / "large")
+    assert from_pretrained(tmp_path / "large").config.vocab_size == V + 3
 
 
 def test_download_by_name(folder, tmp_path, monkeypatch, capfd):

@@ -1,7 +1,9 @@
 """Tests of tokenizer.py: text to ids and back, a tokenizer's identity, and the sentences that refuse one."""
 
 import base64
+import itertools
 import json
+import random
 
 import pytest
 import requests
@@ -9,7 +11,10 @@ import tiktoken
 
 from data import load_demonstrations
 from files import gpt2, write
-from tokenizer import DataError, encode_prompt, encode_response, get_tokenizer, run_tokenizer, tokenizer_id
+from hostile import encode_by_file, hostile_texts
+from paths import DATA
+from tokenizer import (DataError, encode_prompt, encode_response, get_tokenizer, oniguruma, run_tokenizer, tokenizer_id,
+                       tokenizer_json)
 
 BYTES = get_tokenizer("bytes")
 EOS = 256
@@ -161,3 +166,57 @@ def test_gpt2_ids_are_gpt2s(monkeypatch, tmp_path):
     assert tokenizer_id(from_file) == tokenizer_id(encoding) | {"name": "copy", "source": "copy"}
     for text in TEXTS + ["I'll go,  they've said 123 things\n\n  twice "]:
         assert from_file.encode_ordinary(text) == encoding.encode_ordinary(text)
+
+
+def test_tokenizer_json_of_a_ranks_file(tmp_path):
+    contents = tokenizer_json(get_tokenizer(ranks_file(tmp_path / "tiny.tiktoken")))
+    model = contents["model"]
+    assert model["merges"] == [["h", "e"], ["l", "l"], ["he", "ll"], ["hell", "o"]]
+    assert len(model["vocab"]) == 261 and sorted(model["vocab"].values()) == list(range(261))
+    assert [model["vocab"][text] for text in ("a", "Ġ", "Ċ", "ł", "ÿ", "hello", "<|endoftext|>")] == [
+        97, 32, 10, 0xa0, 255, 259, 260]  # GPT-2's names for a space, a line's end and the bytes A0 and FF
+    assert [(token["id"], token["content"], token["special"]) for token in contents["added_tokens"]] == [
+        (260, "<|endoftext|>", True)]
+    assert json.loads(json.dumps(contents)) == contents
+
+
+@pytest.mark.parametrize("name", ["atlas", "bytes", "file"])
+def test_tokenizer_json_prescribes_the_ids_of_the_encoding(tmp_path, name):
+    encoding = get_tokenizer(ranks_file(tmp_path / "tiny.tiktoken") if name == "file" else name)
+    contents, texts = tokenizer_json(encoding), hostile_texts(encoding)
+    assert len(texts) == 2400 > len(set(texts)) > 2000
+    different = [text for text in texts if encode_by_file(contents, text) != encoding.encode_ordinary(text)]
+    assert not different
+
+
+def test_tokenizer_json_has_gpt2s_own_merges(monkeypatch):
+    """The list that OpenAI published is recovered from the ranks, pair by pair."""
+    contents = tokenizer_json(gpt2(monkeypatch))
+    lines = [path.read_text(encoding="utf-8").splitlines() for path in (DATA / "tiktoken_cache").iterdir()]
+    published, = [rows[1:] for rows in lines if rows[0].startswith("#version")]
+    assert [" ".join(pair) for pair in contents["model"]["merges"]] == published and len(published) == 50_000
+
+
+def test_one_pair_for_each_token_is_enough_in_any_vocabulary():
+    """Also in those that no BPE would learn, where a token's parts may come after it."""
+    rng = random.Random(0)
+    words = ["".join(letters).encode() for n in range(2, 6) for letters in itertools.product("ab", repeat=n)]
+    texts = ["".join(letters) for n in range(1, 8) for letters in itertools.product("ab", repeat=n)]
+    for _ in range(20):
+        tokens = [b"a", b"b", *rng.sample(words, rng.randint(1, 12))]
+        rng.shuffle(tokens)
+        encoding = tiktoken.Encoding("ab", pat_str=r"[\s\S]+", special_tokens={"<|endoftext|>": len(tokens)},
+                                     mergeable_ranks={token: rank for rank, token in enumerate(tokens)})
+        contents = tokenizer_json(encoding)
+        assert all(encode_by_file(contents, text) == encoding.encode_ordinary(text) for text in texts), tokens
+
+
+def test_tokenizer_json_refuses_a_special_token_that_is_ordinary_too(tmp_path):
+    encoding = get_tokenizer(ranks_file(tmp_path / "twice.tiktoken", [b"<|endoftext|>"]))
+    with pytest.raises(DataError, match=r"twice has <\|endoftext\|> twice"):
+        tokenizer_json(encoding)
+
+
+def test_a_split_pattern_in_the_dialect_of_tokenizers():
+    assert oniguruma("(?s:.)") == r"[\s\S]"
+    assert oniguruma(r"\p{L}++|\p{N}{1,3}+| ?x{2,}+") == r"\p{L}++|\p{N}{1,3}| ?x{2,}"

@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Mapping, Set, Sized
 from functools import cache, partial
+from importlib.machinery import PathFinder
 from itertools import chain
 from numbers import Real
 from pathlib import Path
@@ -203,12 +204,14 @@ def import_file(path, source):
 def importable_name(path):
     """(name, root): the name under which a child process can import the file, once root is on its sys.path. Where
     another module has the file's name, names of folders come before it."""
+    importlib.invalidate_caches()
     for root in path.parents:
         parts = path.relative_to(root).with_suffix("").parts
-        if parts[0] not in sys.modules and not any("." in part for part in parts):
-            spec = importlib.util.find_spec(parts[0])
-            if spec is None or spec.origin == str(path):
-                return ".".join(parts), root
+        name, top = ".".join(parts), str(root / parts[0])
+        free = name not in sys.modules and name.count(".") == len(parts) - 1  # and no folder has a dot in its name
+        found = free and PathFinder.find_spec(parts[0], [*sys.path, str(root)])
+        if found and (found.origin == str(path) or set(found.submodule_search_locations or ()) == {top}):
+            return name, root
     return str(path).replace(".", "_"), path.parent  # a name that forked children know
 
 

@@ -1,6 +1,7 @@
 """Tests of --reward: a user's file is imported as Python would, its function gets texts, its wrong results and
 exceptions name the prompt."""
 
+import importlib
 import json
 import math
 import reprlib
@@ -12,6 +13,7 @@ import torch
 
 import data
 import model
+import tiny
 from experience import call_reward_function, load_reward_function
 from reward_model import RewardModel
 from support.flags import UserError
@@ -22,15 +24,18 @@ from tiny import command, pairs, reward_file, run, tiny_flags, write_jsonl
 def write(tmp_path, monkeypatch):
     """Writes a file of a user's, of the given lines, and returns its path. Its module is forgotten at the end."""
     monkeypatch.setattr(sys, "path", [*sys.path])
+    before = {*sys.modules}
 
     def write(name, *lines):
         path = tmp_path / "rewards" / name
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(lines) + "\n")
         return path
     yield write
-    for name, module in [*sys.modules.items()]:
-        if str(getattr(module, "__file__", "")).startswith(str(tmp_path)):
+    places = {name: [getattr(sys.modules[name], "__file__", None), *getattr(sys.modules[name], "__path__", [])]
+              for name in {*sys.modules} - before}
+    for name in places:
+        if any(str(place).startswith(str(tmp_path)) for place in places[name]):
             del sys.modules[name]
 
 
@@ -58,6 +63,23 @@ def test_a_reward_file_is_a_module_here_and_in_its_children(name, start, write):
     scores = call_reward_function(load_reward_function(f"{file}:f"), ["a", "b"], ["x", "xyz"])
     assert scores.tolist() == [1.5, 3.5]
     assert sys.modules["data"] is data
+
+
+def test_many_files_of_one_name_get_names_that_a_child_can_import(write):
+    names = set()
+    for folder in "abcdefghij":
+        file = write(f"{folder}/data.py", "def f(prompts, responses):", "    return []")
+        name = load_reward_function(f"{file}:f").__module__
+        del sys.modules[name]  # a spawned child has the same sys.path, and our modules
+        assert importlib.import_module(name).__file__ == str(file)
+        names.add(name)
+    assert len(names) == 10 and sys.modules["data"] is data
+
+
+def test_a_file_of_ours_may_be_the_reward_file(write):
+    """It is a second module then, so that nothing of ours is replaced."""
+    f = load_reward_function(f"{tiny.__file__}:pairs")
+    assert f is not pairs and f() == pairs() and sys.modules["tiny"] is tiny
 
 
 def test_a_file_beside_the_reward_file_may_be_called_like_one_of_ours(write):

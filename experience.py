@@ -6,8 +6,12 @@ recomputes its shard of the rows, and every process gets the results for all B. 
 """
 
 import importlib.util
-import math
-from functools import partial
+import reprlib
+import sys
+import traceback
+from collections.abc import Mapping, Set, Sized
+from functools import cache, partial
+from importlib.machinery import PathFinder
 from itertools import chain
 from numbers import Real
 from pathlib import Path
@@ -18,7 +22,7 @@ from data import collate_prompts, length_buckets
 from rollout import generate, score_response, score_values
 from support import distributed
 from support.device import generator, maybe_compile
-from support.flags import require
+from support.flags import UserError, require
 from tokenizer import decode
 
 
@@ -143,18 +147,74 @@ class Experience:
 # ---------------------------------------------------------------------------------------------------------------------
 # a reward that is a Python function of the user's
 
+HERE = Path(__file__).resolve().parent
+
+
 def load_reward_function(spec):
-    """`path/to/file.py:function` -> the function, `rm` -> None. Raises UserError if it is not there."""
+    """`path/to/file.py:function` -> the function, `rm` -> None. Raises UserError if it is not there, or if the file
+    cannot be imported."""
     if spec == "rm":
         return None
     file, _, name = spec.rpartition(":")
     require(file.endswith(".py") and name, f"--reward={spec} must be rm or path/to/file.py:function")
     require(Path(file).is_file(), f"--reward={spec}: {file} is not there")
-    module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    path = Path(file).resolve()
+    try:
+        module = import_file(path, path.read_bytes())
+    except SyntaxError as error:
+        raise UserError(f"--reward={spec}: {error.filename or file}, line {error.lineno or 1}: {error.msg}") from error
+    except (Exception, SystemExit) as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        where = f", line {lines[-1]}," if lines else ""
+        raise UserError(f"--reward={spec}: {file}{where} raised {error!r} when it was imported; `python {file}` shows "
+                        "the whole traceback") from error
     require(callable(getattr(module, name, None)), f"--reward={spec}: {file} has no function {name}")
     return getattr(module, name)
+
+
+@cache
+def import_file(path, source):
+    """The module of a user's file. It finds what it finds under `python path`: itself in sys.modules and the files
+    beside it, also in processes that it forks or spawns. If a file beside it has the name of one of ours, the imports
+    at its top level get the user's, and everybody else gets ours."""
+    name, root = importable_name(path)
+    folder, ours = path.parent, {item.stem for item in HERE.iterdir()} - {path.stem}
+    shared = {stem for stem in ours if folder != HERE and any(
+        file.is_file() for file in (folder / f"{stem}.py", folder / stem / "__init__.py"))}
+
+    def take_out():
+        return {key: sys.modules.pop(key) for key in [*sys.modules] if key.partition(".")[0] in shared}
+
+    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, path))
+    aside, sys.modules[name] = take_out(), module
+    sys.path.insert(0, str(folder))
+    try:
+        exec(compile(source, str(path), "exec", dont_inherit=True), vars(module))
+    except BaseException:
+        del sys.modules[name]
+        raise
+    finally:
+        take_out()
+        sys.modules.update(aside)
+        sys.path[:] = [entry for entry in sys.path if entry != str(folder)]
+        sys.path.insert(1, str(folder))  # behind the folder of the script, so that children find our files first
+        sys.path.extend([str(root)] if root != folder else [])
+    return module
+
+
+@cache
+def importable_name(path):
+    """(name, root): the name under which a child process can import the file, once root is on its sys.path. Where
+    another module has the file's name, names of folders come before it."""
+    importlib.invalidate_caches()
+    for root in path.parents:
+        parts = path.relative_to(root).with_suffix("").parts
+        name, top = ".".join(parts), str(root / parts[0])
+        free = name not in sys.modules and name.count(".") == len(parts) - 1  # and no folder has a dot in its name
+        found = free and PathFinder.find_spec(parts[0], [*sys.path, str(root)])
+        if found and (found.origin == str(path) or set(found.submodule_search_locations or ()) == {top}):
+            return name, root
+    return str(path).replace(".", "_"), path.parent  # a name that forked children know
 
 
 def call_reward_function(reward_function, prompts, responses):
@@ -165,20 +225,42 @@ def call_reward_function(reward_function, prompts, responses):
     except Exception as error:
         where = first_failing(reward_function, prompts, responses)
         raise RuntimeError(f"the reward function raised {error!r} for {where}") from error
-    require(hasattr(scores, "__len__") and len(scores) == len(responses), f"the reward function returned "
-            f"{len(scores) if hasattr(scores, '__len__') else scores!r} for {len(responses)} responses: it must "
-            "return a list of as many numbers")
+    n, no_list = len(responses), (Mapping, Set, str, bytes, bytearray)
+    fits = tuple(scores.shape) == (n,) if hasattr(scores, "shape") else \
+        isinstance(scores, Sized) and len(scores) == n and not isinstance(scores, no_list)
+    require(fits, f"the reward function returned {in_words(scores)} for {n} responses: it must return a list of as "
+                  f"many numbers, or a tensor or array of shape ({n},)")
+    scores, numbers = scores.tolist() if hasattr(scores, "tolist") else list(scores), []
     for prompt, response, score in zip(prompts, responses, scores):
-        require(isinstance(score, Real) and math.isfinite(score), f"the reward function returned {score!r} for "
-                f"the prompt {prompt!r} and the response {response!r}: it must be a finite number")
-    return torch.tensor([float(score) for score in scores])
+        number = score.item() if getattr(score, "shape", None) == () else score
+        require(isinstance(number, Real) and abs(number) <= torch.finfo(torch.float32).max, f"the reward function "
+                f"returned {in_words(number)} for the prompt {prompt!r} and the response {response!r}: it must be a "
+                "finite number")
+        numbers.append(float(number))
+    return torch.tensor(numbers)
 
 
-def first_failing(reward_function, prompts, responses):
-    """The first response that makes the function raise when it is called for that one alone, in words."""
-    for prompt, response in zip(prompts, responses):
+def in_words(value):
+    """A wrong result of a reward function, in a few words whatever its size."""
+    if getattr(value, "shape", ()):
+        return f"a value of type {type(value).__name__} and shape {tuple(value.shape)}"
+    return reprlib.repr(value) + (f" of length {len(value)}" if isinstance(value, (list, tuple, Mapping, Set)) else "")
+
+
+def first_failing(reward_function, *columns):
+    """The response that makes the function raise, in words: the first, if several do. Halves the columns (prompts,
+    responses) until one row is left, because each call may take long or cost money."""
+    def fails(low, high):
         try:
-            reward_function([prompt], [response])
+            reward_function(*(column[low:high] for column in columns))
         except Exception:
-            return f"the prompt {prompt!r} and the response {response!r}"
-    return f"{len(prompts)} responses at once and for none of them alone; the first prompt is {prompts[0]!r}"
+            return True
+        return False
+
+    low, high = 0, len(columns[0])
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fails(low, middle) else (middle, high)
+    if fails(low, high):
+        return f"the prompt {columns[0][low]!r} and the response {columns[1][low]!r}"
+    return f"{len(columns[0])} responses at once and for none of them alone; the first prompt is {columns[0][0]!r}"

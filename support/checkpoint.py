@@ -221,12 +221,17 @@ HELD = set()  # folders that this process has locked: train_ppo.py runs the earl
 @contextmanager
 def locked(folder):
     """Keeps other processes out of an out_dir by a lock of the operating system, which ends with this process.
-    Raises UserError if another run holds it."""
+    Raises UserError if another run holds it, or if there can be no lock file."""
     folder = folder.resolve()
     if folder in HELD or not distributed.is_first():
         yield
         return
-    with open(folder / ".lock", "w") as file:
+    try:
+        file = open(folder / ".lock", "w")
+    except OSError as error:
+        raise UserError(f"{folder / '.lock'} cannot be written ({error.strerror}): remove it if no other run is at "
+                        "work there, or give another --out_dir") from None
+    with file:
         try:
             if fcntl is None:
                 print(f"note: this system has no locks: start no second run in {folder}")
@@ -316,12 +321,17 @@ def memory_advice(config, stage):
 # a stage at work
 
 def claim_out_dir(config, path):
-    """Makes out_dir. Raises UserError if this stage's checkpoint is there and no flag says what to do with it."""
+    """Makes out_dir. Raises UserError if a run cannot write there, or if this stage's checkpoint is there and no flag
+    says what to do with it."""
+    folder, log = path.parent, path.with_name("metrics.jsonl")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out_dir={path.parent} cannot be made ({error.strerror})") from None
-    require(os.access(path.parent, os.W_OK), f"--out_dir={path.parent} is not writable")
+        raise UserError(f"--out_dir={folder} cannot be made ({error.strerror}): give another --out_dir") from None
+    require(os.access(folder, os.W_OK | os.X_OK), f"--out_dir={folder} is not writable: change that, or give another "
+            "--out_dir")
+    require(not log.exists() or log.is_file() and os.access(log, os.R_OK), f"{log} cannot be read, and a run keeps the "
+            "lines of other stages there: change that, or give another --out_dir")
     require(config.resume or config.overwrite or not path.exists(),
             f"{path} is there already: --resume continues it, --overwrite replaces it, --out_dir writes elsewhere")
 
@@ -329,7 +339,7 @@ def claim_out_dir(config, path):
 @contextmanager
 def open_run(config, stage):
     """The Run of a stage, alone in its out_dir, with signals deferred to its saves. Scripts wrap their loop in it."""
-    path, was_there = config.folder / f"{stage}.pt", config.folder.exists()
+    path, was_there = config.folder / f"{stage}.pt", os.path.exists(config.folder)
     claim_out_dir(config, path)
     try:
         with locked(config.folder), Signals.deferred(), memory_advice(config, stage):

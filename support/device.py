@@ -6,7 +6,7 @@ generators, and a clock that waits for the GPU.
 import ctypes
 import hashlib
 import time
-from functools import partial
+from functools import cache, partial
 
 import torch
 
@@ -41,8 +41,24 @@ def setup(config):
         torch.set_float32_matmul_precision("high")  # TF32 for products that stay float32; on a CPU float32 is exact
     else:
         keep_freed_memory()
+        if bf16 and lacks_bfloat16(getattr(torch.cpu, "get_capabilities", dict)()):  # older torch has no such query
+            note_slow_bfloat16()
     torch.manual_seed(config.seed)
     return device, partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=bf16)
+
+
+def lacks_bfloat16(capabilities):
+    """Whether torch.cpu.get_capabilities() says that the CPU has no instructions for bfloat16. False where it does not
+    say."""
+    known = [has for name, has in capabilities.items() if "bf16" in name or name == "avx_ne_convert"]
+    return bool(known) and not any(known)
+
+
+@cache
+def note_slow_bfloat16():
+    """Printed once, however many stages a process runs."""
+    print("note: this CPU has no instructions for bfloat16, so --dtype=bfloat16 is much slower here than float32: "
+          "leave the flag out")
 
 
 def keep_freed_memory():

@@ -6,10 +6,14 @@ flag, its default, its domain and its explanation stand in one place.
 import argparse
 import dataclasses
 import difflib
+import errno
 import importlib.util
 import inspect
+import os
 import re
+import stat
 import sys
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Optional, get_args, get_type_hints
@@ -74,8 +78,8 @@ class Flags:
     def check(self):
         """Raises UserError for a value outside its domain, a missing data file or package, or flags at odds."""
         check_domains(self)
-        require(self.data == "atlas" or Path(self.data).exists(), f"--data={self.data}: No such file or directory: "
-                "give a file that can be read")
+        reason = "" if self.data == "atlas" else why_unreadable(self.data)
+        require(not reason, f"--data={self.data}: {reason}: give a file that can be read")
         require(not (self.resume and self.overwrite), "--resume continues a checkpoint and --overwrite replaces it: "
                                                       "give one of them")
         require((self.lr_decay_iters or self.max_iters) >= self.max_iters, f"--lr_decay_iters={self.lr_decay_iters} "
@@ -98,6 +102,15 @@ class Flags:
     def folder(self):
         """Path of out_dir, the default resolved."""
         return Path(self.out_dir or Path("out") / re.sub(r"\.jsonl(\.gz)?$", "", Path(self.data).name))
+
+
+def why_unreadable(path):
+    """Why a file cannot be read, as the operating system says it; "" if it can. It is not opened: a pipe would end."""
+    try:
+        is_folder = stat.S_ISDIR(os.stat(path).st_mode)
+    except OSError as error:
+        return error.strerror
+    return os.strerror(errno.EISDIR) if is_folder else "" if os.access(path, os.R_OK) else os.strerror(errno.EACCES)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -237,11 +250,52 @@ def flag_type(kinds):
     return convert
 
 
+class Screen:
+    """stdout or stderr. It is only looked at, so it must not end a run: a character that its encoding lacks is escaped,
+    and once it cannot be written (`| head` has read enough), the run continues without it."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        return self.attempt(self.stream.write, text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, action, *args):
+        try:
+            return action(*args)
+        except OSError as error:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())  # what is still in the buffer goes there, too
+            os.close(nowhere)
+            if sys.stdout is self:
+                sys.stderr.write(f"note: stdout cannot be written any more ({error.strerror}): continuing without it\n")
+
+
+@contextmanager
+def screen():
+    """stdout and stderr as Screens inside the block; a Python without a console has None."""
+    streams = [stream and Screen(stream) for stream in (sys.stdout, sys.stderr)]
+    with redirect_stdout(streams[0]), redirect_stderr(streams[1]):
+        try:
+            yield
+        finally:
+            for stream in filter(None, streams):
+                stream.flush()
+
+
 def run_script(train, config_class, description, *errors):
     """Runs `python train_x.py --flags`. An error that you can mend (UserError and the given errors) ends in a sentence
     and code 2. A number that is not finite, a failed disk or a lost process ends in a sentence and code 1. Anything
     else is a bug and keeps its traceback."""
-    with distributed.processes():
+    with distributed.processes(), screen():
         config, script = parse_flags(config_class, description=description), Path(sys.argv[0]).name
         if distributed.size() > 1 and hasattr(config, "check"):  # train checks again, but in each process by itself
             refusal = None

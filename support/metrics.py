@@ -182,16 +182,25 @@ def clean(value):
 
 def header(config, stage):
     """The line that says how the lines after it were made: flags, versions, device, commit."""
-    here = Path(__file__).parents[1]
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True) \
-        if (here / ".git").exists() else None
     cuda = torch.cuda.is_available() and config.device != "cpu"
     return {"stage": stage, "flags": dataclasses.asdict(config), "torch": torch.__version__,
             "numpy": numpy.__version__, "tiktoken": tiktoken.__version__, "python": platform.python_version(),
             "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
             "cuda": cuda, "threads": torch.get_num_threads(), "processes": distributed.size(),
             "began": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-            "commit": git.stdout.strip() if git and git.returncode == 0 else None}
+            "commit": commit()}
+
+
+def commit():
+    """git's name for the commit of this clone; None without .git or without the git program."""
+    here = Path(__file__).parents[1]
+    if not (here / ".git").exists():
+        return None
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+    except OSError:
+        return None
+    return git.stdout.strip() if git.returncode == 0 else None
 
 
 def print_samples(rows):

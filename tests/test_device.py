@@ -33,6 +33,24 @@ def test_dtype_on_a_cpu_decides_what_a_matrix_product_computes_in(dtype, expecte
     assert ("bfloat16" in describe(device, autocast)) == (expected == torch.bfloat16)
 
 
+@pytest.mark.parametrize("capabilities, lacks", [
+    ({"avx2": True, "avx512_bf16": False, "amx_bf16": False, "avx_ne_convert": False}, True),
+    ({"avx2": True, "avx512_bf16": True, "amx_bf16": False, "avx_ne_convert": False}, False),
+    ({"avx2": True, "avx512_bf16": False, "amx_bf16": True, "avx_ne_convert": False}, False),
+    ({"avx2": True, "avx512_bf16": False, "amx_bf16": False, "avx_ne_convert": True}, False),
+    ({"neon": True, "bf16": False, "sve_bf16": False}, True), ({"neon": True, "bf16": True}, False),
+    ({"architecture": "ppc64le"}, False)])
+def test_bfloat16_on_a_cpu_without_it_is_noted_once(capabilities, lacks, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    device_module.note_slow_bfloat16.cache_clear()
+    setup(Config(device="cpu"))
+    assert capsys.readouterr().out == ""
+    for _ in range(2):  # train_ppo.py may run two earlier stages
+        setup(Config(device="cpu", dtype="bfloat16"))
+    assert capsys.readouterr().out.count("note: this CPU has no instructions for bfloat16") == lacks
+    device_module.note_slow_bfloat16.cache_clear()
+
+
 def test_bfloat16_is_refused_on_a_gpu_without_it_and_auto_falls_back(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -12,6 +14,7 @@ import sample
 import train_ppo
 import train_rm
 import train_sft
+from paths import ROOT
 from support.flags import Flags, UserError, check_domains, describe_flags, parse_flags, resolve_sizes, run_script
 from tiny import Config
 
@@ -90,6 +93,21 @@ def test_the_ends_of_a_domain(name, bad, good):
         check_domains(train_ppo.Config(**{name: bad}))
 
 
+def test_data_that_cannot_be_read_is_refused_with_the_reason(tmp_path, monkeypatch):
+    def check(path):
+        Config(max_iters=1, batch_size=1, data=str(path)).check()
+    file = tmp_path / "a.jsonl"
+    file.touch()
+    check(file)
+    for path, says in ((tmp_path / "b.jsonl", "No such file or directory"), (tmp_path, "Is a directory"),
+                       (file / "c.jsonl", "Not a directory")):
+        with pytest.raises(UserError, match=f"--data={path}: {says}: give a file that can be read"):
+            check(path)
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.R_OK)  # root may read anything
+    with pytest.raises(UserError, match=f"--data={file}: Permission denied: give"):
+        check(file)
+
+
 def test_resume_and_overwrite_together_are_refused():
     with pytest.raises(UserError, match="give one of them"):
         Config(max_iters=1, batch_size=1, resume=True, overwrite=True).check()
@@ -139,6 +157,61 @@ def test_main_lets_a_bug_show_its_traceback(monkeypatch):
     monkeypatch.setattr("sys.argv", ["train_x.py"])
     with pytest.raises(ZeroDivisionError):
         run_script(lambda config: 1 / 0, Config, "doc", DataProblem)
+
+
+SCREEN = """
+import os, pathlib, sys
+from sample import Config
+from support.flags import run_script
+def main(config):
+    print("warming up", flush=True)
+    {body}
+    pathlib.Path("done").touch()
+run_script(main, Config, "doc")
+"""
+
+
+def on_a_screen(body, folder, **options):
+    """A process of run_script that runs `body` and then makes a file "done"."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "0"} | options.pop("env", {})
+    return subprocess.Popen([sys.executable, "-c", SCREEN.format(body=body)], cwd=folder, text=True, env=env,
+                            stderr=subprocess.PIPE, **options)
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
+def test_a_character_that_the_screen_lacks_is_escaped(encoding, tmp_path):
+    process = on_a_screen(r"print('caf\xe9 \u6771\ufffd\ud800'); sys.stderr.write('\u6771\n')", tmp_path,
+                          stdout=subprocess.PIPE, env={"PYTHONIOENCODING": encoding}, encoding=encoding)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    escaped = "caf\xe9 \u6771\ufffd\ud800".encode(encoding, "backslashreplace").decode(encoding)
+    assert out == f"warming up\n{escaped}\n" and (tmp_path / "done").exists()
+    assert err == "\u6771\n".encode(encoding, "backslashreplace").decode(encoding)
+
+
+@pytest.mark.parametrize("flush", [True, False])
+def test_a_run_continues_when_nobody_reads_its_screen_any_more(flush, tmp_path):
+    process = on_a_screen(f"sys.stdin.readline(); [print(i, flush={flush}) for i in range(9)]", tmp_path,
+                          stdout=subprocess.PIPE, stdin=subprocess.PIPE)
+    assert process.stdout.readline() == "warming up\n"
+    process.stdout.close()
+    process.stdin.write("now\n"), process.stdin.close()
+    err = process.stderr.read()
+    assert process.wait() == 0 and (tmp_path / "done").exists()
+    assert err == "note: stdout cannot be written any more (Broken pipe): continuing without it\n"
+
+
+def test_a_run_continues_when_its_log_is_on_a_full_disk(tmp_path):
+    with open("/dev/full", "w") as full:
+        process = on_a_screen("[print(i, flush=True) for i in range(9)]", tmp_path, stdout=full)
+        err = process.stderr.read()
+    assert process.wait() == 0 and (tmp_path / "done").exists()
+    assert err == "note: stdout cannot be written any more (No space left on device): continuing without it\n"
+
+
+def test_a_script_without_a_console_prints_nothing(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_x.py"]), monkeypatch.setattr(sys, "stdout", None)
+    assert run_script(lambda config: print("nothing") or 7, Config, "doc") == 7
 
 
 @pytest.mark.parametrize("name", ["n_layer", "n_head", "n_embd", "block_size"])

@@ -61,6 +61,13 @@ def test_nan_and_infinity_become_null_and_tensors_numbers(tmp_path):
     assert (line["nan"], line["inf"], line["none"], line["n"], line["x"]) == (None, None, None, 3, 0.5)
 
 
+def test_without_the_git_program_the_commit_is_unknown(tmp_path, monkeypatch):
+    (tmp_path / ".git").mkdir()
+    monkeypatch.setattr(metrics, "__file__", str(tmp_path / "support" / "metrics.py"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert metrics.header(Config(out_dir=str(tmp_path)), "sft")["commit"] is None
+
+
 H = "header"
 
 

@@ -1,13 +1,137 @@
-"""Tests of --reward: a user's function gets texts, its wrong results and exceptions name the prompt."""
+"""Tests of --reward: a user's file is imported as Python would, its function gets texts, its wrong results and
+exceptions name the prompt."""
 
+import importlib
 import json
 import math
+import reprlib
+import sys
 
+import numpy as np
 import pytest
+import torch
 
+import data
+import model
+import tiny
+from experience import call_reward_function, load_reward_function
 from reward_model import RewardModel
 from support.flags import UserError
-from tiny import pairs, reward_file, run, write_jsonl
+from tiny import command, pairs, reward_file, run, tiny_flags, write_jsonl
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Writes a file of a user's, of the given lines, and returns its path. Its module is forgotten at the end."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    before = {*sys.modules}
+
+    def write(name, *lines):
+        path = tmp_path / "rewards" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(lines) + "\n")
+        return path
+    yield write
+    places = {name: [getattr(sys.modules[name], "__file__", None), *getattr(sys.modules[name], "__path__", [])]
+              for name in {*sys.modules} - before}
+    for name in places:
+        if any(str(place).startswith(str(tmp_path)) for place in places[name]):
+            del sys.modules[name]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the file
+
+@pytest.mark.parametrize("name, start", [("mine.py", "fork"), ("mine.py", "spawn"), ("data.py", "fork"),
+                                         ("data.py", "spawn"), ("mine.v2.py", "fork")])
+def test_a_reward_file_is_a_module_here_and_in_its_children(name, start, write):
+    """Its annotations are texts, which dataclasses look up in sys.modules; it has a file beside it and a pool."""
+    write("beside.py", "BONUS = 0.5")
+    file = write(name, "from __future__ import annotations",
+                 "import multiprocessing",
+                 "from concurrent.futures import ProcessPoolExecutor",
+                 "from dataclasses import dataclass, fields",
+                 "from beside import BONUS",
+                 "@dataclass",
+                 "class Judge:",
+                 "    bonus: float = BONUS",
+                 "    def score(self, response):",
+                 "        return len(response) + self.bonus",
+                 "def f(prompts, responses):",
+                 f"    with ProcessPoolExecutor(2, multiprocessing.get_context('{start}')) as pool:",
+                 "        return list(pool.map(Judge().score, responses))")
+    scores = call_reward_function(load_reward_function(f"{file}:f"), ["a", "b"], ["x", "xyz"])
+    assert scores.tolist() == [1.5, 3.5]
+    assert sys.modules["data"] is data
+
+
+def test_many_files_of_one_name_get_names_that_a_child_can_import(write):
+    names = set()
+    for folder in "abcdefghij":
+        file = write(f"{folder}/data.py", "def f(prompts, responses):", "    return []")
+        name = load_reward_function(f"{file}:f").__module__
+        del sys.modules[name]  # a spawned child has the same sys.path, and our modules
+        assert importlib.import_module(name).__file__ == str(file)
+        names.add(name)
+    assert len(names) == 10 and sys.modules["data"] is data
+
+
+def test_a_file_of_ours_may_be_the_reward_file(write):
+    """It is a second module then, so that nothing of ours is replaced."""
+    f = load_reward_function(f"{tiny.__file__}:pairs")
+    assert f is not pairs and f() == pairs() and sys.modules["tiny"] is tiny
+
+
+def test_a_file_beside_the_reward_file_may_be_called_like_one_of_ours(write):
+    write("model.py", "class Judge:", "    score = 7")
+    file = write("mine.py", "from model import Judge", "import support.flags",
+                 "def f(prompts, responses):", "    return [Judge.score for _ in responses]")
+    path = sys.path[0]
+    assert load_reward_function(f"{file}:f")([], [0]) == [7]
+    assert sys.modules["model"] is model and sys.modules["mine"].support.flags.UserError is UserError
+    assert sys.path[0] == path and sys.path[1] == str(file.parent)
+
+
+def test_a_reward_file_is_executed_once_until_it_changes(write):
+    lines = ["print('loading the judge')", "def f(prompts, responses):", "    return [1] * len(responses)",
+             "def g(prompts, responses):", "    return [2] * len(responses)"]
+    file = write("mine.py", *lines)
+    f, g = (load_reward_function(f"{file}:{name}") for name in "fg")
+    assert f.__globals__ is g.__globals__
+    write("mine.py", *lines[:2], "    return [3] * len(responses)")
+    assert load_reward_function(f"{file}:f")([], [0]) == [3]
+    assert load_reward_function(f"{file}:f").__module__ == "mine"
+
+
+@pytest.mark.parametrize("line, says", [
+    ("def f(prompts, responses) return", r"mine\.py, line 2: expected ':'$"),
+    ("\tx = 1", r"mine\.py, line 2: unexpected indent$"),
+    ("x = '\0'", r"mine\.py, line 1: source code string cannot contain null bytes$"),
+    ("import broken", r"broken\.py, line 1: '\(' was never closed$"),
+    ("import no_such_package", r"mine\.py, line 2, raised ModuleNotFoundError\(.*no_such_package.*\) when it was "
+                               r"imported; `python .*mine\.py` shows the whole traceback$"),
+    ("open('/no/such/file')", r"mine\.py, line 2, raised FileNotFoundError"),
+    ("import late", r"mine\.py, line 2, raised ZeroDivisionError"),
+    ("raise SystemExit('no key')", r"mine\.py, line 2, raised SystemExit\('no key'\)")])
+def test_a_file_that_cannot_be_imported_is_said_in_a_sentence(line, says, write):
+    write("broken.py", "x = (")
+    write("late.py", "1 / 0")
+    file = write("mine.py", "import math", line)
+    with pytest.raises(UserError, match=says) as error:
+        load_reward_function(f"{file}:f")
+    assert "\n" not in str(error.value) and "mine" not in sys.modules
+    write("mine.py", "def f(prompts, responses):", "    return []")
+    assert callable(load_reward_function(f"{file}:f"))
+
+
+def test_a_syntax_error_in_the_reward_file_exits_2(world, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("def f(:\n")
+    assert command("train_ppo.py", *tiny_flags("ppo", world("ppo"), reward=f"{tmp_path / 'mine.py'}:f")) == 2
+    assert capsys.readouterr().err.endswith("mine.py, line 1: invalid syntax\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the function
 
 
 def test_the_reward_function_gets_texts_without_eos(world, tmp_path):
@@ -26,15 +150,64 @@ def test_the_reward_function_gets_texts_without_eos(world, tmp_path):
     assert all(isinstance(response, str) and "<|" not in response for response in responses)
 
 
-@pytest.mark.parametrize("body, says", [
-    ("[0.0] * (len(responses) - 1)", "returned 11 for 12 responses"),
-    ("[float('nan')] * len(responses)", r"returned nan for the prompt '\w+ or "),
-    ("[float('inf')] * len(responses)", r"returned inf for the prompt '\w+ or "),
-    ("['1'] * len(responses)", r"returned '1' for the prompt '\w+ or "),
-    ("[None] * len(responses)", r"returned None for the prompt '\w+ or ")])
-def test_what_the_reward_function_may_not_return(body, says, world, tmp_path):
-    with pytest.raises(UserError, match=says):
-        run("ppo", world("ppo"), max_iters=1, reward=reward_file(tmp_path, body))
+def short(parameter):
+    return reprlib.repr(parameter)[:40]
+
+
+@pytest.mark.parametrize("scores", [
+    [1, 0.5], (1, 0.5), [True, 0.5], [np.float32(1), np.float64(0.5)], [np.bool_(True), np.float16(0.5)],
+    [torch.tensor(1), torch.tensor(0.5, requires_grad=True)], [np.array(1), 0.5], np.array([1, 0.5], dtype=np.float16),
+    np.array([2, 1, 0.5, 0.5])[1::2], np.array([1, 0.5], dtype=object), torch.tensor([1, 0.5], dtype=torch.bfloat16),
+    torch.tensor([1, 0.5], requires_grad=True) * 1], ids=short)
+def test_what_the_reward_function_may_return(scores):
+    result = call_reward_function(lambda prompts, responses: scores, ["p", "q"], ["a", "b"])
+    assert result.tolist() == [1, 0.5] and result.dtype == torch.float32 and not result.requires_grad
+
+
+@pytest.mark.parametrize("dtype", ["bool", "int8", "uint8", "int32", "uint64", "int64", "longdouble"])
+def test_arrays_of_whole_numbers_are_scores_too(dtype):
+    result = call_reward_function(lambda prompts, responses: np.array([1, 0], dtype=dtype), ["p", "q"], ["a", "b"])
+    assert result.tolist() == [1, 0] and result.dtype == torch.float32
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_scores_on_a_gpu_are_taken():
+    result = call_reward_function(lambda prompts, responses: torch.ones(2, device="cuda"), ["p", "q"], ["a", "b"])
+    assert result.tolist() == [1, 1] and result.device.type == "cpu"
+
+
+ONE = r"for the prompt 'q' and the response 'b': it must be a finite number$"
+ALL = r"for 2 responses: it must return a list of as many numbers, or a tensor or array of shape \(2,\)$"
+
+
+@pytest.mark.parametrize("scores, says", [
+    ([0.0], r"\[0.0\] of length 1 " + ALL), ([0.0] * 99, r"\[0.0, .*\.\.\.\] of length 99 " + ALL),
+    ({"a": [1, 2], "b": [3, 4]}, r"\{'a': \[1, 2\], 'b': \[3, 4\]\} of length 2 " + ALL),
+    ({"a": 1, "b": 2}.keys(), r"dict_keys\(\['a', 'b'\]\) of length 2 " + ALL),
+    ({1, 2}, r"\{1, 2\} of length 2 " + ALL),
+    (0.5, "returned 0.5 " + ALL), (None, "returned None " + ALL), ("11", "returned '11' " + ALL),
+    (b"11", "returned b'11' " + ALL), ((x for x in (1, 2)), "returned <generator .*> " + ALL),
+    (np.float32(1), "returned .*1.0.* " + ALL), (torch.tensor(1.0), r"returned tensor\(1.\) " + ALL),
+    (torch.ones(2, 1), r"returned a value of type Tensor and shape \(2, 1\) " + ALL),
+    (np.ones((2, 1)), r"returned a value of type ndarray and shape \(2, 1\) " + ALL),
+    (np.ones(3), r"returned a value of type ndarray and shape \(3,\) " + ALL),
+    ([1, math.nan], "returned nan " + ONE), ([1, -math.inf], "returned -inf " + ONE), ([1, "1"], "returned '1' " + ONE),
+    ([1, None], "returned None " + ONE), ([1, 1e39], r"returned 1e\+39 " + ONE),
+    ([1, 10**400], "returned 10+.* " + ONE),
+    ([1, [1]], r"returned \[1\] of length 1 " + ONE), ([1, 1j], "returned 1j " + ONE),
+    ([1, torch.ones(1)], r"returned a value of type Tensor and shape \(1,\) " + ONE),
+    ([1, torch.tensor(math.nan)], "returned nan " + ONE), (torch.tensor([1, math.nan]), "returned nan " + ONE),
+    (np.array([1, np.inf]), "returned inf " + ONE), (np.array([1, None]), "returned None " + ONE),
+    (np.array(["1", "2"]), "returned '1' for the prompt 'p' and the response 'a'")], ids=short)
+def test_what_the_reward_function_may_not_return(scores, says):
+    with pytest.raises(UserError, match=says) as error:
+        call_reward_function(lambda prompts, responses: scores, ["p", "q"], ["a", "b"])
+    assert "\n" not in str(error.value)
+
+
+def test_a_wrong_result_ends_the_run_before_it_is_used(world, tmp_path):
+    with pytest.raises(UserError, match=r"returned nan for the prompt '\w+ or "):
+        run("ppo", world("ppo"), max_iters=1, reward=reward_file(tmp_path, "[float('nan')] * len(responses)"))
 
 
 def test_an_exception_of_the_reward_function_comes_with_the_prompt(world, tmp_path):
@@ -56,6 +229,27 @@ def test_a_reward_function_that_fails_on_a_batch_only(world, tmp_path):
     with pytest.raises(RuntimeError, match="for 12 responses at once and for none of them alone; the first "
                                            "prompt is '"):
         run("ppo", world("ppo"), reward=reward_file(tmp_path, "[1.0] if len(prompts) == 1 else 1 / 0"))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 64, 1000])
+def test_few_calls_find_the_response_that_fails(n):
+    """A call may take long or cost money, so responses are not tried one by one."""
+    for bad in {0, n // 3, n - 1}:
+        calls = []
+
+        def f(prompts, responses):
+            calls.append(len(responses))
+            return [1 / (response != f"r{bad}") for response in responses]
+        with pytest.raises(RuntimeError, match=f"for the prompt 'p{bad}' and the response 'r{bad}'$"):
+            call_reward_function(f, [f"p{i}" for i in range(n)], [f"r{i}" for i in range(n)])
+        assert len(calls) <= 3 + math.log2(n) and sum(calls) <= 2 * n + 3 + math.log2(n)
+
+
+def test_of_several_responses_that_fail_the_first_is_named():
+    with pytest.raises(RuntimeError, match="for the prompt 'p5' and the response 'r5'$"):
+        call_reward_function(lambda prompts, responses: [1 / (response not in ("r5", "r6", "r30")) for response in
+                                                         responses],
+                             [f"p{i}" for i in range(40)], [f"r{i}" for i in range(40)])
 
 
 def test_a_score_that_is_not_finite_is_an_error_with_its_prompt(world, monkeypatch):

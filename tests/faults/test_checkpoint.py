@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -526,11 +527,39 @@ def test_an_occupied_out_dir_needs_resume_or_overwrite(tmp_path):
         checkpoint.claim_out_dir(Config(), path / "rm.pt")
 
 
-def test_an_out_dir_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
-    # root may write anywhere, so chmod would not do
-    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
-    with pytest.raises(UserError, match="is not writable"):
-        checkpoint.claim_out_dir(Config(), tmp_path / "sft.pt")
+@pytest.mark.parametrize("modes, says", [
+    ({"": 0o555}, r"--out_dir=.*run is not writable: "), ({"": 0o600}, r"--out_dir=.*run is not writable: "),
+    ({"..": 0o600}, r"--out_dir=.*run cannot be made \(Permission denied\): "),
+    ({".lock": 0o444}, r"run/\.lock cannot be written \(Permission denied\): remove it if no other run is at work "),
+    ({"metrics.jsonl": 0o000}, r"run/metrics\.jsonl cannot be read, ")], ids=str)
+def test_an_out_dir_that_cannot_be_written_is_refused(modes, says):
+    """In a child that is not root, who may write anywhere, and in a folder of the system's, which it can reach."""
+    with tempfile.TemporaryDirectory() as top:
+        folder = Path(top) / "run"
+        folder.mkdir()
+        for name, mode in modes.items():
+            if name.strip("."):
+                (folder / name).touch()
+            for path in (Path(top), folder, folder / name):
+                if os.geteuid() == 0:
+                    os.chown(path, 65534, 65534)
+            (folder / name).resolve().chmod(mode)
+
+        def body():
+            if os.geteuid() == 0:
+                os.setresuid(65534, 65534, 65534)
+            with pytest.raises(UserError, match=f"{says}.*give another --out_dir$"):
+                save_run(folder, 1)
+        assert Child(body).wait() == 0
+        Path(top).chmod(0o700), folder.chmod(0o700)
+
+
+def test_a_metrics_file_and_a_lock_that_are_folders_are_refused(tmp_path):
+    for name, says in (("metrics.jsonl", "cannot be read"), (".lock", r"cannot be written \(Is a directory\)")):
+        (tmp_path / name).mkdir()
+        with pytest.raises(UserError, match=f"{name} {says}"):
+            save_run(tmp_path, 1)
+        (tmp_path / name).rmdir()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -870,6 +899,17 @@ def test_a_system_without_locks_is_used_with_one_note(tmp_path, monkeypatch, cap
 
 # ----------------------------------------------------------------------------------------------------------
 # a full disk, no memory, bad numbers
+
+def test_a_run_whose_screen_is_closed_is_finished_and_saved(fresh):
+    """As in `python train_sft.py | head -1`."""
+    folder = fresh("sft")
+    process = subprocess.Popen([sys.executable, str(ROOT / "train_sft.py"), *tiny_flags("sft", folder, log_interval=1)],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert "writing to" in process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == "note: stdout cannot be written any more (Broken pipe): continuing without it\n"
+    assert process.wait() == 0 and load_checkpoint(folder / "sft.pt", "sft")["finished"]
+
 
 def fill_disk(path):
     """The next file that is written for `path` finds the disk full, as the kernel says it."""

@@ -8,6 +8,7 @@ functions and the stages together are in ../test_train_*.py.
 import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -210,7 +211,7 @@ def test_every_epoch_reuses_old_logprobs_advantages_and_returns(world, monkeypat
     would compare answers with their few neighbours; returns after whitening would have the wrong scale."""
     policy_loss, value_loss = Spy(monkeypatch, "policy_loss"), Spy(monkeypatch, "value_loss")
     gae, shape = Spy(monkeypatch, "gae"), Spy(monkeypatch, "shape_rewards")
-    run("ppo", world("ppo"), max_iters=2, epochs=3, minibatches=3)
+    run("ppo", world("ppo"), max_iters=2, epochs=3, minibatches=3, clip=0.1, value_clip=0.3)
     # The second iteration, because the policy of the first is still the reference
     (_, logprobs, ref_logprobs, mask, _), _ = shape.calls[1]
     gae_args, (advantages, returns) = gae.calls[1]
@@ -226,17 +227,68 @@ def test_every_epoch_reuses_old_logprobs_advantages_and_returns(world, monkeypat
         calls = slice(9 + 3 * epoch, 9 + 3 * epoch + 3)
         order = []
         for (policy_args, _), (value_args, _) in zip(policy_loss.calls[calls], value_loss.calls[calls]):
-            (_, old, adv, m, _), ret = policy_args, value_args[2]
+            (_, old, adv, m, clip), (_, old_values, ret, _, value_clip) = policy_args, value_args
+            assert (clip, value_clip) == (0.1, 0.3)
             rows = []  # which a minibatch holds; inside it they stand by length
             for i in range(len(old)):
                 row, = [b for b in range(len(mask)) if torch.equal(old[i], logprobs[b])]
                 rows.append(row)
                 assert torch.equal(ret[i], returns[row]) and torch.equal(m[i], mask[row])
+                assert torch.equal(old_values[i], gae_args[1][row])
                 torch.testing.assert_close(adv[i] * m[i], whitened[row], rtol=1e-5, atol=1e-5)
             order += sorted(rows)
         assert sorted(order) == list(range(len(mask)))  # every response once per epoch
         places.append(order)
     assert places[0] == sorted(places[0]) and places[1] != places[0] and places[1] != places[2]
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_the_old_values_are_those_that_the_first_step_starts_from(critic, world, monkeypatch):
+    """They come from the model that is trained as the critic, in the same passes. Those of the policy's own head, or of
+    the reference's, would give other advantages and no error."""
+    value_loss = Spy(monkeypatch, "value_loss")
+    run("ppo", world("ppo"), max_iters=2, critic=critic)
+    (values, old_values, _, mask, _), _ = value_loss.calls[4]  # the first of the second iteration
+    assert torch.equal(values[mask], old_values[mask]) and values[mask].abs().min() > 0
+
+
+@pytest.mark.parametrize("flags", [{"critic": "shared", "ent_coef": 0.3}, {"kl_in": "loss", "ent_coef": 0.3},
+                                   {"kl_in": "loss", "kl_kind": "k3", "vf_coef": 0.7}, LADDER[-1]], ids=str)
+def test_the_loss_is_the_sum_of_its_parts_each_with_its_coefficient(flags, world, monkeypatch):
+    """kl_coef is the controller's: here it falls by a fifth after the first iteration, whose KL is 0. float32: three
+    roundings of numbers of order 1."""
+    monkeypatch.setattr(train_ppo, "KLController", partial(train_ppo.KLController, horizon=12))
+    policy_loss, value_loss, masked_mean = (Spy(monkeypatch, name) for name in
+                                            ("policy_loss", "value_loss", "masked_mean"))
+    score, kl_estimate = Spy(monkeypatch, "score_response", experience), Spy(monkeypatch, "kl_estimate")
+    shape, step = Spy(monkeypatch, "shape_rewards"), Spy(monkeypatch, "step", optimizer.Optimizer)
+    run("ppo", world("ppo"), max_iters=2, epochs=1, kl_coef=20.0, kl_target=1.0, **flags)
+    (_, old, ref, *_), _ = shape.calls[1]
+    scored = [result for _, result in score.calls if result[0].requires_grad]
+    means, kls, in_loss = iter(masked_mean.calls), iter(kl_estimate.calls), flags.get("kl_in") == "loss"
+    assert [args[4] for args, _ in shape.calls] == [0.0 if in_loss else kl_coef for kl_coef in (20.0, 16.0)]
+    assert len(step.calls) == 4 and not torch.equal(old, ref)
+    for n, (((_, _, loss), _), (logprobs, _, entropy)) in enumerate(zip(step.calls, scored, strict=True)):
+        expected = policy_loss.calls[n][1][0]
+        if "advantage" not in flags:
+            expected = expected + flags.get("vf_coef", 0.1) * value_loss.calls[n][1][0]
+        if "ent_coef" in flags:
+            (averaged, _), mean = next(means)
+            assert averaged is entropy
+            expected = expected - 0.3 * mean
+        if in_loss:
+            (new, reference, kind), kl = next(kls)
+            (averaged, _), mean = next(means)
+            assert averaged is kl and new is logprobs and kind == flags.get("kl_kind", "k2")
+            assert n < 2 or all(any(torch.equal(row, other) for other in ref) for row in reference)
+            expected = expected + (20.0 if n < 2 else 16.0) * mean
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-6, abs=1e-6)
+
+
+def test_gae_gets_gamma_and_lambda_each_in_its_place(world, monkeypatch):
+    gae = Spy(monkeypatch, "gae")
+    run("ppo", world("ppo"), max_iters=1, gamma=0.9, lam=0.5)
+    assert gae.calls[0][0][3:] == (0.9, 0.5)
 
 
 def test_each_iteration_and_each_epoch_is_shuffled_differently(world, monkeypatch):
@@ -290,13 +342,17 @@ def test_a_separate_critic_starts_from_the_reward_model_and_trains(world):
     assert torch.equal(saved["model"]["value_head.linear.weight"], sft["value_head.linear.weight"])
 
 
-def test_the_eos_penalty_lowers_the_reward_and_not_the_score(world):
-    """It is taken off the reward of each response that was cut."""
-    rows = {}
+def test_the_eos_penalty_lowers_the_reward_and_not_the_score(world, monkeypatch):
+    """It is taken off the reward of each response that was cut, and of no other."""
+    rows, shape, generate = {}, Spy(monkeypatch, "shape_rewards"), Spy(monkeypatch, "generate", experience)
     for penalty in (0.0, 2.5):
         folder = world("ppo")
         run("ppo", folder, max_iters=1, eos_penalty=penalty)
         rows[penalty], = metrics(folder, "ppo")
+    (plain, *_), (lowered, *_) = (args for args, _ in shape.calls)
+    cut = torch.tensor([response[-1] != 256 for _, response in generate.calls[0][1].ids()])
+    assert 0 < cut.sum() < 12
+    torch.testing.assert_close(plain - lowered, 2.5 * cut, rtol=0, atol=1e-6)
     assert 0 < rows[0]["eos_rate"] < 1 and rows[0]["score"] == rows[2.5]["score"]
     assert rows[2.5]["reward"] == pytest.approx(rows[0]["reward"] - 2.5 * (1 - rows[0]["eos_rate"]), abs=1e-6)
 
@@ -333,11 +389,24 @@ def test_target_kl_ends_the_epochs_early(world):
 
 
 def test_target_kl_is_compared_with_the_kl_of_a_minibatch(world):
-    """Not with a multiple of it, as some implementations do."""
-    folder, flags = world("ppo"), {"max_iters": 1, "epochs": 1}
+    """Not with a multiple of it, as some implementations do, and not with the sum over its passes."""
+    folder, flags = world("ppo"), {"max_iters": 1, "epochs": 1, "micro_batch_size": 2}
     reached = 2 * run("ppo", folder, **flags)["approx_kl"]  # a mean of two minibatches, of which the first has none
     for target, steps in ((0.99 * reached, 1), (1.01 * reached, 2)):
         assert run("ppo", world("ppo"), target_kl=target, **flags)["optimizer_steps"] == steps
+
+
+def test_metrics_of_an_update_that_ended_early_count_what_was_done(world, monkeypatch):
+    """Two minibatches were computed, the second of which ended the epochs, and one step was taken. A maximum is over
+    both. float32: one rounding of the sum."""
+    policy_loss, step = Spy(monkeypatch, "policy_loss"), Spy(monkeypatch, "step", optimizer.Optimizer)
+    row = run("ppo", world("ppo"), max_iters=1, target_kl=1e-9)
+    stats = [{"policy_loss": loss} | more for _, (loss, more) in policy_loss.calls]
+    assert len(stats) == 2 and len(step.calls) == row["optimizer_steps"] == 1
+    assert row["grad_norm"] == step.calls[0][1][1]
+    for name in ("policy_loss", "approx_kl", "ratio_mean", "clip_frac"):
+        assert row[name] == pytest.approx(sum(part[name].item() for part in stats) / 2, rel=1e-6, abs=1e-7), name
+    assert row["ratio_max"] == max(part["ratio_max"].item() for part in stats) > 1
 
 
 def test_the_entropy_bonus_raises_the_entropy(world, tmp_path):
@@ -396,13 +465,13 @@ def test_advantages_are_whitened_on_rungs_with_a_baseline_only(world, monkeypatc
 def test_a_group_answers_one_prompt_and_its_advantages_need_no_critic(world, monkeypatch):
     shape, group, folder = Spy(monkeypatch, "shape_rewards"), Spy(monkeypatch, "group_advantages"), world("ppo")
     generate = Spy(monkeypatch, "generate", experience)
-    run("ppo", folder, advantage="group", samples_per_prompt=4, max_iters=2)
+    run("ppo", folder, advantage="group", samples_per_prompt=4, max_iters=2, gamma=0.5)
     rows = metrics(folder, "ppo")
     prompts = [row[:n] for (_, tokens, lens, *_), _ in generate.calls[:2]
                for row, n in zip(tokens.tolist(), lens.tolist())]
     assert all(prompts[i] == prompts[i - i % 4] for i in range(24)) and len(set(map(tuple, prompts))) > 4
     ((_, _, _, mask, _), rewards), (_, advantages) = shape.calls[0], group.calls[0]
-    sums = rewards.sum(1).view(-1, 4)
+    sums = (rewards * 0.5 ** torch.arange(rewards.size(1))).sum(1).view(-1, 4)
     expected = (sums - (sums.sum(1, keepdim=True) - sums) / 3).view(-1, 1) * mask
     torch.testing.assert_close(advantages, expected, rtol=0, atol=1e-6)
     before, after = (torch.load(folder / f"{name}.pt", weights_only=True)["model"] for name in ("sft", "ppo"))
@@ -417,13 +486,23 @@ def test_the_penalty_doubles_when_the_update_went_too_far(world):
     assert [row["penalty"] for row in metrics(folder, "ppo")] == [1.0, 2.0, 4.0]
 
 
-def test_kl_target_moves_kl_coef_and_metrics_show_the_one_that_was_used(world):
-    folder = world("ppo")
+def test_kl_target_moves_kl_coef_and_metrics_show_the_one_that_was_used(world, monkeypatch):
+    """The rewards are shaped with it, the KL it goes by is per response, and an episode is a response."""
+    folder, shape = world("ppo"), Spy(monkeypatch, "shape_rewards")
     run("ppo", folder, kl_target=1e-6, max_iters=4, lr=0.03)
     used = [row["kl_coef"] for row in metrics(folder, "ppo")]
+    assert used == [args[4] for args, _ in shape.calls]
     # The first KL is 0, below any target: 20 % less per 10,000 episodes, of which a rollout has 12.
     assert used[0] == train_ppo.Config.kl_coef and used[1] == pytest.approx(used[0] * (1 - 0.2 * 12 / 1e4), rel=1e-12)
     assert used[3] != used[2]
+
+    folder, flags = world("ppo"), {"max_iters": 3, "lr": 0.03, "samples_per_prompt": 2}
+    run("ppo", folder, kl_target=1.0, **flags)
+    target = 1.1 * metrics(folder, "ppo")[1]["kl"]  # the second KL is then 1 / 1.1 of it, inside the clip of 20 %
+    folder = world("ppo")
+    run("ppo", folder, kl_target=target, **flags)
+    used = [row["kl_coef"] for row in metrics(folder, "ppo")]
+    assert used[2] == pytest.approx(used[1] * (1 + (1 / 1.1 - 1) * 12 / 1e4), rel=1e-12)
 
 
 def test_bad_gradients_end_the_run_before_they_reach_the_weights(world, monkeypatch):
@@ -433,6 +512,24 @@ def test_bad_gradients_end_the_run_before_they_reach_the_weights(world, monkeypa
     with pytest.raises(FloatingPointError, match="2 optimizer steps in a row"):
         run("ppo", folder, max_bad_steps=2)
     assert not (folder / "ppo.pt").exists()
+
+
+def test_skipped_steps_are_counted_over_the_whole_run(world, monkeypatch):
+    """A good step ends a row of bad ones, but the metric must not forget them."""
+    policy_loss, losses = train_ppo.policy_loss, iter([math.nan])
+    monkeypatch.setattr(train_ppo, "policy_loss", lambda *args: (policy_loss(*args)[0] * next(losses, 1.0),
+                                                                 policy_loss(*args)[1]))
+    folder = world("ppo")
+    run("ppo", folder)
+    assert [row["skipped_steps"] for row in metrics(folder, "ppo")] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_learning_rate_decays_by_iterations_not_by_optimizer_steps(stage, world):
+    """PPO takes four steps in each of these iterations."""
+    folder = world(stage)
+    run(stage, folder, max_iters=3, lr=0.004, lr_decay_iters=4)
+    assert [row["lr"] for row in metrics(folder, stage)] == pytest.approx([0.004, 0.003, 0.002], rel=1e-15)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -9,19 +9,26 @@ import json
 import math
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import atlas
 import experience
 import model
 import rollout
 import train_ppo
 import train_rm
+import train_sft
+from data import load_demonstrations
 from experiments import rungs
-from support import optimizer, stages
+from support import distributed, optimizer, stages
 from support.checkpoint import digest, load_checkpoint
 from support.flags import UserError
+from support.metrics import rollout_metrics
+from tensors import make_gpt
+from tokenizer import encode_prompt, encode_response, get_tokenizer
 from tiny import CLOCKS, ONE_STEP, SIZES, STAGES, Spy, metrics, pairs, reward_file, run, weights, write_jsonl
 
 LADDER = [ONE_STEP | {"objective": objective} for objective in ("reinforce", "reward_to_go", "baseline", "gae")] + \
@@ -46,6 +53,90 @@ def test_heldout_rows_are_read_without_dropout(world):
     run("sft", folder, dropout=0.5, lr=0.0, log_interval=1)
     assert len({row["heldout_loss"] for row in metrics(folder, "sft")}) == 1
     assert len({row["loss"] for row in metrics(folder, "sft")}) == 4
+
+
+def test_the_saved_sft_model_has_the_logged_loss_on_heldout_tokens(world):
+    """EOS is one of them. The mean is over tokens: a mean over rows would weigh those of short answers more. The
+    model is the averaged one. float32: two dozen roundings."""
+    folder = world("sft")
+    write_jsonl(folder / "pairs.jsonl", [row | {"chosen": row["chosen"] * (1 + i // 10)}
+                                         for i, row in enumerate(pairs())])
+    final = run("sft", folder, micro_batch_size=1, max_iters=8)
+    policy = stages.load_policy(load_checkpoint(folder / "sft.pt", "sft"))
+    rows = load_demonstrations(folder / "pairs.jsonl", get_tokenizer("bytes"), 64).heldout
+    with torch.no_grad():
+        logprobs = [rollout.score_response(policy, torch.tensor([row.prompt + row.response]),
+                                           torch.tensor([len(row.prompt)]), len(row.response))[0][0] for row in rows]
+    assert {row.response[-1] for row in rows} == {256} and len({len(row.response) for row in rows}) > 1
+    assert final["heldout_loss"] == pytest.approx(-torch.cat(logprobs).mean().item(), rel=2e-6)
+
+
+@torch.no_grad()
+def test_knows_country_compares_whole_answers_and_no_padding(monkeypatch):
+    """A share of questions: where the right answer is likelier than the wrong one, each scored by itself here."""
+    encoding, pairs = get_tokenizer("atlas"), atlas.country_pairs("heldout")[:40]
+    monkeypatch.setattr(atlas, "country_pairs", lambda split: pairs)
+    policy = make_gpt(torch.float32, vocab_size=encoding.n_vocab, block_size=64).eval()
+
+    def logprob(prompt, response):
+        prompt, response = encode_prompt(encoding, prompt), encode_response(encoding, response)
+        return rollout.score_response(policy, torch.tensor([prompt + response]), torch.tensor([len(prompt)]),
+                                      len(response))[0].sum()
+    expected = sum((logprob(prompt, right) > logprob(prompt, wrong)).item() for prompt, right, wrong in pairs)
+    assert train_sft.knows_country(policy, encoding, "cpu") == pytest.approx(expected / 40, rel=1e-6)
+    assert 0 < expected < 40 and expected != 20
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm"])
+def test_each_step_takes_other_rows(stage, world):
+    """With lr=0 nothing else changes the loss."""
+    folder = world(stage)
+    run(stage, folder, lr=0.0)
+    assert len({row["loss"] for row in metrics(folder, stage)}) > 1
+
+
+def test_the_reward_model_trains_without_the_dropout_of_sft(world):
+    """Each batch is one row, six times, and lr is 0: only dropout could change the loss."""
+    folder = world("sft")
+    write_jsonl(folder / "pairs.jsonl", pairs()[:1])
+    run("sft", folder, dropout=0.5), run("rm", folder, lr=0.0)
+    assert len({row["loss"] for row in metrics(folder, "sft")}) == 4
+    assert len({row["loss"] for row in metrics(folder, "rm")}) == 1
+
+
+def test_the_average_is_judged_on_heldout_rows_and_calibrated_on_others(world, monkeypatch):
+    """The average of the weights is the reward model, so its loss counts. The held-out prompts measure PPO, so answers
+    to them must not set the zero and the unit of the score."""
+    split, prompts, average, judged, calibrated = (Spy(monkeypatch, name, train_rm) for name in (
+        "load_comparisons", "load_prompts", "update_average", "margins_of", "calibrate"))
+    folder = world("rm")
+    run("rm", folder, log_interval=1)
+    rows, reward_model = metrics(folder, "rm"), average.calls[0][0][0]
+    for row, ((scorer, comparisons, *_), margins) in zip(rows, judged.calls, strict=True):
+        assert scorer is reward_model and comparisons == split.calls[0][1].heldout
+        assert row["heldout_loss"] == pytest.approx((1 + (-margins).exp()).log().mean().item(), rel=1e-6)
+        assert row["heldout_accuracy"] == (margins > 0).float().mean()
+    assert any(row["heldout_accuracy"] != row["accuracy"] for row in rows)
+    (_, scorer, _, asked), _ = calibrated.calls[0]
+    assert scorer is reward_model and asked == prompts.calls[0][1].train
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_the_labeller_judges_each_pair_of_samples_that_differ(split, monkeypatch):
+    """An answer that was sampled twice is judged twice against each different one. The chosen one comes first."""
+    encoding, asked = get_tokenizer("atlas"), []
+    peru, unsure = " It is in Peru.", " I do not know."
+    monkeypatch.setattr(train_rm, "sample", lambda *args: [encode_response(encoding, (peru, unsure, peru)[i % 3])
+                                                           for i in range(len(args[2]))])
+    monkeypatch.setattr(atlas, "label", lambda question, a, b, rng: asked.append((question, a, b)) or a == peru)
+    made_by = SimpleNamespace(encoding=encoding, config=SimpleNamespace(seed=0, candidates=3))
+    comparisons = train_rm.atlas_comparisons(made_by, None, split)
+    assert [encoding.decode(row.prompt) for row in comparisons] == atlas.prompts(split)
+    for row in comparisons:
+        assert row.responses == [encode_response(encoding, answer) for answer in (peru, unsure)]
+        assert row.pairs == [(0, 1), (0, 1)]
+    assert asked == [(question, *pair) for question in atlas.prompts(split) for pair in ((peru, unsure),
+                                                                                        (unsure, peru))]
 
 
 def test_rm_goes_below_the_loss_of_no_opinion(world):
@@ -507,7 +598,8 @@ def test_kl_target_moves_kl_coef_and_metrics_show_the_one_that_was_used(world, m
 
 def test_bad_gradients_end_the_run_before_they_reach_the_weights(world, monkeypatch):
     policy_loss = train_ppo.policy_loss
-    monkeypatch.setattr(train_ppo, "policy_loss", lambda *args: (policy_loss(*args)[0] * math.nan, policy_loss(*args)[1]))
+    monkeypatch.setattr(train_ppo, "policy_loss", lambda *args: (policy_loss(*args)[0] * math.nan,
+                                                                 policy_loss(*args)[1]))
     folder = world("ppo")
     with pytest.raises(FloatingPointError, match="2 optimizer steps in a row"):
         run("ppo", folder, max_bad_steps=2)

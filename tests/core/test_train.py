@@ -377,6 +377,7 @@ def test_the_loss_is_the_sum_of_its_parts_each_with_its_coefficient(flags, world
 
 
 def test_gae_gets_gamma_and_lambda_each_in_its_place(world, monkeypatch):
+    """Swapped, they would discount the rewards by lambda, without an error."""
     gae = Spy(monkeypatch, "gae")
     run("ppo", world("ppo"), max_iters=1, gamma=0.9, lam=0.5)
     assert gae.calls[0][0][3:] == (0.9, 0.5)
@@ -431,6 +432,15 @@ def test_a_separate_critic_starts_from_the_reward_model_and_trains(world):
     assert all((saved["critic"][name] - rm[name]).abs().max() < 0.1 for name in trunk)
     assert all(not torch.equal(saved["critic"][name], rm[name]) for name in trunk)
     assert torch.equal(saved["model"]["value_head.linear.weight"], sft["value_head.linear.weight"])
+
+
+def test_without_a_reward_model_the_critic_starts_as_the_sft_model(world, reward_e):
+    """With a value of 0: the SFT model's value head was never trained."""
+    folder = world("ppo")
+    run("ppo", folder, critic="separate", reward=reward_e, lr=0.0)
+    critic = weights(folder, "ppo")["critic"]
+    assert digest(critic) == digest(weights(folder, "sft")["model"])
+    assert not critic["value_head.linear.weight"].any() and not critic["value_head.linear.bias"].any()
 
 
 def test_the_eos_penalty_lowers_the_reward_and_not_the_score(world, monkeypatch):
@@ -645,6 +655,57 @@ def test_every_iteration_has_a_line_with_every_metric(world):
         assert 0 <= row["gold"] <= 1 and 0 < row["response_len"] <= 8 and 0 <= row["entropy"] <= math.log(510)
 
 
+def test_rollout_metrics_by_hand():
+    """Each number reads its own tensors, and no padding, which is NaN here."""
+    nan, mask = math.nan, torch.tensor([[True, True, False], [True, False, False]])
+    sampled, old, ref, values, returns, entropy = (torch.tensor([[a, b, nan], [c, nan, nan]]) for a, b, c in (
+        (-1.0, -2.0, -3.0), (-1.25, -2.0, -2.5), (-2.0, -2.0, -3.0), (1.0, 2.0, 3.0), (2.0, 6.0, 4.0), (1.0, 2.0, 6.0)))
+    row = rollout_metrics(SimpleNamespace(mask=mask, logprobs=sampled), torch.tensor([True, False]),
+                          torch.tensor([4.0, 8.0]), torch.tensor([[0.0, 1.0, 0.0], [2.0, 0.0, 0.0]]), old, ref, values,
+                          returns, entropy)
+    # errors of the critic 1, 4, 1, whose variance is 2; the returns' is 8 / 3
+    expected = {"score": 6, "kl": (0.75 + 0.5) / 2, "reward": 1.5, "entropy": 3, "explained_variance": 1 - 2 / (8 / 3),
+                "response_len": 1.5, "eos_rate": 0.5, "logprob_gap": 0.25, "logprob_gap_max": 0.5}
+    assert {name: float(value) for name, value in row.items()} == pytest.approx(expected, rel=1e-6)
+
+
+def test_tokens_per_s_are_response_tokens_over_all_seconds_of_an_iteration(world):
+    """Padding does not count. Some response here has all 8 tokens, and the mean is less."""
+    row = run("ppo", world("ppo"), max_iters=1)
+    seconds = row["sec_rollout"] + row["sec_score"] + row["sec_update"]
+    assert row["tokens_per_s"] * seconds == pytest.approx(12 * row["response_len"], rel=1e-6)
+    assert row["response_len"] < 8 and row["eos_rate"] < 1
+
+
+def test_gold_heldout_is_of_the_policys_answers_to_the_heldout_questions(world, monkeypatch):
+    """Each question once, even where processes need a few more rows to get as many."""
+    monkeypatch.setattr(distributed, "fill_up", lambda rows: rows + rows[:1])
+    evaluate, generate = Spy(monkeypatch, "evaluate", atlas), Spy(monkeypatch, "generate", experience)
+    policies = Spy(monkeypatch, "load_policy", stages)
+    row = run("ppo", world("ppo", "atlas"), max_iters=1)
+    (_, measured), ((answers,), heldout) = evaluate.calls
+    assert [question for question, _ in answers] == atlas.prompts("heldout")
+    assert row["gold_heldout"] == heldout["gold"]
+    assert (row["gold"], row["utility"]) == (measured["gold"], measured["utility"])
+    assert generate.calls[1][0][0] is policies.calls[0][1]
+
+
+def test_the_table_shows_the_kl_of_each_answer_before_and_after(world, monkeypatch):
+    """In nats of the whole response: 0 before, where the policy is the reference. The sampler may differ by 1e-5 a
+    token (see logprob_gap_max above), and an answer has at most 8."""
+    monkeypatch.setattr(distributed, "fill_up", lambda rows: rows + rows[:1])
+    table, generate = Spy(monkeypatch, "print_before_after"), Spy(monkeypatch, "generate", experience)
+    folder = world("ppo")
+    run("ppo", folder)
+    ((before, after), _), sampled = table.calls[0], generate.calls[-1][1]
+    reference = stages.load_policy(load_checkpoint(folder / "sft.pt", "sft"))
+    with torch.no_grad():
+        logprobs, *_ = rollout.score_response(reference, sampled.tokens, sampled.prompt_lens, sampled.mask.size(1))
+    kls = ((sampled.logprobs - logprobs) * sampled.mask).sum(1).tolist()
+    assert [kl for *_, kl in before] == [0.0, 0.0] and sampled.mask.sum(1).min() < sampled.mask.size(1)
+    assert [kl for *_, kl in after] == pytest.approx(kls[:2], abs=8e-5) and max(map(abs, kls[:2])) > 0.01
+
+
 @pytest.mark.parametrize("stage, names", [
     ("sft", "loss heldout_loss lr grad_norm skipped_steps"),
     ("rm", "loss accuracy heldout_loss heldout_accuracy lr grad_norm skipped_steps")])
@@ -690,6 +751,17 @@ def test_resume_refuses_another_flag_and_another_sft_model(world):
     run("sft", folder, overwrite=True, seed=5)
     with pytest.raises(UserError, match="this run began with another sft: put it back"):
         run("ppo", folder, max_iters=6, resume=True)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_seed_decides_more_than_the_order_of_the_rows(stage, world):
+    """With one row there is one order: the first weights of a model and the samples follow from the seed as well."""
+    numbers = []
+    for seed in (0, 1):
+        folder = world(stage)
+        write_jsonl(folder / "pairs.jsonl", pairs()[:1])
+        numbers.append(run(stage, folder, seed=seed, max_iters=1, lr=0.0)["score" if stage == "ppo" else "loss"])
+    assert numbers[0] != numbers[1]
 
 
 @pytest.mark.parametrize("stage", STAGES)

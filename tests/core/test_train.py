@@ -422,8 +422,13 @@ def test_reference_and_reward_model_are_frozen_and_unshared(critic, world, monke
     assert digest(policy.state_dict()) != digest(reference.state_dict())
 
 
-def test_a_separate_critic_starts_from_the_reward_model_and_trains(world):
+def test_a_separate_critic_starts_from_the_reward_model_and_trains(world, monkeypatch):
     """The policy's own value head stays as it was."""
+    reward_models, folder = Spy(monkeypatch, "load_reward_model", stages), world("ppo")
+    run("ppo", folder, critic="separate", lr=0.0, max_iters=1)
+    start = reward_models.calls[0][1][0].as_critic()
+    assert digest(weights(folder, "ppo")["critic"]) == digest(start.state_dict())
+
     folder = world("ppo")
     run("ppo", folder, critic="separate")
     saved, sft, rm = weights(folder, "ppo"), weights(folder, "sft")["model"], weights(folder, "rm")["model"]
@@ -441,6 +446,18 @@ def test_without_a_reward_model_the_critic_starts_as_the_sft_model(world, reward
     critic = weights(folder, "ppo")["critic"]
     assert digest(critic) == digest(weights(folder, "sft")["model"])
     assert not critic["value_head.linear.weight"].any() and not critic["value_head.linear.bias"].any()
+
+
+def test_a_score_is_the_reward_models_for_the_prompt_and_the_whole_answer(world, monkeypatch):
+    """Each is scored by itself here, without padding. float32: the products of a batch may round differently."""
+    reward_models, generate = Spy(monkeypatch, "load_reward_model", stages), Spy(monkeypatch, "generate", experience)
+    shape, folder = Spy(monkeypatch, "shape_rewards"), world("ppo")
+    run("ppo", folder, max_iters=1, eos_penalty=0.0)
+    (reward_model, _), rows = reward_models.calls[0][1], [p + r for p, r in generate.calls[0][1].ids()]
+    with torch.no_grad():
+        scores = torch.cat([reward_model(torch.tensor([row]), torch.tensor([len(row)])) for row in rows])
+    torch.testing.assert_close(shape.calls[0][0][0], scores, rtol=0, atol=1e-5)
+    assert scores.std() > 0.1
 
 
 def test_the_eos_penalty_lowers_the_reward_and_not_the_score(world, monkeypatch):

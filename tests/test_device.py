@@ -6,13 +6,14 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import support.device as device_module
 from paths import ROOT
-from support.device import describe, generator, maybe_compile, micro_batch_size, pick_device, setup
+from support.device import Clock, describe, generator, maybe_compile, micro_batch_size, pick_device, setup
 from support.flags import UserError
 from tiny import Config
 
@@ -143,6 +144,14 @@ def test_generators_differ_by_purpose_and_spare_the_global_one():
     assert len({tuple(draw) for draw in draws}) == len(draws)
     assert torch.rand(4, generator=generator("cpu", 0, "a", 1)).tolist() == draws[0]
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_lap_is_the_time_since_the_lap_before(monkeypatch):
+    times = iter([10.0, 12.0, 15.0, 15.5])
+    monkeypatch.setattr(device_module, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    clock = Clock(torch.device("cpu"))
+    assert [clock.lap("a"), clock.lap(), clock.lap("b")] == [2.0, 3.0, 0.5]
+    assert clock.seconds == {"a": 2.0, "b": 0.5}
 
 
 @pytest.mark.parametrize("rows, given, logits, size", [

@@ -71,7 +71,11 @@ def test_the_two_answers_differ_have_ended_and_are_shuffled_by_seed(sft, monkeyp
     assert first == pairs(0, 8) != pairs(1, 8) and all(a != b for a, b in filter(None, first))
     assert pairs(0, 3, temperature=0.01) == [None] * 3  # all samples alike
     rollouts, real = [], label.generate
-    monkeypatch.setattr(label, "generate", lambda *args, **kwargs: rollouts.append(real(*args, **kwargs)) or rollouts[-1])
+
+    def look(*args, **kwargs):
+        rollouts.append(real(*args, **kwargs))
+        return rollouts[-1]
+    monkeypatch.setattr(label, "generate", look)
     assert any(pairs(0, 60, max_new_tokens=5)) and max(rollout.response_lens.max() for rollout in rollouts) == 5
 
 

@@ -175,7 +175,8 @@ def healthy(n=100, seed=0, flags={}):
         k = max(k for k in range(len(at) - 1) if at[k] <= i)
         share = (i - at[k]) / (at[k + 1] - at[k])
         row = {name: y[k] + share * (y[k + 1] - y[k]) + rng.gauss(0, NOISE.get(name, 0)) for name, y in HEALTHY.items()}
-        rows.append(row | {"stage": "ppo", "iter": i, "kl_coef": 0.05, "response_len": 6.3, "eos_rate": 1.0, "score_std": 1.0, "lr": 4e-4,
+        rows.append(row | {"stage": "ppo", "iter": i, "kl_coef": 0.05, "response_len": 6.3, "eos_rate": 1.0, "lr": 4e-4,
+                           "score_std": 1.0,
                            "ratio_first": 0.0, "logprob_gap": 5e-7, "skipped_steps": 0})
     return rows
 
@@ -236,7 +237,7 @@ BREAKS = [  # what is spoiled, the metric that the one warning names, the flag t
     (from_40(approx_kl=0.15), "approx_kl", "--target_kl", 44),
     (from_40(explained_variance=-0.1), "explained_variance", "--lr", 60),
     (from_40(grad_norm=11.0), "grad_norm", "--lr", 44),
-    (from_40(kl=40.0, response_len=128.0, kl_coef=0.0), "kl", "--kl_coef", 44),  # far, though a third of a nat per token
+    (from_40(kl=40.0, response_len=128.0, kl_coef=0.0), "kl", "--kl_coef", 44),  # a third of a nat per token
     (from_40(score_std=0.0), "score_std", "--reward", 42),
     (from_40(skipped_steps=1), "skipped_steps", "--lr", 40)]
 

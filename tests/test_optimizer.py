@@ -57,6 +57,19 @@ def test_gradients_are_clipped_to_their_joint_norm():
     assert moments.norm().item() == pytest.approx(0.1, rel=1e-4)  # clip_grad_norm_ adds 1e-6 to the norm
 
 
+def test_steps_are_those_of_adam_with_the_usual_constants():
+    """beta 0.9 and 0.999, eps 1e-8, both moments with their bias corrected, by hand. The first gradient is so small
+    that eps counts. float64: a few dozen roundings."""
+    weight = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    optimizer, m, v, expected = Optimizer([weight], Config(lr=0.1)), 0.0, 0.0, torch.zeros(2, dtype=torch.float64)
+    for t, gradient in enumerate(([1e-7, 0.3], [2e-7, -0.1], [0.0, 0.2]), 1):
+        weight.grad = torch.tensor(gradient, dtype=torch.float64)
+        m, v = 0.9 * m + 0.1 * weight.grad, 0.999 * v + 0.001 * weight.grad ** 2
+        expected -= 0.1 * (m / (1 - 0.9 ** t)) / ((v / (1 - 0.999 ** t)).sqrt() + 1e-8)
+        optimizer.step(t, 0.5)
+    torch.testing.assert_close(weight.detach(), expected, rtol=1e-13, atol=0)
+
+
 def test_weights_without_a_gradient_do_not_decay():
     optimizer, params = make_optimizer()
     for p in params:

@@ -60,7 +60,8 @@ def test_a_stage_of_other_data_or_another_seed_is_used_with_a_note(world, capsys
     assert "was trained" not in capsys.readouterr().out
     write_jsonl(folder / "other.jsonl", pairs(offset=100))
     run("ppo", folder, max_iters=1, overwrite=True, data=str(folder / "other.jsonl"), seed=7)
-    notes = [line for line in capsys.readouterr().out.splitlines() if "was trained on other data and with --seed=0" in line]
+    out = capsys.readouterr().out
+    notes = [line for line in out.splitlines() if "was trained on other data and with --seed=0" in line]
     assert len(notes) == 2 and "sft.pt" in notes[0] and "train_rm.py --overwrite replaces it" in notes[1]
     run("ppo", folder, max_iters=1, overwrite=True, seed=7, init_from=str(folder / "sft.pt"), rm=str(folder / "rm.pt"))
     assert "was trained" not in capsys.readouterr().out  # these were named
@@ -74,7 +75,7 @@ def test_an_unfinished_model_is_refused_where_it_is_named(stage, user, flag, wor
     saved = load_checkpoint(folder / f"{stage}.pt", stage)
     saved.pop("sha256")
     checkpoint.save_checkpoint(folder / "part.pt", saved | {"finished": False})
-    with pytest.raises(UserError, match=rf"part\.pt is unfinished, it stopped after iteration \d+: finish it with train_{stage}"):
+    with pytest.raises(UserError, match=rf"part\.pt is unfinished, it stopped after iteration \d+: .* train_{stage}"):
         run(user, folder, **{flag: str(folder / "part.pt")})
     assert not (folder / f"{user}.pt").exists()
 
@@ -92,7 +93,7 @@ def test_resume_trains_no_other_stage(missing, flag, world, monkeypatch):
     assert sorted(path.name for path in folder.iterdir()) == before
 
 
-def test_what_a_later_stage_would_refuse_is_refused_before_the_first_trains(world, monkeypatch):
+def test_what_a_later_stage_would_refuse_comes_before_the_first_trains(world, monkeypatch):
     shrink(monkeypatch)
     folder = world("sft")
     write_jsonl(folder / "pairs.jsonl", [row | {"rejected": row["chosen"]} for row in pairs()])

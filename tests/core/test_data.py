@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import atlas
-from data import (BatchOrder, Comparison, DataError, Demonstration, collate_comparisons, collate_demonstrations,
+from data import (BatchOrder, Comparison, DataError, Demonstration, Split, collate_comparisons, collate_demonstrations,
                   collate_prompts, length_buckets, load_comparisons, load_demonstrations, load_prompts, pad, read_rows,
                   split_rows, to_row)
 from files import gpt2, write
@@ -312,6 +312,12 @@ def test_prompts_are_kept_once(tmp_path):
     assert split.report == ["train: 9 rows, held out: 1", "dropped 20: the same prompt again"]
 
 
+def test_examples_are_spread_over_the_rows_held_out_if_there_are_any():
+    assert Split(list(range(9)), list(range(100, 125)), []).examples(5) == [100, 105, 110, 115, 120]
+    assert Split([1, 2, 3], [7], []).examples(10) == [7]
+    assert Split([1, 2, 3], [], []).examples(2) == [1, 2]
+
+
 def test_atlas():
     encoding = get_tokenizer("atlas")
     split = load_demonstrations("atlas", encoding, 64, seed=3, n=200)
@@ -418,6 +424,7 @@ def test_window_groups_lengths_and_keeps_the_rows():
                 == sorted(np.concatenate([grouped.order(step) for step in steps])))
     means = np.array([LENGTHS[grouped.order(step)].mean() for step in range(100)]).reshape(10, 10)
     assert (np.diff(means) < 0).any(axis=1).all()  # shuffled: no run goes from short to long
+    assert len({tuple(run.argsort()) for run in means}) > 1  # and each in its own way
 
 
 def test_length_buckets_uses_each_row_once_and_pads_only_within_a_pass():

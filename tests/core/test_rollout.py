@@ -197,6 +197,14 @@ def test_record(eos):
     assert (out.logprobs[out.mask] < 0).all() and (out.values[out.mask] != 0).all()
 
 
+def test_a_response_has_eos_if_its_own_last_token_is_eos():
+    """Not if padding after it is, or an EOS in its prompt, and not only if it is shorter than the others."""
+    prompts = torch.tensor([[5, 0, 0], [4, 0, 0], [1, 0, 0], [EOS, 1, 0]])
+    out = sample(counting(), prompts, torch.tensor([1, 1, 1, 3]), 3)
+    assert out.response_lens.tolist() == [2, 3, 3, 3]
+    assert out.has_eos(EOS).tolist() == [True, True, False, False]
+
+
 @pytest.mark.parametrize("starts, lens", [([6, 6], [1, 1]), ([6, 4], [1, 3]),
                                           ([2, 6], [5, 1]), ([8, 6], [5, 1])])
 def test_sampling_stops_when_the_longest_row_is_done(starts, lens):

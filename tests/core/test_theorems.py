@@ -828,7 +828,7 @@ def test_t36c_the_reward_keeps_charging_the_kl_of_the_old_policy():
 
 
 def test_t36e_where_no_score_differs_whitening_forgets_kl_coef():
-    """What is left of the advantages is the KL, whose price whitening divides away: 0.001 moves the policy as 1 does."""
+    """What is left of the advantages is the KL, whose price whitening divides away: 0.001 moves it as far as 1 does."""
     def advantages(kl_coef):
         return reward_to_go(SHAPED(torch.full((N,), 2.0), kl_coef=kl_coef), MASK, gamma=1)
 

@@ -8,27 +8,32 @@ functions and the stages together are in ../test_train_*.py.
 import json
 import math
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import atlas
 import experience
 import model
 import rollout
 import train_ppo
 import train_rm
 import train_sft
-from data import collate_demonstrations
+from data import collate_demonstrations, load_demonstrations
 from experiments import rungs
 from ppo import masked_mean, reward_to_go
 from reward_model import RewardModel
 from rollout import score_response
-from support import optimizer, stages
+from support import distributed, optimizer, stages
 from support.checkpoint import digest, load_checkpoint
 from support.flags import UserError
+from support.metrics import rollout_metrics
+from tensors import make_gpt
 from tiny import (CLOCKS, ONE_STEP, SIZES, STAGES, Spy, metrics, pairs, reward_file, run, settings, weights,
                   write_jsonl)
-from tokenizer import get_tokenizer
+from tokenizer import encode_prompt, encode_response, get_tokenizer
 
 LADDER = [ONE_STEP | {"objective": objective} for objective in ("reinforce", "reward_to_go", "baseline", "gae")] + \
          [{"objective": objective} for objective in ("cpi", "kl_penalty")] + \
@@ -52,6 +57,90 @@ def test_heldout_rows_are_read_without_dropout(world):
     run("sft", folder, dropout=0.5, lr=0.0, log_interval=1)
     assert len({row["heldout_loss"] for row in metrics(folder, "sft")}) == 1
     assert len({row["loss"] for row in metrics(folder, "sft")}) == 4
+
+
+def test_the_saved_sft_model_has_the_logged_loss_on_heldout_tokens(world):
+    """EOS is one of them. The mean is over tokens: a mean over rows would weigh those of short answers more. The
+    model is the averaged one. float32: two dozen roundings."""
+    folder = world("sft")
+    write_jsonl(folder / "pairs.jsonl", [row | {"chosen": row["chosen"] * (1 + i // 10)}
+                                         for i, row in enumerate(pairs())])
+    final = run("sft", folder, micro_batch_size=1, max_iters=8)
+    policy = stages.load_policy(load_checkpoint(folder / "sft.pt", "sft"))
+    rows = load_demonstrations(folder / "pairs.jsonl", get_tokenizer("bytes"), 64).heldout
+    with torch.no_grad():
+        logprobs = [rollout.score_response(policy, torch.tensor([row.prompt + row.response]),
+                                           torch.tensor([len(row.prompt)]), len(row.response))[0][0] for row in rows]
+    assert {row.response[-1] for row in rows} == {256} and len({len(row.response) for row in rows}) > 1
+    assert final["heldout_loss"] == pytest.approx(-torch.cat(logprobs).mean().item(), rel=2e-6)
+
+
+@torch.no_grad()
+def test_knows_country_compares_whole_answers_and_no_padding(monkeypatch):
+    """A share of questions: where the right answer is likelier than the wrong one, each scored by itself here."""
+    encoding, pairs = get_tokenizer("atlas"), atlas.country_pairs("heldout")[:40]
+    monkeypatch.setattr(atlas, "country_pairs", lambda split: pairs)
+    policy = make_gpt(torch.float32, vocab_size=encoding.n_vocab, block_size=64).eval()
+
+    def logprob(prompt, response):
+        prompt, response = encode_prompt(encoding, prompt), encode_response(encoding, response)
+        return rollout.score_response(policy, torch.tensor([prompt + response]), torch.tensor([len(prompt)]),
+                                      len(response))[0].sum()
+    expected = sum((logprob(prompt, right) > logprob(prompt, wrong)).item() for prompt, right, wrong in pairs)
+    assert train_sft.knows_country(policy, encoding, "cpu") == pytest.approx(expected / 40, rel=1e-6)
+    assert 0 < expected < 40 and expected != 20
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm"])
+def test_each_step_takes_other_rows(stage, world):
+    """With lr=0 nothing else changes the loss."""
+    folder = world(stage)
+    run(stage, folder, lr=0.0)
+    assert len({row["loss"] for row in metrics(folder, stage)}) > 1
+
+
+def test_the_reward_model_trains_without_the_dropout_of_sft(world):
+    """Each batch is one row, six times, and lr is 0: only dropout could change the loss."""
+    folder = world("sft")
+    write_jsonl(folder / "pairs.jsonl", pairs()[:1])
+    run("sft", folder, dropout=0.5), run("rm", folder, lr=0.0)
+    assert len({row["loss"] for row in metrics(folder, "sft")}) == 4
+    assert len({row["loss"] for row in metrics(folder, "rm")}) == 1
+
+
+def test_the_average_is_judged_on_heldout_rows_and_calibrated_on_others(world, monkeypatch):
+    """The average of the weights is the reward model, so its loss counts. The held-out prompts measure PPO, so answers
+    to them must not set the zero and the unit of the score."""
+    split, prompts, average, judged, calibrated = (Spy(monkeypatch, name, train_rm) for name in (
+        "load_comparisons", "load_prompts", "update_average", "margins_of", "calibrate"))
+    folder = world("rm")
+    run("rm", folder, log_interval=1)
+    rows, reward_model = metrics(folder, "rm"), average.calls[0][0][0]
+    for row, ((scorer, comparisons, *_), margins) in zip(rows, judged.calls, strict=True):
+        assert scorer is reward_model and comparisons == split.calls[0][1].heldout
+        assert row["heldout_loss"] == pytest.approx((1 + (-margins).exp()).log().mean().item(), rel=1e-6)
+        assert row["heldout_accuracy"] == (margins > 0).float().mean()
+    assert any(row["heldout_accuracy"] != row["accuracy"] for row in rows)
+    (_, scorer, _, asked), _ = calibrated.calls[0]
+    assert scorer is reward_model and asked == prompts.calls[0][1].train
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_the_labeller_judges_each_pair_of_samples_that_differ(split, monkeypatch):
+    """An answer that was sampled twice is judged twice against each different one. The chosen one comes first."""
+    encoding, asked = get_tokenizer("atlas"), []
+    peru, unsure = " It is in Peru.", " I do not know."
+    monkeypatch.setattr(train_rm, "sample", lambda *args: [encode_response(encoding, (peru, unsure, peru)[i % 3])
+                                                           for i in range(len(args[2]))])
+    monkeypatch.setattr(atlas, "label", lambda question, a, b, rng: asked.append((question, a, b)) or a == peru)
+    made_by = SimpleNamespace(encoding=encoding, config=SimpleNamespace(seed=0, candidates=3))
+    comparisons = train_rm.atlas_comparisons(made_by, None, split)
+    assert [encoding.decode(row.prompt) for row in comparisons] == atlas.prompts(split)
+    for row in comparisons:
+        assert row.responses == [encode_response(encoding, answer) for answer in (peru, unsure)]
+        assert row.pairs == [(0, 1), (0, 1)]
+    assert asked == [(question, *pair) for question in atlas.prompts(split) for pair in ((peru, unsure),
+                                                                                        (unsure, peru))]
 
 
 def test_rm_goes_below_the_loss_of_no_opinion(world):
@@ -217,7 +306,7 @@ def test_every_epoch_reuses_old_logprobs_advantages_and_returns(world, monkeypat
     would compare answers with their few neighbours; returns after whitening would have the wrong scale."""
     policy_loss, value_loss = Spy(monkeypatch, "policy_loss"), Spy(monkeypatch, "value_loss")
     gae, shape = Spy(monkeypatch, "gae"), Spy(monkeypatch, "shape_rewards")
-    run("ppo", world("ppo"), max_iters=2, epochs=3, minibatches=3)
+    run("ppo", world("ppo"), max_iters=2, epochs=3, minibatches=3, clip=0.1, value_clip=0.3)
     # The second iteration, because the policy of the first is still the reference
     (_, logprobs, ref_logprobs, mask, _), _ = shape.calls[1]
     gae_args, (advantages, returns) = gae.calls[1]
@@ -233,17 +322,69 @@ def test_every_epoch_reuses_old_logprobs_advantages_and_returns(world, monkeypat
         calls = slice(9 + 3 * epoch, 9 + 3 * epoch + 3)
         order = []
         for (policy_args, _), (value_args, _) in zip(policy_loss.calls[calls], value_loss.calls[calls]):
-            (_, old, adv, m, _), ret = policy_args, value_args[2]
+            (_, old, adv, m, clip), (_, old_values, ret, _, value_clip) = policy_args, value_args
+            assert (clip, value_clip) == (0.1, 0.3)
             rows = []  # which a minibatch holds; inside it they stand by length
             for i in range(len(old)):
                 row, = [b for b in range(len(mask)) if torch.equal(old[i], logprobs[b])]
                 rows.append(row)
                 assert torch.equal(ret[i], returns[row]) and torch.equal(m[i], mask[row])
+                assert torch.equal(old_values[i], gae_args[1][row])
                 torch.testing.assert_close(adv[i] * m[i], whitened[row], rtol=1e-5, atol=1e-5)
             order += sorted(rows)
         assert sorted(order) == list(range(len(mask)))  # every response once per epoch
         places.append(order)
     assert places[0] == sorted(places[0]) and places[1] != places[0] and places[1] != places[2]
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_the_old_values_are_those_that_the_first_step_starts_from(critic, world, monkeypatch):
+    """They come from the model that is trained as the critic, in the same passes. Those of the policy's own head, or of
+    the reference's, would give other advantages and no error."""
+    value_loss = Spy(monkeypatch, "value_loss")
+    run("ppo", world("ppo"), max_iters=2, critic=critic)
+    (values, old_values, _, mask, _), _ = value_loss.calls[4]  # the first of the second iteration
+    assert torch.equal(values[mask], old_values[mask]) and values[mask].abs().min() > 0
+
+
+@pytest.mark.parametrize("flags", [{"critic": "shared", "ent_coef": 0.3}, {"kl_in": "loss", "ent_coef": 0.3},
+                                   {"kl_in": "loss", "kl_kind": "k3", "vf_coef": 0.7}, LADDER[-1]], ids=str)
+def test_the_loss_is_the_sum_of_its_parts_each_with_its_coefficient(flags, world, monkeypatch):
+    """kl_coef is the controller's: here it falls by a fifth after the first iteration, whose KL is 0. float32: three
+    roundings of numbers of order 1."""
+    monkeypatch.setattr(train_ppo, "KLController", partial(train_ppo.KLController, horizon=12))
+    policy_loss, value_loss, masked_mean = (Spy(monkeypatch, name) for name in
+                                            ("policy_loss", "value_loss", "masked_mean"))
+    score, kl_estimate = Spy(monkeypatch, "score_response", experience), Spy(monkeypatch, "kl_estimate")
+    shape, step = Spy(monkeypatch, "shape_rewards"), Spy(monkeypatch, "step", optimizer.Optimizer)
+    run("ppo", world("ppo"), max_iters=2, epochs=1, kl_coef=20.0, kl_target=1.0, **flags)
+    (_, old, ref, *_), _ = shape.calls[1]
+    scored = [result for _, result in score.calls if result[0].requires_grad]
+    means, kls, in_loss = iter(masked_mean.calls), iter(kl_estimate.calls), flags.get("kl_in") == "loss"
+    assert [args[4] for args, _ in shape.calls] == [0.0 if in_loss else kl_coef for kl_coef in (20.0, 16.0)]
+    assert len(step.calls) == 4 and not torch.equal(old, ref)
+    for n, (((_, _, loss), _), (logprobs, _, entropy)) in enumerate(zip(step.calls, scored, strict=True)):
+        expected = policy_loss.calls[n][1][0]
+        if "advantage" not in flags:
+            expected = expected + flags.get("vf_coef", 0.1) * value_loss.calls[n][1][0]
+        if "ent_coef" in flags:
+            (averaged, _), mean = next(means)
+            assert averaged is entropy
+            expected = expected - 0.3 * mean
+        if in_loss:
+            (new, reference, kind), kl = next(kls)
+            (averaged, _), mean = next(means)
+            assert averaged is kl and new is logprobs and kind == flags.get("kl_kind", "k2")
+            assert n < 2 or all(any(torch.equal(row, other) for other in ref) for row in reference)
+            expected = expected + (20.0 if n < 2 else 16.0) * mean
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-6, abs=1e-6)
+
+
+def test_gae_gets_gamma_and_lambda_each_in_its_place(world, monkeypatch):
+    """Swapped, they would discount the rewards by lambda, without an error."""
+    gae = Spy(monkeypatch, "gae")
+    run("ppo", world("ppo"), max_iters=1, gamma=0.9, lam=0.5)
+    assert gae.calls[0][0][3:] == (0.9, 0.5)
 
 
 def test_each_iteration_and_each_epoch_is_shuffled_differently(world, monkeypatch):
@@ -285,8 +426,13 @@ def test_reference_and_reward_model_are_frozen_and_unshared(critic, world, monke
     assert digest(policy.state_dict()) != digest(reference.state_dict())
 
 
-def test_a_separate_critic_starts_from_the_reward_model_and_trains(world):
+def test_a_separate_critic_starts_from_the_reward_model_and_trains(world, monkeypatch):
     """The policy's own value head stays as it was."""
+    reward_models, folder = Spy(monkeypatch, "load_reward_model", stages), world("ppo")
+    run("ppo", folder, critic="separate", lr=0.0, max_iters=1)
+    start = reward_models.calls[0][1][0].as_critic()
+    assert digest(weights(folder, "ppo")["critic"]) == digest(start.state_dict())
+
     folder = world("ppo")
     run("ppo", folder, critic="separate")
     saved, sft, rm = weights(folder, "ppo"), weights(folder, "sft")["model"], weights(folder, "rm")["model"]
@@ -297,13 +443,40 @@ def test_a_separate_critic_starts_from_the_reward_model_and_trains(world):
     assert torch.equal(saved["model"]["value_head.linear.weight"], sft["value_head.linear.weight"])
 
 
-def test_the_eos_penalty_lowers_the_reward_and_not_the_score(world):
-    """It is taken off the reward of each response that was cut."""
-    rows = {}
+def test_without_a_reward_model_the_critic_starts_as_the_sft_model(world, reward_e):
+    """With the mean reward as its value: the SFT model's value head was never trained."""
+    folder = world("ppo")
+    row = run("ppo", folder, critic="separate", reward=reward_e, lr=0.0, max_iters=1, eos_penalty=0.0)
+    critic, sft = weights(folder, "ppo")["critic"], weights(folder, "sft")["model"]
+    mean = critic.pop("value_head.linear.bias")
+    assert sft.pop("value_head.linear.bias") == 0 and digest(critic) == digest(sft)
+    assert not critic["value_head.linear.weight"].any() and 0.3 * row["score"] < mean < 3 * row["score"]
+
+
+def test_a_score_is_the_reward_models_for_the_prompt_and_the_whole_answer(world, monkeypatch):
+    """Each is scored by itself here, without padding. float32: the products of a batch may round differently."""
+    reward_models, generate = Spy(monkeypatch, "load_reward_model", stages), Spy(monkeypatch, "generate", experience)
+    shape, folder = Spy(monkeypatch, "shape_rewards"), world("ppo")
+    run("ppo", folder, max_iters=1, eos_penalty=0.0)
+    (reward_model, _), rows = reward_models.calls[0][1], [
+        p + r + [256] * (r[-1] != 256) for p, r in generate.calls[0][1].ids()]  # a cut one is scored as if it had ended
+    with torch.no_grad():
+        scores = torch.cat([reward_model(torch.tensor([row]), torch.tensor([len(row)])) for row in rows])
+    torch.testing.assert_close(shape.calls[0][0][0], scores, rtol=0, atol=1e-5)
+    assert scores.std() > 0.1
+
+
+def test_the_eos_penalty_lowers_the_reward_and_not_the_score(world, monkeypatch):
+    """It is taken off the reward of each response that was cut, and of no other."""
+    rows, shape, generate = {}, Spy(monkeypatch, "shape_rewards"), Spy(monkeypatch, "generate", experience)
     for penalty in (0.0, 2.5):
         folder = world("ppo")
         run("ppo", folder, max_iters=1, eos_penalty=penalty)
         rows[penalty], = metrics(folder, "ppo")
+    (plain, *_), (lowered, *_) = (args for args, _ in shape.calls)
+    cut = torch.tensor([response[-1] != 256 for _, response in generate.calls[0][1].ids()])
+    assert 0 < cut.sum() < 12
+    torch.testing.assert_close(plain - lowered, 2.5 * cut, rtol=0, atol=1e-6)
     assert 0 < rows[0]["eos_rate"] < 1 and rows[0]["score"] == rows[2.5]["score"]
     assert rows[2.5]["reward"] == pytest.approx(rows[0]["reward"] - 2.5 * (1 - rows[0]["eos_rate"]), abs=1e-6)
 
@@ -340,11 +513,24 @@ def test_target_kl_ends_the_epochs_early(world):
 
 
 def test_target_kl_is_compared_with_the_kl_of_a_minibatch(world):
-    """Not with a multiple of it, as some implementations do."""
-    folder, flags = world("ppo"), {"max_iters": 1, "epochs": 1}
+    """Not with a multiple of it, as some implementations do, and not with the sum over its passes."""
+    folder, flags = world("ppo"), {"max_iters": 1, "epochs": 1, "micro_batch_size": 2}
     reached = 2 * run("ppo", folder, **flags)["approx_kl"]  # a mean of two minibatches, of which the first has none
     for target, steps in ((0.99 * reached, 1), (1.01 * reached, 2)):
         assert run("ppo", world("ppo"), target_kl=target, **flags)["optimizer_steps"] == steps
+
+
+def test_metrics_of_an_update_that_ended_early_count_what_was_done(world, monkeypatch):
+    """Two minibatches were computed, the second of which ended the epochs, and one step was taken. A maximum is over
+    both. float32: one rounding of the sum."""
+    policy_loss, step = Spy(monkeypatch, "policy_loss"), Spy(monkeypatch, "step", optimizer.Optimizer)
+    row = run("ppo", world("ppo"), max_iters=1, target_kl=1e-9)
+    stats = [{"policy_loss": loss} | more for _, (loss, more) in policy_loss.calls]
+    assert len(stats) == 2 and len(step.calls) == row["optimizer_steps"] == 1
+    assert row["grad_norm"] == step.calls[0][1][1]
+    for name in ("policy_loss", "approx_kl", "ratio_mean", "clip_frac"):
+        assert row[name] == pytest.approx(sum(part[name].item() for part in stats) / 2, rel=1e-6, abs=1e-7), name
+    assert row["ratio_max"] == max(part["ratio_max"].item() for part in stats) > 1
 
 
 def test_the_entropy_bonus_raises_the_entropy(world, tmp_path):
@@ -483,13 +669,13 @@ def test_advantages_are_whitened_on_rungs_with_a_baseline_only(world, monkeypatc
 def test_a_group_answers_one_prompt_and_its_advantages_need_no_critic(world, monkeypatch):
     shape, group, folder = Spy(monkeypatch, "shape_rewards"), Spy(monkeypatch, "group_advantages"), world("ppo")
     generate = Spy(monkeypatch, "generate", experience)
-    run("ppo", folder, advantage="group", samples_per_prompt=4, max_iters=2)
+    run("ppo", folder, advantage="group", samples_per_prompt=4, max_iters=2, gamma=0.5)
     rows = metrics(folder, "ppo")
     prompts = [row[:n] for (_, tokens, lens, *_), _ in generate.calls[:2]
                for row, n in zip(tokens.tolist(), lens.tolist())]
     assert all(prompts[i] == prompts[i - i % 4] for i in range(24)) and len(set(map(tuple, prompts))) > 4
     ((_, _, _, mask, _), rewards), (_, advantages) = shape.calls[0], group.calls[0]
-    sums = rewards.sum(1).view(-1, 4)
+    sums = (rewards * 0.5 ** torch.arange(rewards.size(1))).sum(1).view(-1, 4)
     expected = (sums - (sums.sum(1, keepdim=True) - sums) / 3).view(-1, 1) * mask
     torch.testing.assert_close(advantages, expected, rtol=0, atol=1e-6)
     before, after = (torch.load(folder / f"{name}.pt", weights_only=True)["model"] for name in ("sft", "ppo"))
@@ -504,13 +690,23 @@ def test_the_penalty_doubles_when_the_update_went_too_far(world):
     assert [row["penalty"] for row in metrics(folder, "ppo")] == [1.0, 2.0, 4.0]
 
 
-def test_kl_target_moves_kl_coef_and_metrics_show_the_one_that_was_used(world):
-    folder = world("ppo")
+def test_kl_target_moves_kl_coef_and_metrics_show_the_one_that_was_used(world, monkeypatch):
+    """The rewards are shaped with it, the KL it goes by is per response, and an episode is a response."""
+    folder, shape = world("ppo"), Spy(monkeypatch, "shape_rewards")
     run("ppo", folder, kl_target=1e-6, max_iters=4, lr=0.03)
     used = [row["kl_coef"] for row in metrics(folder, "ppo")]
+    assert used == [args[4] for args, _ in shape.calls]
     # The first KL is 0, below any target: 20 % less per 10,000 episodes, of which a rollout has 12.
     assert used[0] == train_ppo.Config.kl_coef and used[1] == pytest.approx(used[0] * (1 - 0.2 * 12 / 1e4), rel=1e-12)
     assert used[3] != used[2]
+
+    folder, flags = world("ppo"), {"max_iters": 3, "lr": 0.03, "samples_per_prompt": 2}
+    run("ppo", folder, kl_target=1.0, **flags)
+    target = 1.1 * metrics(folder, "ppo")[1]["kl"]  # the second KL is then 1 / 1.1 of it, inside the clip of 20 %
+    folder = world("ppo")
+    run("ppo", folder, kl_target=target, **flags)
+    used = [row["kl_coef"] for row in metrics(folder, "ppo")]
+    assert used[2] == pytest.approx(used[1] * (1 + (1 / 1.1 - 1) * 12 / 1e4), rel=1e-12)
 
 
 def test_bad_gradients_end_the_run_before_they_reach_the_weights(world, monkeypatch):
@@ -524,6 +720,24 @@ def test_bad_gradients_end_the_run_before_they_reach_the_weights(world, monkeypa
     with pytest.raises(FloatingPointError, match="2 optimizer steps in a row"):
         run("ppo", folder, max_bad_steps=2)
     assert not (folder / "ppo.pt").exists()
+
+
+def test_skipped_steps_are_counted_over_the_whole_run(world, monkeypatch):
+    """A good step ends a row of bad ones, but the metric must not forget them."""
+    policy_loss, losses = train_ppo.policy_loss, iter([math.nan])
+    monkeypatch.setattr(train_ppo, "policy_loss", lambda *args: (policy_loss(*args)[0] * next(losses, 1.0),
+                                                                 policy_loss(*args)[1]))
+    folder = world("ppo")
+    run("ppo", folder)
+    assert [row["skipped_steps"] for row in metrics(folder, "ppo")] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_learning_rate_decays_by_iterations_not_by_optimizer_steps(stage, world):
+    """PPO takes four steps in each of these iterations."""
+    folder = world(stage)
+    run(stage, folder, max_iters=3, lr=0.004, lr_decay_iters=4)
+    assert [row["lr"] for row in metrics(folder, stage)] == pytest.approx([0.004, 0.003, 0.002], rel=1e-15)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -545,6 +759,57 @@ def test_every_iteration_has_a_line_with_every_metric(world):
             assert timed[name] is not None, name
         assert ("gold_heldout" in row) == (i in (1, 5))
         assert 0 <= row["gold"] <= 1 and 0 < row["response_len"] <= 8 and 0 <= row["entropy"] <= math.log(510)
+
+
+def test_rollout_metrics_by_hand():
+    """Each number reads its own tensors, and no padding, which is NaN here."""
+    nan, mask = math.nan, torch.tensor([[True, True, False], [True, False, False]])
+    sampled, old, ref, values, entropy = (torch.tensor([[a, b, nan], [c, nan, nan]]) for a, b, c in (
+        (-1.0, -2.0, -3.0), (-1.25, -2.0, -2.5), (-2.0, -2.0, -3.0), (1.0, 2.0, 3.0), (1.0, 2.0, 6.0)))
+    row = rollout_metrics(SimpleNamespace(mask=mask, logprobs=sampled), torch.tensor([True, False]),
+                          torch.tensor([4.0, 8.0]), torch.tensor([[-1.0, 6.0, 0.0], [4.0, 0.0, 0.0]]), old, ref, values,
+                          entropy, gamma=0.5)
+    # reward-to-go 2, 6, 4, so that the critic's errors are 1, 4, 1 with a variance of 2; that of the returns is 8 / 3
+    expected = {"score": 6, "score_std": 2, "kl": (0.75 + 0.5) / 2, "reward": 4.5, "entropy": 3,
+                "explained_variance": 1 - 2 / (8 / 3), "response_len": 1.5, "eos_rate": 0.5, "logprob_gap": 0.25, "logprob_gap_max": 0.5}
+    assert {name: float(value) for name, value in row.items()} == pytest.approx(expected, rel=1e-6)
+
+
+def test_tokens_per_s_are_response_tokens_over_all_seconds_of_an_iteration(world):
+    """Padding does not count. Some response here has all 8 tokens, and the mean is less."""
+    row = run("ppo", world("ppo"), max_iters=1)
+    seconds = row["sec_rollout"] + row["sec_score"] + row["sec_update"]
+    assert row["tokens_per_s"] * seconds == pytest.approx(12 * row["response_len"], rel=1e-6)
+    assert row["response_len"] < 8 and row["eos_rate"] < 1
+
+
+def test_gold_heldout_is_of_the_policys_answers_to_the_heldout_questions(world, monkeypatch):
+    """Each question once, even where processes need a few more rows to get as many."""
+    monkeypatch.setattr(distributed, "fill_up", lambda rows: rows + rows[:1])
+    evaluate, generate = Spy(monkeypatch, "evaluate", atlas), Spy(monkeypatch, "generate", experience)
+    policies = Spy(monkeypatch, "load_policy", stages)
+    row = run("ppo", world("ppo", "atlas"), max_iters=1)
+    (_, measured), ((answers,), heldout) = evaluate.calls
+    assert [question for question, _ in answers] == atlas.prompts("heldout")
+    assert row["gold_heldout"] == heldout["gold"]
+    assert (row["gold"], row["utility"]) == (measured["gold"], measured["utility"])
+    assert generate.calls[1][0][0] is policies.calls[0][1]
+
+
+def test_the_table_shows_the_kl_of_each_answer_before_and_after(world, monkeypatch):
+    """In nats of the whole response: 0 before, where the policy is the reference. The sampler may differ by 1e-5 a
+    token (see logprob_gap_max above), and an answer has at most 8."""
+    monkeypatch.setattr(distributed, "fill_up", lambda rows: rows + rows[:1])
+    table, generate = Spy(monkeypatch, "print_before_after"), Spy(monkeypatch, "generate", experience)
+    folder = world("ppo")
+    run("ppo", folder)
+    ((before, after), _), sampled = table.calls[0], generate.calls[-1][1]
+    reference = stages.load_policy(load_checkpoint(folder / "sft.pt", "sft"))
+    with torch.no_grad():
+        logprobs, *_ = rollout.score_response(reference, sampled.tokens, sampled.prompt_lens, sampled.mask.size(1))
+    kls = ((sampled.logprobs - logprobs) * sampled.mask).sum(1).tolist()
+    assert [kl for *_, kl in before] == [0.0, 0.0] and sampled.mask.sum(1).min() < sampled.mask.size(1)
+    assert [kl for *_, kl in after] == pytest.approx(kls[:2], abs=8e-5) and max(map(abs, kls[:2])) > 0.01
 
 
 @pytest.mark.parametrize("stage, names", [
@@ -592,6 +857,17 @@ def test_resume_refuses_another_flag_and_another_sft_model(world):
     run("sft", folder, overwrite=True, seed=5)
     with pytest.raises(UserError, match="this run began with another sft: put it back"):
         run("ppo", folder, max_iters=6, resume=True)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_seed_decides_more_than_the_order_of_the_rows(stage, world):
+    """With one row there is one order: the first weights of a model and the samples follow from the seed as well."""
+    numbers = []
+    for seed in (0, 1):
+        folder = world(stage)
+        write_jsonl(folder / "pairs.jsonl", pairs()[:1])
+        numbers.append(run(stage, folder, seed=seed, max_iters=1, lr=0.0)["score" if stage == "ppo" else "loss"])
+    assert numbers[0] != numbers[1]
 
 
 @pytest.mark.parametrize("stage", STAGES)

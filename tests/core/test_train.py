@@ -771,7 +771,8 @@ def test_rollout_metrics_by_hand():
                           entropy, gamma=0.5)
     # reward-to-go 2, 6, 4, so that the critic's errors are 1, 4, 1 with a variance of 2; that of the returns is 8 / 3
     expected = {"score": 6, "score_std": 2, "kl": (0.75 + 0.5) / 2, "reward": 4.5, "entropy": 3,
-                "explained_variance": 1 - 2 / (8 / 3), "response_len": 1.5, "eos_rate": 0.5, "logprob_gap": 0.25, "logprob_gap_max": 0.5}
+                "explained_variance": 1 - 2 / (8 / 3), "response_len": 1.5, "eos_rate": 0.5, "logprob_gap": 0.25,
+                "logprob_gap_max": 0.5}
     assert {name: float(value) for name, value in row.items()} == pytest.approx(expected, rel=1e-6)
 
 

@@ -42,18 +42,12 @@ class Row(NamedTuple):
     prompt: str
     responses: tuple = ()
     problem: str = ""  # makes the row unusable in every stage
+    has_prompt: bool = True  # False for {"text"}
 
     @property
     def key(self):
         """What the split goes by: rows with the same prompt must fall on the same side."""
         return self.prompt or "".join(self.responses[:1])
-
-
-def refuse_constant(literal):
-    raise BadRow(f"{literal} is not JSON")
-
-
-parse_json = json.JSONDecoder(parse_constant=refuse_constant).decode  # json.loads would take NaN and Infinity
 
 
 def read_rows(path, skip_bad=False, convert=dict):
@@ -69,7 +63,7 @@ def read_rows(path, skip_bad=False, convert=dict):
         if not raw.strip():
             continue
         try:
-            row = parse_json(raw.decode("utf-8").rstrip("\r\n"))
+            row = json.loads(raw.decode("utf-8").rstrip("\r\n"))
             if not isinstance(row, dict):
                 raise BadRow(f"a row must be a JSON object, not {type(row).__name__}")
             rows.append(convert(row))
@@ -117,7 +111,7 @@ def to_row(row, n_responses):
     if n_responses == 2:
         raise BadRow('missing key "chosen"')
     if "text" in row and "prompt" not in row and "response" not in row:
-        return Row("", (text_at(row, "text"),))
+        return Row("", (text_at(row, "text"),), has_prompt=False)
     prompt = text_at(row, "prompt")
     return Row(prompt, (text_at(row, "response"),)) if n_responses or "response" in row else Row(prompt)
 
@@ -206,13 +200,16 @@ def load_comparisons(data, encoding, block_size, skip_bad=False):
 
 
 def load_prompts(data, encoding, block_size, max_new_tokens, skip_bad=False):
-    """Split of prompts (lists of ids), each kept once, from "atlas" or a file with any kind of rows. A prompt
-    must leave room for max_new_tokens. Raises DataError."""
+    """Split of prompts (lists of ids), each kept once, from "atlas" or a file with any kind of rows but {"text"}. A
+    prompt must leave room for max_new_tokens and for the EOS that a cut answer is given before the reward model reads
+    it. Raises DataError."""
     seen = set()
 
     def record(row):
+        if not row.has_prompt:
+            raise Unusable('a "text" without a "prompt"')
         prompt = encode_prompt(encoding, row.prompt)
-        check_length(len(prompt) + max_new_tokens, block_size, f"with max_new_tokens={max_new_tokens} ")
+        check_length(len(prompt) + max_new_tokens + 1, block_size, f"with max_new_tokens={max_new_tokens} and an EOS ")
         if row.prompt in seen:
             raise Unusable("the same prompt again")
         seen.add(row.prompt)
@@ -253,7 +250,8 @@ def make_split(data, train_rows, heldout_rows, bad, record):
     if bad:
         losses.append(f"skipped {len(bad):,} bad, the first being {bad[0]}")
     if not train:
-        advice = ["raise --block_size"] if any("block_size" in reason for reason in dropped) else []
+        advice = [what for word, what in (("block_size", "raise --block_size"), ('"prompt"', 'give rows with "prompt"'))
+                  if any(word in reason for reason in dropped)]
         raise DataError("; ".join([f"0 usable rows in {data} to train on", *losses, *advice]))
     return Split(train, heldout, [f"train: {len(train):,} rows, held out: {len(heldout):,}", *losses])
 

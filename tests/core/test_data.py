@@ -57,8 +57,8 @@ BAD_ROWS = [
     ({"prompt": {}, "chosen": "a", "rejected": "b"}, '"prompt" must be a string, not dict'),
     ({"prompt": "q", "chosen": "a", "rejected": True}, '"rejected" must be a string, not bool'),
     ({"text": 1.5}, '"text" must be a string, not float'),
-    ('{"prompt": "q", "response": "a", "score": NaN}', "NaN is not JSON"),
-    ('{"prompt": "q", "response": "a", "score": [-Infinity]}', "-Infinity is not JSON"),
+    ('{"prompt": "q", "response": NaN}', '"response" must be a string, not float'),
+    ('{"prompt": -Infinity, "response": "a"}', '"prompt" must be a string, not float'),
     ('{"prompt": "q", "response": "\\ud83d"}', '"response" has a lone surrogate'),
     ('{"prompt": "\\ude42\\ud83d", "response": ""}', '"prompt" has a lone surrogate'),
     (b'{"prompt": "q", "response": "\xff"}', "byte 30 of the line is not UTF-8"),
@@ -90,9 +90,16 @@ def test_a_row_must_have_what_the_stage_needs(tmp_path):
     for row in (prompt, demonstration, text):
         with pytest.raises(DataError, match=r':1: missing key "chosen"'):
             load_comparisons(write(tmp_path / "x.jsonl", row), BYTES, 64)
-        assert load_prompts(write(tmp_path / "x.jsonl", row), BYTES, 64, 8).train
+    for row in (prompt, demonstration):
+        assert load_prompts(write(tmp_path / "x.jsonl", row), BYTES, 64, 8).train == [[*b"q"]]
     with pytest.raises(DataError, match=r':2: "response" must be a string'):  # needed or not
         load_prompts(write(tmp_path / "x.jsonl", prompt, {"prompt": "q", "response": 1}), BYTES, 64, 8)
+
+
+def test_nan_is_ignored_in_a_column_that_is_not_used(tmp_path):
+    path = write(tmp_path / "x.jsonl", *('{"prompt": "q", "response": "a", "score": [%s]}' % number
+                                         for number in ("NaN", "Infinity", "-Infinity")))
+    assert load_demonstrations(path, BYTES, 64).train == [Demonstration([*b"q"], [*b"a", EOS])] * 3
 
 
 def test_bom_crlf_blank_lines_and_unicode_line_breaks(tmp_path):
@@ -216,7 +223,7 @@ def test_row_kinds():
 def test_transcripts_split_after_the_last_turn():
     start = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
     row = to_row({"chosen": start + " d", "rejected": start + ""}, 2)
-    assert row == (start, (" d", ""), "")
+    assert row[:3] == (start, (" d", ""), "")
     differing = to_row({"chosen": start + " d", "rejected": "\n\nHuman: z\n\nAssistant: e"}, 2)
     assert differing.problem == "the two prompts differ"
 
@@ -238,7 +245,7 @@ def test_drops_are_counted_by_reason(tmp_path):
     assert split.report[1:] == ["dropped 1: longer than block_size=50", "dropped 2: the two prompts differ"]
     prompts = load_prompts(path, BYTES, 50, 20)
     assert prompts.report[1:] == ["dropped 1: the same prompt again", "dropped 2: the two prompts differ",
-                                  "dropped 1: with max_new_tokens=20 longer than block_size=50"]
+                                  "dropped 1: with max_new_tokens=20 and an EOS longer than block_size=50"]
 
 
 def test_block_size_is_a_bound_that_may_be_reached(tmp_path):
@@ -250,9 +257,9 @@ def test_block_size_is_a_bound_that_may_be_reached(tmp_path):
     assert load_demonstrations(path, BYTES, 6).train == [Demonstration([*b"1234"], [*b"1", EOS])]
     with pytest.raises(DataError, match="0 usable rows"):
         load_demonstrations(path, BYTES, 5)
-    assert load_prompts(path, BYTES, 10, 6).train == [[*b"1234"]]
-    with pytest.raises(DataError, match="dropped 1: with max_new_tokens=7 longer than block_size=10; raise"):
-        load_prompts(path, BYTES, 10, 7)
+    assert load_prompts(path, BYTES, 10, 5).train == [[*b"1234"]]  # an answer cut after 5 tokens is given an EOS
+    with pytest.raises(DataError, match="dropped 1: with max_new_tokens=6 and an EOS longer than block_size=10; raise"):
+        load_prompts(path, BYTES, 10, 6)
 
 
 def test_no_advice_that_would_not_help(tmp_path):
@@ -302,7 +309,11 @@ def test_texts_without_prompts_are_split_by_text(tmp_path):
     split = load_demonstrations(path, BYTES, 64)
     train, heldout = ({tuple(record.response) for record in side} for side in (split.train, split.heldout))
     assert len(train) == 57 and len(heldout) == 3 and not train & heldout
-    assert load_prompts(path, BYTES, 64, 8).train == [[EOS]]
+    with pytest.raises(DataError, match='0 usable .* 120: a "text" without a "prompt"; give rows with "prompt"$'):
+        load_prompts(path, BYTES, 64, 8)
+    split = load_prompts(write(path, {"text": "once"}, {"prompt": ""}, {"prompt": "q"}), BYTES, 64, 8)
+    assert sorted(split.train + split.heldout) == [[*b"q"], [EOS]]  # an empty prompt that was asked for is one
+    assert split.report[1:] == ['dropped 1: a "text" without a "prompt"']
 
 
 def test_prompts_are_kept_once(tmp_path):

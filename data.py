@@ -14,6 +14,7 @@ used is dropped and counted. This is no streaming loader, chat template or packe
 
 import hashlib
 import json
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -219,6 +220,19 @@ def load_prompts(data, encoding, block_size, max_new_tokens, skip_bad=False):
         return load_file(data, 0, skip_bad, record)
     train, heldout = ([Row(prompt) for prompt in atlas.prompts(side)] for side in ("train", "heldout"))
     return make_split(data, train, heldout, [], record)
+
+
+def default_max_new_tokens(data, encoding, block_size, skip_bad=False):
+    """How long an answer may be, in tokens with EOS: 16 for "atlas"; for a file the 95 % quantile of its responses, at
+    most half of block_size, which is also the choice without any responses, up to 64. Raises DataError."""
+    if data == "atlas":
+        return 16
+    rows = [row.responses for row in read_rows(data, skip_bad, lambda row: to_row(row, 0))[0]
+            if row.has_prompt and row.responses]
+    step = math.ceil(len(rows) * max(map(len, rows), default=0) / 10_000) or 1  # encodes at most 10,000, evenly spread
+    lengths = [len(encode_response(encoding, response)) for responses in rows[::step] for response in responses]
+    longest = math.ceil(np.quantile(lengths, 0.95)) if lengths else 64
+    return max(1, min(longest, block_size // 2))
 
 
 def check_length(length, block_size, what=""):

@@ -13,8 +13,8 @@ import torch
 
 import atlas
 from data import (BatchOrder, Comparison, DataError, Demonstration, collate_comparisons, collate_demonstrations,
-                  collate_prompts, length_buckets, load_comparisons, load_demonstrations, load_prompts, pad, read_rows,
-                  split_rows, to_row)
+                  collate_prompts, default_max_new_tokens, length_buckets, load_comparisons, load_demonstrations,
+                  load_prompts, pad, read_rows, split_rows, to_row)
 from files import gpt2, write
 from paths import DATA
 from tokenizer import get_tokenizer
@@ -339,6 +339,55 @@ def test_atlas():
         load_comparisons("atlas", encoding, 64)
     with pytest.raises(DataError, match="0 usable rows in atlas .*raise --block_size"):
         load_demonstrations("atlas", encoding, 4, n=10)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# the default length of an answer
+
+def lengths_file(path, lengths, **more):
+    return write(path, *({"prompt": f"q{i}", "response": "x" * (n - 1), **more} for i, n in enumerate(lengths)))
+
+
+def test_default_max_new_tokens(tmp_path):
+    path = tmp_path / "x.jsonl"
+    assert default_max_new_tokens("atlas", get_tokenizer("atlas"), 64) == 16
+    lengths = list(range(1, 102))  # EOS included; the 95 % quantile is 96
+    random.Random(0).shuffle(lengths)
+    assert default_max_new_tokens(lengths_file(path, lengths), BYTES, 1024) == 96
+    assert default_max_new_tokens(path, BYTES, 100) == 50
+    assert default_max_new_tokens(lengths_file(path, [5] * 10), BYTES, 1024) == 5
+    assert default_max_new_tokens(lengths_file(path, [1, 2]), BYTES, 1024) == 2  # 1.95
+    assert default_max_new_tokens(lengths_file(path, [1]), BYTES, 1024) == 1
+    assert default_max_new_tokens(path, BYTES, 1) == 1
+    pairs = [{"prompt": "q" * 99, "chosen": "x" * 4, "rejected": "x" * 9}, {"chosen": "a\n\nAssistant:x", "rejected":
+             "a\n\nAssistant:y"}]
+    assert default_max_new_tokens(write(path, pairs[0]), BYTES, 1024) == 10  # 9.75
+    assert default_max_new_tokens(write(path, pairs[1]), BYTES, 1024) == 2
+    for row in ({"prompt": "q"}, {"text": "x" * 500}):
+        path = write(tmp_path / "x.jsonl", row)
+        assert [default_max_new_tokens(path, BYTES, size) for size in (1, 64, 128, 1024)] == [1, 32, 64, 64]
+    path = write(path, {"prompt": "q", "response": "xx"}, "bad")
+    assert default_max_new_tokens(path, BYTES, 1024, skip_bad=True) == 3
+    with pytest.raises(DataError, match=":2: malformed"):
+        default_max_new_tokens(path, BYTES, 1024)
+
+
+@pytest.mark.parametrize("n, kind", [(25_000, "response"), (12_000, "pair"), (10_000, "response"),
+                                     (10_001, "response")])
+def test_default_max_new_tokens_reads_few_responses_of_the_whole_file(tmp_path, monkeypatch, n, kind):
+    rows = [{"prompt": "q", "response": "x" * i} if kind == "response" else
+            {"prompt": "q", "chosen": "x" * i, "rejected": "y" * i} for i in ([3] * (n // 2) + [7] * (n - n // 2))]
+    encoded, path = [], write(tmp_path / "x.jsonl", *rows)
+
+    def encode(encoding, text):
+        encoded.append(text)
+        return [0] * (len(text) + 1)
+    monkeypatch.setattr("data.encode_response", encode)
+    assert default_max_new_tokens(path, BYTES, 1024) == 8
+    assert 5_000 <= len(encoded) <= 10_000
+    assert abs(sum(len(text) == 3 for text in encoded) - len(encoded) / 2) <= 2
+    if kind == "pair":
+        assert sum("y" in text for text in encoded) == len(encoded) / 2
 
 
 # -----------------------------------------------------------------------------------------------------------

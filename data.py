@@ -9,14 +9,16 @@ A row of the user's file becomes a record of ids. A file of pairs serves all thr
 
 Text is used as given: nothing is stripped, added or cropped, and other keys are ignored. A row that cannot be
 read stops the run with `file:line: reason`, or is counted with skip_bad; a row that reads well but cannot be
-used is dropped and counted. This is no streaming loader, chat template or packer: a file is read once, whole.
+used is dropped and counted. Another format is refused with the Python that converts it. This is no streaming loader, chat template or packer: a file is read once, whole.
 """
 
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -31,7 +33,10 @@ from tokenizer import get_tokenizer as get_tokenizer  # offered here, too: other
 # rows of a file
 
 class BadRow(Exception):
-    """Why a row cannot be read."""
+    """Why a row cannot be read. `code` are two lines of Python, if they would convert such rows."""
+    def __init__(self, reason, code=None):
+        super().__init__(reason)
+        self.code = code
 
 
 class Unusable(Exception):
@@ -56,13 +61,15 @@ def read_rows(path, skip_bad=False, convert=dict):
 
     convert: dict of one row -> what to keep of it, or BadRow.
     Returns (rows, bad): the converted rows in file order, and `path:line: reason` of each bad one. Raises
-    DataError at the first bad row unless skip_bad, and always if the file is empty, missing or damaged."""
-    rows, bad = [], []
+    DataError at the first bad row unless skip_bad, and always if the file is empty, missing, damaged, or as a whole of
+    another format."""
+    rows, bad, other = [], [], None
     for line, raw in read_lines(path):
         if line == 1:
             raw = raw.removeprefix(b"\xef\xbb\xbf")
         if not raw.strip():
             continue
+        code = None
         try:
             row = json.loads(raw.decode("utf-8").rstrip("\r\n"))
             if not isinstance(row, dict):
@@ -70,16 +77,21 @@ def read_rows(path, skip_bad=False, convert=dict):
             rows.append(convert(row))
             continue
         except BadRow as error:
-            reason = str(error)
+            reason, code = str(error), error.code
         except UnicodeDecodeError as error:
             reason = f"byte {error.start + 1} of the line is not UTF-8"
         except json.JSONDecodeError as error:
             reason = f"malformed JSON ({error.msg}, column {error.colno})"
         except (RecursionError, ValueError):  # Python's own limits on nesting and on digits
             reason = "malformed JSON (too deeply nested, or an integer with thousands of digits)"
+        if not rows and not bad:
+            refuse_other_format(path, raw)
         bad.append(f"{path}:{line}: {reason}")
+        other = other or (code and bad[-1] + how_to_convert(path, code))
         if not skip_bad:
-            raise DataError(f"{bad[0]} (correct the row, or skip and count such rows with --skip_bad)")
+            raise DataError(other or f"{bad[0]} (correct the row, or skip and count such rows with --skip_bad)")
+    if not rows and other:
+        raise DataError(other)
     if not rows and not bad:
         raise DataError(f"{path}: the file has 0 rows")
     return rows, bad
@@ -88,10 +100,11 @@ def read_rows(path, skip_bad=False, convert=dict):
 def text_at(row, key):
     """row[key]; BadRow unless it is there and is a text that a tokenizer can take."""
     if key not in row:
-        raise BadRow(f'missing key "{key}"')
+        raise missing(row, key)
     text = row[key]
     if not isinstance(text, str):
-        raise BadRow(f'"{key}" must be a string, not {type(text).__name__}')
+        shape, code = other_shape(row) if is_chat(text) else ("", None)
+        raise BadRow(f'"{key}" must be a string, not {type(text).__name__}{shape and f" ({shape})"}', code)
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -108,9 +121,11 @@ def to_row(row, n_responses):
         chosen, rejected = text_at(row, "chosen"), text_at(row, "rejected")
         if "prompt" in row:
             return Row(text_at(row, "prompt"), (chosen, rejected))
+        if "\n\nAssistant:" not in chosen and not set(PROMPTS).isdisjoint(row):
+            raise missing(row, "prompt")
         return transcripts_to_row(chosen, rejected)
     if n_responses == 2:
-        raise BadRow('missing key "chosen"')
+        raise missing(row, "chosen")
     if "text" in row and "prompt" not in row and "response" not in row:
         return Row("", (text_at(row, "text"),), has_prompt=False)
     prompt = text_at(row, "prompt")
@@ -135,6 +150,115 @@ def split_rows(rows):
     keys = sorted({row.key for row in rows}, key=lambda key: hashlib.sha256(key.encode()).digest())
     heldout = set(keys[: min(max(1, len(keys) // 20), max(0, len(keys) - 1))])
     return [row for row in rows if row.key not in heldout], [row for row in rows if row.key in heldout]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files of another format and rows of another shape: a name, and two lines of Python that convert the file
+#
+# In this code FILE is the file, NEW another one, OPEN what opens FILE, and imports are left out.
+
+WRITE = "open(NEW, 'w').writelines(json.dumps({}) + '\\n' for {})"
+UNPACK = "shutil.copyfileobj({}, open(NEW, 'wb'))"
+PANDAS = "pandas.{}(FILE).to_json(NEW, orient='records', lines=True)  # pip install pandas {}"
+TEXT = "OPEN(FILE, 'rt', encoding='utf-8-sig')"
+ROWS = "r in map(json.loads, filter(bytes.strip, OPEN(FILE, 'rb')))"
+SEVERAL_LINES = f"r in json.loads('[' + {TEXT}.read().replace('}}\\n{{', '}},\\n{{') + ']')"
+FLAT = "''.join(f\"\\n\\n{{m['role'].title()}}: {{m['content']}}\" for m in {})"  # chat messages as a transcript
+PROMPTS = "prompt", "instruction", "question", "query", "input"
+RESPONSES = "response", "completion", "output", "answer", "target"
+RANKED = "answers", "responses", "completions"
+COLUMNS = (r"(?i)(?![{\[])(.*%s)? ?[\"']?(chosen|rejected|text|messages|" + "|".join(PROMPTS + RESPONSES + RANKED)
+           + r")[\"']?\s*(%s|$)")  # names of columns, one of which we know
+FORMATS = [  # name, what the file begins with, code; an Excel file is a zip file as well
+    ("a parquet file", "PAR1", PANDAS.format("read_parquet", "pyarrow")),
+    ("an Excel file", r"PK\x03\x04.{26}(\[Con|xl/|_rels|docP)", PANDAS.format("read_excel", "openpyxl")),
+    ("a zip file", r"PK\x03\x04", UNPACK.format("(z := zipfile.ZipFile(FILE)).open(z.namelist()[0])")),
+    ("a zstd file", r"\x28\xb5\x2f\xfd", UNPACK.format("zstandard.open(FILE)") + "  # pip install zstandard"),
+    ("an xz file", "\xfd7zXZ", UNPACK.format("lzma.open(FILE)")),
+    ("a bzip2 file", r"BZh\d", UNPACK.format("bz2.open(FILE)")),
+    ("a gzip file without .gz in its name", "\x1f\x8b", UNPACK.format("gzip.open(FILE)")),
+    ("text in UTF-16", "\xff\xfe|\xfe\xff", UNPACK.format("codecs.EncodedFile(open(FILE, 'rb'), 'utf-8', 'utf-16')")),
+    ("a JSON array", r"\s*\[\s*(\{|$)", WRITE.format("r", "r in json.load(OPEN(FILE, 'rb'))")),
+    ("JSON with several lines for a row", r"\s*\{\s*$", WRITE.format("r", SEVERAL_LINES)),
+    *((name, COLUMNS % (sep, sep), WRITE.format("r", f"r in csv.DictReader({TEXT}, delimiter={sep!r})"))
+      for name, sep in (("a TSV file", "\t"), ("a CSV file with semicolons", ";"), ("a CSV file", ",")))]
+MODULES = "bz2", "codecs", "csv", "gzip", "itertools", "json", "lzma", "pandas", "shutil", "zipfile", "zstandard"
+
+
+def refuse_other_format(path, raw):
+    """Raises DataError if the file begins with `raw`, which is no row, as a file of another format does."""
+    named = {".csv": "a CSV file", ".tsv": "a TSV file"}.get(Path(str(path).removesuffix(".gz")).suffix)
+    for name, start, code in FORMATS:
+        if name == named or re.match(start, raw.decode("latin-1")):
+            raise DataError(f"{path}: this is {name}, but each line must be a JSON object{how_to_convert(path, code)}")
+
+
+def how_to_convert(path, code):
+    """The end of a message: the code for this path. The new file is never the old one."""
+    names = {"FILE": repr(str(path)), "NEW": repr(str(Path(path).with_suffix(".rows.jsonl"))),
+             "OPEN": "gzip.open" if str(path).endswith(".gz") else "open"}
+    code = re.sub("|".join(names), lambda name: names[name[0]], code)
+    modules = ", ".join(name for name in MODULES if re.search(rf"\b{name}\.\w+\(", code))
+    return f". Two lines of Python convert it, then give --data={names['NEW']}:\n    import {modules}\n    {code}"
+
+
+def missing(row, key):
+    """BadRow: the row has no `key`, and what it has instead."""
+    shape, code = other_shape(row)
+    if code is None or key == "chosen" and "'chosen'" not in code:
+        shape, code = "the row has " + (", ".join(json.dumps(key[:30]) for key in [*row][:6]) or "no keys"), None
+    return BadRow(f'missing key "{key}" ({shape})', code)
+
+
+def is_chat(value):
+    return isinstance(value, list) and any(isinstance(m, dict) and {"role", "content"} <= set(m) for m in value[-1:])
+
+
+def other_shape(row):
+    """(name, code) of a row that says under other keys what ours say; code is None for one that we do not know."""
+    def code(loop="", **texts):
+        return WRITE.format("{" + ", ".join(f"{key!r}: {text}" for key, text in texts.items()) + "}", ROWS + loop)
+
+    if chat := [key for key in row if is_chat(row[key])]:
+        name = "chat messages are not supported yet: make text of them"
+        joined = "(" + " + ".join(f"r[{key!r}]" for key in chat) + ")"
+        if "chosen" in chat:
+            before = "r['prompt'] + " if "prompt" in chat else ""
+            return name, code(**{key: FLAT.format(f"({before}r[{key!r}])") for key in ("chosen", "rejected")})
+        if row[chat[-1]][-1]["role"] == "user":
+            return name, code(prompt=FLAT.format(joined) + " + '\\n\\nAssistant:'")
+        return name, code(prompt=FLAT.format(f"{joined}[:-1]") + " + '\\n\\nAssistant:'",
+                          response=f"' ' + {joined}[-1]['content']")
+    prompt, response, ranked = (next((key for key in keys if isinstance(row.get(key), kind) and row[key] != []), None)
+                                for keys, kind in ((PROMPTS, str), (RESPONSES, str), (RANKED, list)))
+    text = f"r[{prompt!r}]" + (" + '\\n'" if prompt != "prompt" else "")
+    if prompt not in (None, "prompt") and {"chosen", "rejected"} <= set(row):
+        return f'a pair with "{prompt}"', code(prompt=text, chosen="r['chosen']", rejected="r['rejected']")
+    if prompt and ranked:
+        order, scored = scored_answers(row, ranked)
+        return (f'a ranking with "{prompt}" and "{ranked}", {order} first', code(prompt=text, chosen="b", rejected="a",
+                loop=f" for (s, a), (t, b) in itertools.combinations(sorted({scored}), 2) if s < t"))
+    if prompt and response:
+        if "instruction" in row and "input" in row:
+            text = "f\"{r['instruction']}\\n{r['input'] or ''}\".strip() + '\\n'"
+        kind = {"output": "an Alpaca row", "completion": "a completion row"}.get(response, "a demonstration")
+        return f'{kind} with "{prompt}" and "{response}"', code(prompt=text, response=f"r[{response!r}]")
+    return "", None
+
+
+def scored_answers(row, key):
+    """(what a ranking has first, code for its pairs (score, answer), the better the higher)."""
+    answer, nested = row[key][0], isinstance(row[key][0], dict)
+    fields = answer if nested else {name: value[0] for name, value in row.items() if isinstance(value, list) and value}
+    score = next((name for name, value in fields.items() if type(value) in (int, float)), None)
+    text = next((name for name, value in fields.items() if isinstance(value, str)), None)
+    a = f"a[{text!r}]" if nested else "a"
+    if score is None:
+        return "the best", f"((-i, {a}) for i, a in enumerate(r[{key!r}]))"
+    sign, order = ("-", "the lowest") if "rank" in score else ("", "the highest")
+    pair = f"{sign}a[{score!r}], {a}" if nested else f"{sign}s, a"
+    each = f"a in r[{key!r}]" if nested else f"s, a in zip(r[{score!r}], r[{key!r}])"
+    return f'{order} "{score}"', f"(({pair}) for {each})"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ A row of the user's file becomes a record of ids. A file of pairs serves all thr
 
 Text is used as given: nothing is stripped, added or cropped, and other keys are ignored. A row that cannot be
 read stops the run with `file:line: reason`, or is counted with skip_bad; a row that reads well but cannot be
-used is dropped and counted. Another format is refused with the Python that converts it. This is no streaming loader, chat template or packer: a file is read once, whole.
+used is dropped and counted. A mistake that nearly every row shares is reported, and another format is refused with
+the Python that converts it. This is no streaming loader, chat template or packer: a file is read once, whole.
 """
 
 import hashlib
@@ -367,7 +368,9 @@ def check_length(length, block_size, what=""):
 def load_file(path, n_responses, skip_bad, record):
     """Splits the rows of a file before any is dropped, so that the stages agree on who is held out."""
     rows, bad = read_rows(path, skip_bad, lambda row: to_row(row, n_responses))
-    return make_split(path, *split_rows(rows), bad, record)
+    split = make_split(path, *split_rows(rows), bad, record)
+    split.report.extend(shared_mistakes(rows))
+    return split
 
 
 def make_split(data, train_rows, heldout_rows, bad, record):
@@ -392,6 +395,50 @@ def make_split(data, train_rows, heldout_rows, bad, record):
                   if any(word in reason for reason in dropped)]
         raise DataError("; ".join([f"0 usable rows in {data} to train on", *losses, *advice]))
     return Split(train, heldout, [f"train: {len(train):,} rows, held out: {len(heldout):,}", *losses])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# mistakes of a whole file, which no row shows by itself
+
+NEARLY_ALL, FEWEST_ROWS = 0.9, 10
+LETTER = r"[^\W\d_\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u9fff]"  # of a script that puts spaces between words
+SHARED_MISTAKES = [(what, re.compile(pattern), advice) for what, pattern, advice in (
+    # patterns of a prompt, \x00, and (if there is one) a response and \x01; none may take quadratic time
+    ("a token's name, which is ordinary text here", r"<[|｜][^\s<>|｜]{1,30}[|｜]>|</?s>|\[/?INST\]|<</?SYS>>|"
+     r"<(?:bos|eos|pad|(?:start|end)_of_turn)>|\[(?:BOS|EOS|PAD|CLS|SEP)\]", "remove it, each response gets its EOS"),
+    ("no space between prompt and response", rf"(?<={LETTER}|[.,:;?!)])\x00{LETTER}", "begin responses with a space"),
+    ("a space at the end of the prompt", r" \x00", "move it to the beginning of each response"),
+    ("a response that repeats its prompt", r"\A(?=\s*[^\s\x00])([^\x00]+)\x00\s?\1", "leave the prompt out of it"),
+    (r"\n as two characters and no line break", r"\A(?=[^\n]*\Z).*?\\n", "make line breaks of them"),
+    ("HTML", r"&(?:amp|lt|gt|quot|nbsp|#\d{1,6}|#x[0-9a-fA-F]{1,6});|<br ?/?>", "apply html.unescape, remove the tags"),
+    ("garbled characters", "[ÃÂ][\x80-\xbf]|â€", "read the source as UTF-8"),
+    ("a placeholder", r"\{\{? ?(?:%s|text) ?\}?\}" % "|".join(PROMPTS + RESPONSES), "fill it in"),
+    ("an empty response", r"\x00\s*(?:nan|NaN|None|null|)\x01", "look at the column that it comes from"))]
+
+
+def shared_mistakes(rows):
+    """A sentence for each mistake that nearly every row shows. Of the mistakes that a sample does not show, only the
+    sample is read."""
+    report, sample = [], rows[::len(rows) // 1000 or 1]
+    for what, pattern, advice in SHARED_MISTAKES if len(rows) >= FEWEST_ROWS else []:
+        count, first = count_nearly_all(pattern, sample) and count_nearly_all(pattern, rows) or (0, None)
+        if count:
+            shown = first.string[max(0, first.start() - 12):first.end() + 12].replace("\x00", "").strip("\x01")
+            example = f", such as {shown!r}" if len(shown) <= 60 else ""
+            report.append(f"warning: {count:,} of {len(rows):,} rows have {what}{example}: {advice}")
+    return report
+
+
+def count_nearly_all(pattern, rows):
+    """(rows that show a pattern, its first match), or None as soon as too many do not show it."""
+    first, misses, allowed = None, 0, len(rows) - math.ceil(NEARLY_ALL * len(rows))
+    for row in rows:
+        texts = [f"{row.prompt}\x00{response}\x01" for response in row.responses] or [row.prompt + "\x00"]
+        found = next(filter(None, map(pattern.search, texts)), None)
+        first, misses = first or found, misses + (not found)
+        if misses > allowed:
+            return None
+    return len(rows) - misses, first
 
 
 # ---------------------------------------------------------------------------------------------------------------------

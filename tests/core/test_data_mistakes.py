@@ -1,21 +1,125 @@
 """
-data.py: what it says of a file of another format and of rows of another shape. The two lines of Python in a message are
-run, and the file that they write is loaded.
+data.py: what it says of a file whose rows all share a mistake, of another format and of rows of another shape. The two
+lines of Python in a message are run, and the file that they write is loaded.
 """
 
 import bz2
 import gzip
 import json
 import lzma
+import time
 import zipfile
 
 import pytest
 
-from data import DataError, load_comparisons, load_demonstrations, load_prompts, read_rows, to_row
+from data import (DataError, load_comparisons, load_demonstrations, load_prompts, read_rows, shared_mistakes, to_row)
 from files import write
 from tokenizer import get_tokenizer
 
 BYTES = get_tokenizer("bytes")
+
+
+# -----------------------------------------------------------------------------------------------------------
+# mistakes that nearly every row shares
+
+def warnings_of(rows, n_responses=1):
+    return shared_mistakes([to_row(row, n_responses) for row in rows])
+
+
+def demonstrations(prompt="Where is {}?", response=" In {}.", n=20):
+    return [{"prompt": prompt.replace("{}", f"P{i}"), "response": response.replace("{}", f"Q{i}")} for i in range(n)]
+
+
+TOKENS = ["<|endoftext|>", "</s>", "<s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>", "[INST]",
+          "[/INST]", "<<SYS>>", "<eos>", "<bos>", "<pad>", "<end_of_turn>", "<｜end▁of▁sentence｜>", "[SEP]", "[EOS]"]
+
+
+@pytest.mark.parametrize("token", TOKENS)
+def test_a_token_in_every_row_is_reported_as_the_text_that_it_is(tmp_path, token):
+    rows = demonstrations(response=" {}" + token)
+    path = write(tmp_path / "d.jsonl", *rows)
+    split = load_demonstrations(path, BYTES, 256)
+    assert len(split.train) + len(split.heldout) == 20  # and the rows are kept as they are
+    (line,) = split.report[1:]
+    assert line.startswith("warning: 20 of 20 rows have a token's name, which is ordinary text here") and token in line
+    assert line.endswith(": remove it, each response gets its EOS") and "\n" not in line and "; " not in line
+    assert load_prompts(path, BYTES, 256, 8).report[1:] == [line]
+    pairs = write(path, *({"prompt": row["prompt"], "chosen": " x", "rejected": row["response"]} for row in rows))
+    assert len(load_comparisons(pairs, BYTES, 256).report) == 2
+    assert warnings_of([{"prompt": f"{token} {i}"} for i in range(10)], 0)
+    assert warnings_of([{"text": f"{i} {token}"} for i in range(10)])
+    assert not warnings_of([rows[0], *demonstrations()])  # a lone one is text and nothing else
+
+
+MISTAKES = [
+    ("no space between prompt and response", "capital?Paris", {"prompt": "A capital?", "response": "Paris"}),
+    ("no space between prompt and response", "ГдеМосква", {"prompt": "Где", "response": "Москва"}),
+    ("no space between prompt and response", "?Rome", {"prompt": "A capital?", "chosen": " Paris", "rejected": "Rome"}),
+    ("no space between prompt and response", "Assistant:Hello", {"prompt": "Assistant:", "response": "Hello"}),
+    ("a space at the end of the prompt", "Q: ", {"prompt": "Q: ", "response": "1"}),
+    ("a response that repeats its prompt", "2 + 2", {"prompt": "2 + 2 =", "response": "2 + 2 = 4"}),
+    ("a response that repeats its prompt", "2 + 2", {"prompt": "2 + 2 =", "response": "\n2 + 2 = 4"}),
+    (r"\n as two characters", "", {"prompt": "a\\nb", "response": " c"}),
+    (r"\n as two characters", "", {"prompt": "ab", "response": " c\\nd"}),
+    ("HTML", "&#39;", {"prompt": "it&#39;s", "response": " so"}),
+    ("HTML", "<br />", {"text": "one<br /><br />two"}),
+    ("garbled characters", "cafÃ©", {"prompt": "the cafÃ©", "response": " is"}),
+    ("garbled characters", "â€™", {"prompt": "itâ€™s", "response": " so"}),
+    ("a placeholder", "{question}", {"prompt": "Q: {question}", "response": " so"}),
+    ("an empty response", "", {"prompt": "Q", "response": ""}),
+    ("an empty response", "", {"prompt": "Q\n", "chosen": "yes", "rejected": "nan"}),
+]
+FINE = [
+    {"prompt": "Where is Lima?", "response": " In Peru."}, {"prompt": "Where?\n", "response": "Peru"},
+    {"prompt": "2+2=", "response": "4"}, {"prompt": "2+2", "response": "=4"}, {"prompt": "首都是哪里？", "response": "北京"},
+    {"prompt": "ここは", "response": "東京です"}, {"prompt": "กรุงเทพ", "response": "อยู่ที่ไหน"},
+    {"prompt": "say \"", "response": "yes"},
+    {"prompt": "首都?", "response": "北京"}, {"prompt": "首都は", "response": "Paris"}, {"prompt": "\n", "response": "\nx"},
+    {"prompt": "a\\nb\n", "response": "c"}, {"text": "once"}, {"text": "Once upon a time"},
+    {"prompt": "q"}, {"prompt": ""}, {"prompt": "", "response": "Yes"},
+    {"prompt": "Write code:\n", "response": "print('a\\n')"},
+    {"prompt": "x", "chosen": " yes", "rejected": " no, longer"},
+    {"prompt": "a < b and <b> c", "response": " [a] [INSTANCE] | <|> | {x} {} & so"},
+    {"prompt": "Ã la Â", "response": " â"},
+    {"prompt": "Repeat: word", "response": " word"}, {"prompt": "Is it null?", "response": " null value"},
+]
+
+
+@pytest.mark.parametrize("what, shown, row", MISTAKES, ids=range(len(MISTAKES)))
+def test_a_mistake_that_nearly_every_row_shows_is_said_once(what, shown, row):
+    other = {"prompt": "How?", "response": " So.\n"}
+    (line,) = warnings_of([row] * 90 + [other] * 10)
+    assert line.startswith(f"warning: 90 of 100 rows have {what}") and shown in line and len(line) < 200
+    assert warnings_of([row] * 89 + [other] * 11) == []
+    assert warnings_of([row] * 9) == [] and len(warnings_of([row] * 10)) == 1
+
+
+def test_a_large_file_is_counted_exactly_and_sampled_if_nothing_is_wrong(monkeypatch):
+    bad, fine = ({"prompt": "q", "response": text} for text in (" a</s>", " a"))
+    (line,) = warnings_of([fine if i % 19 == 1 else bad for i in range(30_001)])
+    assert line.startswith("warning: 28,422 of 30,001 rows have")
+    calls = []
+
+    class Pattern:
+        def search(self, text):
+            calls.append(text)
+    monkeypatch.setattr("data.SHARED_MISTAKES", [("", Pattern(), "")])
+    assert warnings_of([fine] * 30_000) == [] and 100 < len(calls) <= 1000
+
+
+@pytest.mark.parametrize("row", FINE, ids=range(len(FINE)))
+def test_what_is_no_mistake_is_not_reported(row):
+    assert warnings_of([row] * 20, 0) == []
+
+
+def test_looking_for_mistakes_is_linear_in_the_text():
+    """A pattern that takes quadratic time would need a minute for one of these rows."""
+    odd = [" ", "\n", "a", "\\n", "<|", "{", "&#1", "</", "Ã", "\x00", "1 ", "\x01 ", " \x00", ".\x00"]
+    for a, b in [*((a, a) for a in odd), *((a, "x") for a in odd), *(("x", a) for a in odd)]:
+        row = to_row({"prompt": a * (100_000 // len(a)), "response": b * (100_000 // len(b)) + "\n"}, 1)
+        began = time.process_time()
+        shared_mistakes([row] * 10)
+        assert time.process_time() - began < 5, (a, b)
 
 
 # -----------------------------------------------------------------------------------------------------------

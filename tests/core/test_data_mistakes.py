@@ -275,7 +275,8 @@ def test_transcripts_may_have_a_column_of_such_a_name(tmp_path):
 
 @pytest.mark.parametrize("row, keys", [({"Prompt": "q", "a\nb": 1}, r'"Prompt", "a\nb"'), ({}, "no keys"),
                                        ({"question": "q", "answers": []}, '"question", "answers"'),
-                                       ({"k" * 40 + str(i): 1 for i in range(99)}, ", ".join(['"' + "k" * 30 + '"'] * 6))])
+                                       ({"k" * 40 + str(i): i for i in range(9)},
+                                        ", ".join(['"' + "k" * 30 + '"'] * 6))])
 def test_a_row_of_no_known_shape_is_told_its_keys(tmp_path, row, keys):
     with pytest.raises(DataError) as error:
         load_demonstrations(write(tmp_path / "x.jsonl", row), BYTES, 256)

@@ -9,13 +9,17 @@ A row of the user's file becomes a record of ids. A file of pairs serves all thr
 
 Text is used as given: nothing is stripped, added or cropped, and other keys are ignored. A row that cannot be
 read stops the run with `file:line: reason`, or is counted with skip_bad; a row that reads well but cannot be
-used is dropped and counted. This is no streaming loader, chat template or packer: a file is read once, whole.
+used is dropped and counted. A mistake that nearly every row shares is reported, and another format is refused with
+the Python that converts it. This is no streaming loader, chat template or packer: a file is read once, whole.
 """
 
 import hashlib
 import json
+import math
+import re
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +34,10 @@ from tokenizer import get_tokenizer as get_tokenizer  # offered here, too: other
 # rows of a file
 
 class BadRow(Exception):
-    """Why a row cannot be read."""
+    """Why a row cannot be read. `code` are two lines of Python, if they would convert such rows."""
+    def __init__(self, reason, code=None):
+        super().__init__(reason)
+        self.code = code
 
 
 class Unusable(Exception):
@@ -42,6 +49,7 @@ class Row(NamedTuple):
     prompt: str
     responses: tuple = ()
     problem: str = ""  # makes the row unusable in every stage
+    has_prompt: bool = True  # False for {"text"}
 
     @property
     def key(self):
@@ -49,42 +57,42 @@ class Row(NamedTuple):
         return self.prompt or "".join(self.responses[:1])
 
 
-def refuse_constant(literal):
-    raise BadRow(f"{literal} is not JSON")
-
-
-parse_json = json.JSONDecoder(parse_constant=refuse_constant).decode  # json.loads would take NaN and Infinity
-
-
 def read_rows(path, skip_bad=False, convert=dict):
     """The rows of a JSONL or JSONL.gz file in UTF-8, with or without BOM; blank lines are ignored.
 
     convert: dict of one row -> what to keep of it, or BadRow.
     Returns (rows, bad): the converted rows in file order, and `path:line: reason` of each bad one. Raises
-    DataError at the first bad row unless skip_bad, and always if the file is empty, missing or damaged."""
-    rows, bad = [], []
+    DataError at the first bad row unless skip_bad, and always if the file is empty, missing, damaged, or as a whole of
+    another format."""
+    rows, bad, other = [], [], None
     for line, raw in read_lines(path):
         if line == 1:
             raw = raw.removeprefix(b"\xef\xbb\xbf")
         if not raw.strip():
             continue
+        code = None
         try:
-            row = parse_json(raw.decode("utf-8").rstrip("\r\n"))
+            row = json.loads(raw.decode("utf-8").rstrip("\r\n"))
             if not isinstance(row, dict):
                 raise BadRow(f"a row must be a JSON object, not {type(row).__name__}")
             rows.append(convert(row))
             continue
         except BadRow as error:
-            reason = str(error)
+            reason, code = str(error), error.code
         except UnicodeDecodeError as error:
             reason = f"byte {error.start + 1} of the line is not UTF-8"
         except json.JSONDecodeError as error:
             reason = f"malformed JSON ({error.msg}, column {error.colno})"
         except (RecursionError, ValueError):  # Python's own limits on nesting and on digits
             reason = "malformed JSON (too deeply nested, or an integer with thousands of digits)"
+        if not rows and not bad:
+            refuse_other_format(path, raw)
         bad.append(f"{path}:{line}: {reason}")
+        other = other or (code and bad[-1] + how_to_convert(path, code))
         if not skip_bad:
-            raise DataError(f"{bad[0]} (correct the row, or skip and count such rows with --skip_bad)")
+            raise DataError(other or f"{bad[0]} (correct the row, or skip and count such rows with --skip_bad)")
+    if not rows and other:
+        raise DataError(other)
     if not rows and not bad:
         raise DataError(f"{path}: the file has 0 rows")
     return rows, bad
@@ -93,10 +101,11 @@ def read_rows(path, skip_bad=False, convert=dict):
 def text_at(row, key):
     """row[key]; BadRow unless it is there and is a text that a tokenizer can take."""
     if key not in row:
-        raise BadRow(f'missing key "{key}"')
+        raise missing(row, key)
     text = row[key]
     if not isinstance(text, str):
-        raise BadRow(f'"{key}" must be a string, not {type(text).__name__}')
+        shape, code = other_shape(row) if is_chat(text) else ("", None)
+        raise BadRow(f'"{key}" must be a string, not {type(text).__name__}{shape and f" ({shape})"}', code)
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -113,11 +122,13 @@ def to_row(row, n_responses):
         chosen, rejected = text_at(row, "chosen"), text_at(row, "rejected")
         if "prompt" in row:
             return Row(text_at(row, "prompt"), (chosen, rejected))
+        if "\n\nAssistant:" not in chosen and not set(PROMPTS).isdisjoint(row):
+            raise missing(row, "prompt")
         return transcripts_to_row(chosen, rejected)
     if n_responses == 2:
-        raise BadRow('missing key "chosen"')
+        raise missing(row, "chosen")
     if "text" in row and "prompt" not in row and "response" not in row:
-        return Row("", (text_at(row, "text"),))
+        return Row("", (text_at(row, "text"),), has_prompt=False)
     prompt = text_at(row, "prompt")
     return Row(prompt, (text_at(row, "response"),)) if n_responses or "response" in row else Row(prompt)
 
@@ -140,6 +151,115 @@ def split_rows(rows):
     keys = sorted({row.key for row in rows}, key=lambda key: hashlib.sha256(key.encode()).digest())
     heldout = set(keys[: min(max(1, len(keys) // 20), max(0, len(keys) - 1))])
     return [row for row in rows if row.key not in heldout], [row for row in rows if row.key in heldout]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files of another format and rows of another shape: a name, and two lines of Python that convert the file
+#
+# In this code FILE is the file, NEW another one, OPEN what opens FILE, and imports are left out.
+
+WRITE = "open(NEW, 'w').writelines(json.dumps({}) + '\\n' for {})"
+UNPACK = "shutil.copyfileobj({}, open(NEW, 'wb'))"
+PANDAS = "pandas.{}(FILE).to_json(NEW, orient='records', lines=True)  # pip install pandas {}"
+TEXT = "OPEN(FILE, 'rt', encoding='utf-8-sig')"
+ROWS = "r in map(json.loads, filter(bytes.strip, OPEN(FILE, 'rb')))"
+SEVERAL_LINES = f"r in json.loads('[' + {TEXT}.read().replace('}}\\n{{', '}},\\n{{') + ']')"
+FLAT = "''.join(f\"\\n\\n{{m['role'].title()}}: {{m['content']}}\" for m in {})"  # chat messages as a transcript
+PROMPTS = "prompt", "instruction", "question", "query", "input"
+RESPONSES = "response", "completion", "output", "answer", "target"
+RANKED = "answers", "responses", "completions"
+COLUMNS = (r"(?i)(?![{\[])(.*%s)? ?[\"']?(chosen|rejected|text|messages|" + "|".join(PROMPTS + RESPONSES + RANKED)
+           + r")[\"']?\s*(%s|$)")  # names of columns, one of which we know
+FORMATS = [  # name, what the file begins with, code; an Excel file is a zip file as well
+    ("a parquet file", "PAR1", PANDAS.format("read_parquet", "pyarrow")),
+    ("an Excel file", r"PK\x03\x04.{26}(\[Con|xl/|_rels|docP)", PANDAS.format("read_excel", "openpyxl")),
+    ("a zip file", r"PK\x03\x04", UNPACK.format("(z := zipfile.ZipFile(FILE)).open(z.namelist()[0])")),
+    ("a zstd file", r"\x28\xb5\x2f\xfd", UNPACK.format("zstandard.open(FILE)") + "  # pip install zstandard"),
+    ("an xz file", "\xfd7zXZ", UNPACK.format("lzma.open(FILE)")),
+    ("a bzip2 file", r"BZh\d", UNPACK.format("bz2.open(FILE)")),
+    ("a gzip file without .gz in its name", "\x1f\x8b", UNPACK.format("gzip.open(FILE)")),
+    ("text in UTF-16", "\xff\xfe|\xfe\xff", UNPACK.format("codecs.EncodedFile(open(FILE, 'rb'), 'utf-8', 'utf-16')")),
+    ("a JSON array", r"\s*\[\s*(\{|$)", WRITE.format("r", "r in json.load(OPEN(FILE, 'rb'))")),
+    ("JSON with several lines for a row", r"\s*\{\s*$", WRITE.format("r", SEVERAL_LINES)),
+    *((name, COLUMNS % (sep, sep), WRITE.format("r", f"r in csv.DictReader({TEXT}, delimiter={sep!r})"))
+      for name, sep in (("a TSV file", "\t"), ("a CSV file with semicolons", ";"), ("a CSV file", ",")))]
+MODULES = "bz2", "codecs", "csv", "gzip", "itertools", "json", "lzma", "pandas", "shutil", "zipfile", "zstandard"
+
+
+def refuse_other_format(path, raw):
+    """Raises DataError if the file begins with `raw`, which is no row, as a file of another format does."""
+    named = {".csv": "a CSV file", ".tsv": "a TSV file"}.get(Path(str(path).removesuffix(".gz")).suffix)
+    for name, start, code in FORMATS:
+        if name == named or re.match(start, raw.decode("latin-1")):
+            raise DataError(f"{path}: this is {name}, but each line must be a JSON object{how_to_convert(path, code)}")
+
+
+def how_to_convert(path, code):
+    """The end of a message: the code for this path. The new file is never the old one."""
+    names = {"FILE": repr(str(path)), "NEW": repr(str(Path(path).with_suffix(".rows.jsonl"))),
+             "OPEN": "gzip.open" if str(path).endswith(".gz") else "open"}
+    code = re.sub("|".join(names), lambda name: names[name[0]], code)
+    modules = ", ".join(name for name in MODULES if re.search(rf"\b{name}\.\w+\(", code))
+    return f". Two lines of Python convert it, then give --data={names['NEW']}:\n    import {modules}\n    {code}"
+
+
+def missing(row, key):
+    """BadRow: the row has no `key`, and what it has instead."""
+    shape, code = other_shape(row)
+    if code is None or key == "chosen" and "'chosen'" not in code:
+        shape, code = "the row has " + (", ".join(json.dumps(key[:30]) for key in [*row][:6]) or "no keys"), None
+    return BadRow(f'missing key "{key}" ({shape})', code)
+
+
+def is_chat(value):
+    return isinstance(value, list) and any(isinstance(m, dict) and {"role", "content"} <= set(m) for m in value[-1:])
+
+
+def other_shape(row):
+    """(name, code) of a row that says under other keys what ours say; code is None for one that we do not know."""
+    def code(loop="", **texts):
+        return WRITE.format("{" + ", ".join(f"{key!r}: {text}" for key, text in texts.items()) + "}", ROWS + loop)
+
+    if chat := [key for key in row if is_chat(row[key])]:
+        name = "chat messages are not supported yet: make text of them"
+        joined = "(" + " + ".join(f"r[{key!r}]" for key in chat) + ")"
+        if "chosen" in chat:
+            before = "r['prompt'] + " if "prompt" in chat else ""
+            return name, code(**{key: FLAT.format(f"({before}r[{key!r}])") for key in ("chosen", "rejected")})
+        if row[chat[-1]][-1]["role"] == "user":
+            return name, code(prompt=FLAT.format(joined) + " + '\\n\\nAssistant:'")
+        return name, code(prompt=FLAT.format(f"{joined}[:-1]") + " + '\\n\\nAssistant:'",
+                          response=f"' ' + {joined}[-1]['content']")
+    prompt, response, ranked = (next((key for key in keys if isinstance(row.get(key), kind) and row[key] != []), None)
+                                for keys, kind in ((PROMPTS, str), (RESPONSES, str), (RANKED, list)))
+    text = f"r[{prompt!r}]" + (" + '\\n'" if prompt != "prompt" else "")
+    if prompt not in (None, "prompt") and {"chosen", "rejected"} <= set(row):
+        return f'a pair with "{prompt}"', code(prompt=text, chosen="r['chosen']", rejected="r['rejected']")
+    if prompt and ranked:
+        order, scored = scored_answers(row, ranked)
+        return (f'a ranking with "{prompt}" and "{ranked}", {order} first', code(prompt=text, chosen="b", rejected="a",
+                loop=f" for (s, a), (t, b) in itertools.combinations(sorted({scored}), 2) if s < t"))
+    if prompt and response:
+        if "instruction" in row and "input" in row:
+            text = "f\"{r['instruction']}\\n{r['input'] or ''}\".strip() + '\\n'"
+        kind = {"output": "an Alpaca row", "completion": "a completion row"}.get(response, "a demonstration")
+        return f'{kind} with "{prompt}" and "{response}"', code(prompt=text, response=f"r[{response!r}]")
+    return "", None
+
+
+def scored_answers(row, key):
+    """(what a ranking has first, code for its pairs (score, answer), the better the higher)."""
+    answer, nested = row[key][0], isinstance(row[key][0], dict)
+    fields = answer if nested else {name: value[0] for name, value in row.items() if isinstance(value, list) and value}
+    score = next((name for name, value in fields.items() if type(value) in (int, float)), None)
+    text = next((name for name, value in fields.items() if isinstance(value, str)), None)
+    a = f"a[{text!r}]" if nested else "a"
+    if score is None:
+        return "the best", f"((-i, {a}) for i, a in enumerate(r[{key!r}]))"
+    sign, order = ("-", "the lowest") if "rank" in score else ("", "the highest")
+    pair = f"{sign}a[{score!r}], {a}" if nested else f"{sign}s, a"
+    each = f"a in r[{key!r}]" if nested else f"s, a in zip(r[{score!r}], r[{key!r}])"
+    return f'{order} "{score}"', f"(({pair}) for {each})"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -206,13 +326,16 @@ def load_comparisons(data, encoding, block_size, skip_bad=False):
 
 
 def load_prompts(data, encoding, block_size, max_new_tokens, skip_bad=False):
-    """Split of prompts (lists of ids), each kept once, from "atlas" or a file with any kind of rows. A prompt
-    must leave room for max_new_tokens. Raises DataError."""
+    """Split of prompts (lists of ids), each kept once, from "atlas" or a file with any kind of rows but {"text"}. A
+    prompt must leave room for max_new_tokens and for the EOS that a cut answer is given before the reward model reads
+    it. Raises DataError."""
     seen = set()
 
     def record(row):
+        if not row.has_prompt:
+            raise Unusable('a "text" without a "prompt"')
         prompt = encode_prompt(encoding, row.prompt)
-        check_length(len(prompt) + max_new_tokens, block_size, f"with max_new_tokens={max_new_tokens} ")
+        check_length(len(prompt) + max_new_tokens + 1, block_size, f"with max_new_tokens={max_new_tokens} and an EOS ")
         if row.prompt in seen:
             raise Unusable("the same prompt again")
         seen.add(row.prompt)
@@ -224,6 +347,19 @@ def load_prompts(data, encoding, block_size, max_new_tokens, skip_bad=False):
     return make_split(data, train, heldout, [], record)
 
 
+def default_max_new_tokens(data, encoding, block_size, skip_bad=False):
+    """How long an answer may be, in tokens with EOS: 16 for "atlas"; for a file the 95 % quantile of its responses, at
+    most half of block_size, which is also the choice without any responses, up to 64. Raises DataError."""
+    if data == "atlas":
+        return 16
+    rows = [row.responses for row in read_rows(data, skip_bad, lambda row: to_row(row, 0))[0]
+            if row.has_prompt and row.responses]
+    step = math.ceil(len(rows) * max(map(len, rows), default=0) / 10_000) or 1  # encodes at most 10,000, evenly spread
+    lengths = [len(encode_response(encoding, response)) for responses in rows[::step] for response in responses]
+    longest = math.ceil(np.quantile(lengths, 0.95)) if lengths else 64
+    return max(1, min(longest, block_size // 2))
+
+
 def check_length(length, block_size, what=""):
     if length > block_size:
         raise Unusable(f"{what}longer than block_size={block_size}")
@@ -232,7 +368,9 @@ def check_length(length, block_size, what=""):
 def load_file(path, n_responses, skip_bad, record):
     """Splits the rows of a file before any is dropped, so that the stages agree on who is held out."""
     rows, bad = read_rows(path, skip_bad, lambda row: to_row(row, n_responses))
-    return make_split(path, *split_rows(rows), bad, record)
+    split = make_split(path, *split_rows(rows), bad, record)
+    split.report.extend(shared_mistakes(rows))
+    return split
 
 
 def make_split(data, train_rows, heldout_rows, bad, record):
@@ -253,9 +391,54 @@ def make_split(data, train_rows, heldout_rows, bad, record):
     if bad:
         losses.append(f"skipped {len(bad):,} bad, the first being {bad[0]}")
     if not train:
-        advice = ["raise --block_size"] if any("block_size" in reason for reason in dropped) else []
+        advice = [what for word, what in (("block_size", "raise --block_size"), ('"prompt"', 'give rows with "prompt"'))
+                  if any(word in reason for reason in dropped)]
         raise DataError("; ".join([f"0 usable rows in {data} to train on", *losses, *advice]))
     return Split(train, heldout, [f"train: {len(train):,} rows, held out: {len(heldout):,}", *losses])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# mistakes of a whole file, which no row shows by itself
+
+NEARLY_ALL, FEWEST_ROWS = 0.9, 10
+LETTER = r"[^\W\d_\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u9fff]"  # of a script that puts spaces between words
+SHARED_MISTAKES = [(what, re.compile(pattern), advice) for what, pattern, advice in (
+    # patterns of a prompt, \x00, and (if there is one) a response and \x01; none may take quadratic time
+    ("a token's name, which is ordinary text here", r"<[|｜][^\s<>|｜]{1,30}[|｜]>|</?s>|\[/?INST\]|<</?SYS>>|"
+     r"<(?:bos|eos|pad|(?:start|end)_of_turn)>|\[(?:BOS|EOS|PAD|CLS|SEP)\]", "remove it, each response gets its EOS"),
+    ("no space between prompt and response", rf"(?<={LETTER}|[.,:;?!)])\x00{LETTER}", "begin responses with a space"),
+    ("a space at the end of the prompt", r" \x00", "move it to the beginning of each response"),
+    ("a response that repeats its prompt", r"\A(?=\s*[^\s\x00])([^\x00]+)\x00\s?\1", "leave the prompt out of it"),
+    (r"\n as two characters and no line break", r"\A(?=[^\n]*\Z).*?\\n", "make line breaks of them"),
+    ("HTML", r"&(?:amp|lt|gt|quot|nbsp|#\d{1,6}|#x[0-9a-fA-F]{1,6});|<br ?/?>", "apply html.unescape, remove the tags"),
+    ("garbled characters", "[ÃÂ][\x80-\xbf]|â€", "read the source as UTF-8"),
+    ("a placeholder", r"\{\{? ?(?:%s|text) ?\}?\}" % "|".join(PROMPTS + RESPONSES), "fill it in"),
+    ("an empty response", r"\x00\s*(?:nan|NaN|None|null|)\x01", "look at the column that it comes from"))]
+
+
+def shared_mistakes(rows):
+    """A sentence for each mistake that nearly every row shows. Of the mistakes that a sample does not show, only the
+    sample is read."""
+    report, sample = [], rows[::len(rows) // 1000 or 1]
+    for what, pattern, advice in SHARED_MISTAKES if len(rows) >= FEWEST_ROWS else []:
+        count, first = count_nearly_all(pattern, sample) and count_nearly_all(pattern, rows) or (0, None)
+        if count:
+            shown = first.string[max(0, first.start() - 12):first.end() + 12].replace("\x00", "").strip("\x01")
+            example = f", such as {shown!r}" if len(shown) <= 60 else ""
+            report.append(f"warning: {count:,} of {len(rows):,} rows have {what}{example}: {advice}")
+    return report
+
+
+def count_nearly_all(pattern, rows):
+    """(rows that show a pattern, its first match), or None as soon as too many do not show it."""
+    first, misses, allowed = None, 0, len(rows) - math.ceil(NEARLY_ALL * len(rows))
+    for row in rows:
+        texts = [f"{row.prompt}\x00{response}\x01" for response in row.responses] or [row.prompt + "\x00"]
+        found = next(filter(None, map(pattern.search, texts)), None)
+        first, misses = first or found, misses + (not found)
+        if misses > allowed:
+            return None
+    return len(rows) - misses, first
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -338,7 +521,3 @@ class BatchOrder:
             return rows
         rows = rows[np.argsort(self.lengths[rows], kind="stable")].reshape(self.window, self.batch_size)
         return rows[np.random.default_rng([self.seed, run, 1]).permutation(self.window)[batch]]
-
-
-def default_max_new_tokens(data, encoding, block_size, skip_bad=False):
-    return 16

@@ -28,7 +28,7 @@ from support import distributed
 from support.checkpoint import open_run
 from support.device import describe, maybe_compile, micro_batch_size, setup
 from support.flags import Flags, require, resolve_sizes, run_script
-from support.metrics import Metrics, progress
+from support.metrics import Metrics, print_report, progress
 from support.optimizer import Optimizer, update_average
 from support.stages import load_policy, load_start, resolve_max_new_tokens
 from tokenizer import DataError, decode, encode_prompt, encode_response, run_tokenizer
@@ -185,9 +185,9 @@ def loop(config, run):
     longest = max(sum(len(row.prompt) + len(answer) for answer in row.responses) for row in train_rows)
     micro = micro_batch_size(config.batch_size, config.micro_batch_size,
                              16 * longest * model.config.n_layer * model.config.n_embd)
-    print(f"{config.data}: {'; '.join(report)}; {n_pairs:,} pairs to train on, evaluation reads "
-          f"{sum(len(row.pairs) for row in heldout):,} held-out pairs of {len(heldout)} prompts; {micro} comparisons "
-          "per forward pass")
+    print_report(config, report, f"; {n_pairs:,} pairs to train on, evaluation reads "
+                 f"{sum(len(row.pairs) for row in heldout):,} held-out pairs of {len(heldout)} prompts; {micro} "
+                 "comparisons per forward pass")
 
     order = BatchOrder([len(row.prompt) + max(map(len, row.responses)) for row in train_rows], config.batch_size,
                        config.seed, window=20)

@@ -25,7 +25,7 @@ from support import distributed
 from support.checkpoint import open_run
 from support.device import describe, maybe_compile, micro_batch_size, setup
 from support.flags import Flags, require, resolve_sizes, run_script
-from support.metrics import Metrics, progress
+from support.metrics import Metrics, print_report, progress
 from support.optimizer import Optimizer, update_average
 from support.stages import check_vocabulary, load_pretrained
 from tokenizer import DataError, encode_prompt, encode_response, run_tokenizer
@@ -110,8 +110,8 @@ def loop(config, run):
           f"tokenizer {encoding.name} ({encoding.n_vocab:,} ids)")
     longest = max(len(row.response) for row in split.train)
     micro = micro_batch_size(config.batch_size, config.micro_batch_size, longest * encoding.n_vocab)
-    print(f"{config.data}: {'; '.join(split.report)}; evaluation reads {min(len(split.heldout), EVAL_ROWS)} held-out "
-          f"rows; {micro} rows per forward pass")
+    print_report(config, split.report, f"; evaluation reads {min(len(split.heldout), EVAL_ROWS)} held-out rows; {micro} "
+                                       "rows per forward pass")
 
     def loss_of(model, rows):
         """Mean -log pi over the response tokens of rows, and their number."""

@@ -203,6 +203,14 @@ def commit():
     return git.stdout.strip() if git.returncode == 0 else None
 
 
+def print_report(config, report, more=""):
+    """What became of the rows of --data, and `more`, on one line; and each warning on a line by itself."""
+    warnings = [line for line in report if line.startswith("warning: ")]
+    print(f"{config.data}: {'; '.join(line for line in report if line not in warnings)}{more}")
+    for warning in warnings:
+        print(warning)
+
+
 def print_samples(rows):
     """rows [(prompt, response, score, KL)] between two lines of metrics."""
     for prompt, response, score, kl in rows:

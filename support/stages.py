@@ -14,7 +14,7 @@ from support import distributed
 from support.checkpoint import digest, file_sha256, load_checkpoint, load_finished
 from support.device import describe, micro_batch_size
 from support.flags import UserError, require, resolve_sizes
-from support.metrics import progress
+from support.metrics import print_report, progress
 from tokenizer import get_tokenizer, run_tokenizer, tokenizer_id
 
 
@@ -110,9 +110,10 @@ def print_summary(config, models, experience, split):
     micro, V = experience.micro_batch_size, experience.encoding.n_vocab
     print(f"train_ppo: {models.policy.n_params:,} parameters on "
           f"{describe(experience.device, experience.autocast, config.recompute)}, tokenizer {experience.encoding.name} "
-          f"({V:,} ids)\n{config.data}: {'; '.join(split.report)}\n{config.batch_size} responses per rollout, "
-          f"{config.epochs} epochs x {config.minibatches} minibatches of {config.batch_size // config.minibatches} = "
-          f"{config.epochs * config.minibatches} optimizer steps per rollout, {micro} responses per forward pass "
+          f"({V:,} ids)")
+    print_report(config, split.report)
+    print(f"{config.batch_size} responses per rollout, {config.epochs} epochs x {config.minibatches} minibatches of "
+          f"{config.batch_size // config.minibatches} = {config.epochs * config.minibatches} optimizer steps per rollout, {micro} responses per forward pass "
           f"({4e-6 * micro * config.max_new_tokens * V:.0f} MB of logits)")
     print(" ".join(f"{name}={value}" for name, value in asdict(config).items() if value is not None))
 

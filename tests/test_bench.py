@@ -102,7 +102,7 @@ def test_inputs_have_prompts_of_one_length_and_no_early_end(tmp_path):
     bench.write_inputs(tmp_path, SIZE)
     sft = load_checkpoint(tmp_path / "sft.pt", "sft")
     encoding, _ = tokenizer.run_tokenizer(None, None, sft["tokenizer"])
-    split = data.load_prompts(str(tmp_path / "prompts.jsonl"), encoding, 11, 6)
+    split = data.load_prompts(str(tmp_path / "prompts.jsonl"), encoding, 12, 6)
     assert encoding.n_vocab == 300 and {len(prompt) for prompt in split.train} == {5}
     assert len(split.train) >= SIZE.batch_size
     policy = stages.load_policy(sft, "cpu")

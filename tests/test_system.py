@@ -27,8 +27,8 @@ def hh_rows(encoding):
     """HH's longest and shortest dialogues, odd characters in prompts and answers, prompts that just fit and do not."""
     rows, _ = data.read_rows(HH)
     rows = sorted(rows, key=lambda row: len(row["chosen"]))
-    exact = encoding.decode(encoding.encode_ordinary("\n\nHuman:" + " long" * 2000)[:BLOCK - NEW])
-    assert len(encoding.encode_ordinary(exact)) == BLOCK - NEW
+    exact = encoding.decode(encoding.encode_ordinary("\n\nHuman:" + " long" * 2000)[:BLOCK - NEW - 1])
+    assert len(encoding.encode_ordinary(exact)) == BLOCK - NEW - 1
     odd = [{"prompt": f"\n\nHuman: {text}\n\nAssistant:", "chosen": f" {text}", "rejected": ""} for text in ODD]
     return rows[:12] + rows[-12:] + odd + [{"prompt": exact, "chosen": " yes", "rejected": " no"},
                                            {"prompt": exact + " more", "chosen": " yes", "rejected": " no"}]
@@ -58,10 +58,10 @@ def test_every_stage_runs_on_hh_at_1024_tokens(tmp_path, monkeypatch, capsys):
     with capsys.disabled():
         print("", *costs, sep="\n")
 
-    # Nothing is cropped: the row one token too long is dropped and counted, that of exactly 1,024 tokens trained on.
-    assert f"with max_new_tokens={NEW} longer than block_size={BLOCK}" in printed
+    # Nothing is cropped: the row one token too long is dropped and counted, that of exactly 1,024 tokens, EOS included, trained on.
+    assert f"with max_new_tokens={NEW} and an EOS longer than block_size={BLOCK}" in printed
     split = data.load_prompts(str(path), data.get_tokenizer("gpt2"), BLOCK, NEW)
-    assert max(map(len, split.train + split.heldout)) == BLOCK - NEW
+    assert max(map(len, split.train + split.heldout)) == BLOCK - NEW - 1
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     ppo = [row for row in metrics if row["stage"] == "ppo" and "iter" in row]
     assert len(ppo) == 3 and all(row["ratio_first"] == 0 and row["skipped_steps"] == 0 for row in ppo)

@@ -13,8 +13,8 @@ import torch
 
 import atlas
 from data import (BatchOrder, Comparison, DataError, Demonstration, Split, collate_comparisons, collate_demonstrations,
-                  collate_prompts, length_buckets, load_comparisons, load_demonstrations, load_prompts, pad, read_rows,
-                  split_rows, to_row)
+                  collate_prompts, default_max_new_tokens, length_buckets, load_comparisons, load_demonstrations,
+                  load_prompts, pad, read_rows, split_rows, to_row)
 from files import gpt2, write
 from paths import DATA
 from tokenizer import get_tokenizer
@@ -57,8 +57,8 @@ BAD_ROWS = [
     ({"prompt": {}, "chosen": "a", "rejected": "b"}, '"prompt" must be a string, not dict'),
     ({"prompt": "q", "chosen": "a", "rejected": True}, '"rejected" must be a string, not bool'),
     ({"text": 1.5}, '"text" must be a string, not float'),
-    ('{"prompt": "q", "response": "a", "score": NaN}', "NaN is not JSON"),
-    ('{"prompt": "q", "response": "a", "score": [-Infinity]}', "-Infinity is not JSON"),
+    ('{"prompt": "q", "response": NaN}', '"response" must be a string, not float'),
+    ('{"prompt": -Infinity, "response": "a"}', '"prompt" must be a string, not float'),
     ('{"prompt": "q", "response": "\\ud83d"}', '"response" has a lone surrogate'),
     ('{"prompt": "\\ude42\\ud83d", "response": ""}', '"prompt" has a lone surrogate'),
     (b'{"prompt": "q", "response": "\xff"}', "byte 30 of the line is not UTF-8"),
@@ -90,9 +90,16 @@ def test_a_row_must_have_what_the_stage_needs(tmp_path):
     for row in (prompt, demonstration, text):
         with pytest.raises(DataError, match=r':1: missing key "chosen"'):
             load_comparisons(write(tmp_path / "x.jsonl", row), BYTES, 64)
-        assert load_prompts(write(tmp_path / "x.jsonl", row), BYTES, 64, 8).train
+    for row in (prompt, demonstration):
+        assert load_prompts(write(tmp_path / "x.jsonl", row), BYTES, 64, 8).train == [[*b"q"]]
     with pytest.raises(DataError, match=r':2: "response" must be a string'):  # needed or not
         load_prompts(write(tmp_path / "x.jsonl", prompt, {"prompt": "q", "response": 1}), BYTES, 64, 8)
+
+
+def test_nan_is_ignored_in_a_column_that_is_not_used(tmp_path):
+    path = write(tmp_path / "x.jsonl", *('{"prompt": "q", "response": "a", "score": [%s]}' % number
+                                         for number in ("NaN", "Infinity", "-Infinity")))
+    assert load_demonstrations(path, BYTES, 64).train == [Demonstration([*b"q"], [*b"a", EOS])] * 3
 
 
 def test_bom_crlf_blank_lines_and_unicode_line_breaks(tmp_path):
@@ -216,7 +223,7 @@ def test_row_kinds():
 def test_transcripts_split_after_the_last_turn():
     start = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
     row = to_row({"chosen": start + " d", "rejected": start + ""}, 2)
-    assert row == (start, (" d", ""), "")
+    assert row[:3] == (start, (" d", ""), "")
     differing = to_row({"chosen": start + " d", "rejected": "\n\nHuman: z\n\nAssistant: e"}, 2)
     assert differing.problem == "the two prompts differ"
 
@@ -238,7 +245,7 @@ def test_drops_are_counted_by_reason(tmp_path):
     assert split.report[1:] == ["dropped 1: longer than block_size=50", "dropped 2: the two prompts differ"]
     prompts = load_prompts(path, BYTES, 50, 20)
     assert prompts.report[1:] == ["dropped 1: the same prompt again", "dropped 2: the two prompts differ",
-                                  "dropped 1: with max_new_tokens=20 longer than block_size=50"]
+                                  "dropped 1: with max_new_tokens=20 and an EOS longer than block_size=50"]
 
 
 def test_block_size_is_a_bound_that_may_be_reached(tmp_path):
@@ -250,9 +257,9 @@ def test_block_size_is_a_bound_that_may_be_reached(tmp_path):
     assert load_demonstrations(path, BYTES, 6).train == [Demonstration([*b"1234"], [*b"1", EOS])]
     with pytest.raises(DataError, match="0 usable rows"):
         load_demonstrations(path, BYTES, 5)
-    assert load_prompts(path, BYTES, 10, 6).train == [[*b"1234"]]
-    with pytest.raises(DataError, match="dropped 1: with max_new_tokens=7 longer than block_size=10; raise"):
-        load_prompts(path, BYTES, 10, 7)
+    assert load_prompts(path, BYTES, 10, 5).train == [[*b"1234"]]  # an answer cut after 5 tokens is given an EOS
+    with pytest.raises(DataError, match="dropped 1: with max_new_tokens=6 and an EOS longer than block_size=10; raise"):
+        load_prompts(path, BYTES, 10, 6)
 
 
 def test_no_advice_that_would_not_help(tmp_path):
@@ -302,7 +309,11 @@ def test_texts_without_prompts_are_split_by_text(tmp_path):
     split = load_demonstrations(path, BYTES, 64)
     train, heldout = ({tuple(record.response) for record in side} for side in (split.train, split.heldout))
     assert len(train) == 57 and len(heldout) == 3 and not train & heldout
-    assert load_prompts(path, BYTES, 64, 8).train == [[EOS]]
+    with pytest.raises(DataError, match='0 usable .* 120: a "text" without a "prompt"; give rows with "prompt"$'):
+        load_prompts(path, BYTES, 64, 8)
+    split = load_prompts(write(path, {"text": "once"}, {"prompt": ""}, {"prompt": "q"}), BYTES, 64, 8)
+    assert sorted(split.train + split.heldout) == [[*b"q"], [EOS]]  # an empty prompt that was asked for is one
+    assert split.report[1:] == ['dropped 1: a "text" without a "prompt"']
 
 
 def test_prompts_are_kept_once(tmp_path):
@@ -334,6 +345,55 @@ def test_atlas():
         load_comparisons("atlas", encoding, 64)
     with pytest.raises(DataError, match="0 usable rows in atlas .*raise --block_size"):
         load_demonstrations("atlas", encoding, 4, n=10)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# the default length of an answer
+
+def lengths_file(path, lengths, **more):
+    return write(path, *({"prompt": f"q{i}", "response": "x" * (n - 1), **more} for i, n in enumerate(lengths)))
+
+
+def test_default_max_new_tokens(tmp_path):
+    path = tmp_path / "x.jsonl"
+    assert default_max_new_tokens("atlas", get_tokenizer("atlas"), 64) == 16
+    lengths = list(range(1, 102))  # EOS included; the 95 % quantile is 96
+    random.Random(0).shuffle(lengths)
+    assert default_max_new_tokens(lengths_file(path, lengths), BYTES, 1024) == 96
+    assert default_max_new_tokens(path, BYTES, 100) == 50
+    assert default_max_new_tokens(lengths_file(path, [5] * 10), BYTES, 1024) == 5
+    assert default_max_new_tokens(lengths_file(path, [1, 2]), BYTES, 1024) == 2  # 1.95
+    assert default_max_new_tokens(lengths_file(path, [1]), BYTES, 1024) == 1
+    assert default_max_new_tokens(path, BYTES, 1) == 1
+    pairs = [{"prompt": "q" * 99, "chosen": "x" * 4, "rejected": "x" * 9}, {"chosen": "a\n\nAssistant:x", "rejected":
+             "a\n\nAssistant:y"}]
+    assert default_max_new_tokens(write(path, pairs[0]), BYTES, 1024) == 10  # 9.75
+    assert default_max_new_tokens(write(path, pairs[1]), BYTES, 1024) == 2
+    for row in ({"prompt": "q"}, {"text": "x" * 500}):
+        path = write(tmp_path / "x.jsonl", row)
+        assert [default_max_new_tokens(path, BYTES, size) for size in (1, 64, 128, 1024)] == [1, 32, 64, 64]
+    path = write(path, {"prompt": "q", "response": "xx"}, "bad")
+    assert default_max_new_tokens(path, BYTES, 1024, skip_bad=True) == 3
+    with pytest.raises(DataError, match=":2: malformed"):
+        default_max_new_tokens(path, BYTES, 1024)
+
+
+@pytest.mark.parametrize("n, kind", [(25_000, "response"), (12_000, "pair"), (10_000, "response"),
+                                     (10_001, "response")])
+def test_default_max_new_tokens_reads_few_responses_of_the_whole_file(tmp_path, monkeypatch, n, kind):
+    rows = [{"prompt": "q", "response": "x" * i} if kind == "response" else
+            {"prompt": "q", "chosen": "x" * i, "rejected": "y" * i} for i in ([3] * (n // 2) + [7] * (n - n // 2))]
+    encoded, path = [], write(tmp_path / "x.jsonl", *rows)
+
+    def encode(encoding, text):
+        encoded.append(text)
+        return [0] * (len(text) + 1)
+    monkeypatch.setattr("data.encode_response", encode)
+    assert default_max_new_tokens(path, BYTES, 1024) == 8
+    assert 5_000 <= len(encoded) <= 10_000
+    assert abs(sum(len(text) == 3 for text in encoded) - len(encoded) / 2) <= 2
+    if kind == "pair":
+        assert sum("y" in text for text in encoded) == len(encoded) / 2
 
 
 # -----------------------------------------------------------------------------------------------------------

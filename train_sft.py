@@ -110,8 +110,8 @@ def loop(config, run):
           f"tokenizer {encoding.name} ({encoding.n_vocab:,} ids)")
     longest = max(len(row.response) for row in split.train)
     micro = micro_batch_size(config.batch_size, config.micro_batch_size, longest * encoding.n_vocab)
-    print_report(config, split.report, f"; evaluation reads {min(len(split.heldout), EVAL_ROWS)} held-out rows; {micro} "
-                                       "rows per forward pass")
+    print_report(config, split.report, f"; evaluation reads {min(len(split.heldout), EVAL_ROWS)} held-out rows; "
+                                       f"{micro} rows per forward pass")
 
     def loss_of(model, rows):
         """Mean -log pi over the response tokens of rows, and their number."""

@@ -112,9 +112,10 @@ def print_summary(config, models, experience, split):
           f"{describe(experience.device, experience.autocast, config.recompute)}, tokenizer {experience.encoding.name} "
           f"({V:,} ids)")
     print_report(config, split.report)
+    steps = config.epochs * config.minibatches
     print(f"{config.batch_size} responses per rollout, {config.epochs} epochs x {config.minibatches} minibatches of "
-          f"{config.batch_size // config.minibatches} = {config.epochs * config.minibatches} optimizer steps per rollout, {micro} responses per forward pass "
-          f"({4e-6 * micro * config.max_new_tokens * V:.0f} MB of logits)")
+          f"{config.batch_size // config.minibatches} = {steps} optimizer steps per rollout, {micro} responses per "
+          f"forward pass ({4e-6 * micro * config.max_new_tokens * V:.0f} MB of logits)")
     print(" ".join(f"{name}={value}" for name, value in asdict(config).items() if value is not None))
 
 

@@ -85,8 +85,9 @@ def test_the_healthy_range_is_the_one_that_the_rules_warn_outside_of():
         return plot.healthy_range(metric, [{metric: (range(1, 7), [value] * 5 + [9.0])} for value in values] + [{}])
     assert healthy_range("kl", 1.0) == (-0.1, 10.0) and healthy_range("score", 1.0) == (None, None)
     assert healthy_range("clip_frac", 1.0) == (None, next(rule.high for rule in HEALTH if rule.metric == "clip_frac"))
-    assert healthy_range("eos_rate", 1.0) == (0.5, None)  # of the first five iterations
-    assert healthy_range("eos_rate", 0.6, 0.8, 0.05) == (0.4, None)  # the narrowest of several runs
+    assert healthy_range("eos_rate", 1.0) == (0.5, None)
+    assert healthy_range("entropy", 1.0) == (pytest.approx(0.1), None)  # of the first five iterations
+    assert healthy_range("entropy", 0.6, 0.8, 0.05) == (pytest.approx(0.08), None)  # the narrowest of several runs
     assert healthy_range("eos_rate") == (None, None)
 
 

@@ -58,7 +58,8 @@ def test_every_stage_runs_on_hh_at_1024_tokens(tmp_path, monkeypatch, capsys):
     with capsys.disabled():
         print("", *costs, sep="\n")
 
-    # Nothing is cropped: the row one token too long is dropped and counted, that of exactly 1,024 tokens, EOS included, trained on.
+    # Nothing is cropped: the row one token too long is dropped and counted, that of exactly 1,024 tokens with its EOS
+    # trained on.
     assert f"with max_new_tokens={NEW} and an EOS longer than block_size={BLOCK}" in printed
     split = data.load_prompts(str(path), data.get_tokenizer("gpt2"), BLOCK, NEW)
     assert max(map(len, split.train + split.heldout)) == BLOCK - NEW - 1

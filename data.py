@@ -53,7 +53,7 @@ class Row(NamedTuple):
 
     @property
     def key(self):
-        """What the split goes by: rows with the same prompt must fall on the same side."""
+        """The split goes by it: rows with the same prompt must fall on the same side."""
         return self.prompt or "".join(self.responses[:1])
 
 

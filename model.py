@@ -46,7 +46,7 @@ class KVCache:
     Slot p of a row belongs to position p of that row, so ragged rows need no shifting and no left padding:
     each row's next token simply goes to its own next slot. Written in place, so use it under torch.no_grad().
 
-    What stands beyond a row's position is masked, and a masked slot has weight exactly 0. But 0 * NaN is
+    Slots beyond a row's position are masked, and a masked slot has weight exactly 0. But 0 * NaN is
     NaN, so the slots must hold finite numbers. They do: zeros at first, then keys and values of token ids
     (pads of a shorter prompt, an earlier use of this cache), finite unless the model itself is broken.
 
@@ -173,7 +173,7 @@ class Trunk(nn.Module):
 
         No cache: a pass over whole sequences, all rows at positions 0..T-1.
         Cache, no positions (prefill): the same, and slots 0..T-1 of the cache are filled.
-        Cache and positions (B,) (decode): idx is (B, 1); row b's token stands at positions[b], is stored
+        Cache and positions (B,) (decode): idx is (B, 1); row b's token is at positions[b], is stored
         there and attends to slots 0..positions[b].
 
         Raises ValueError if T exceeds block_size, or if idx, cache and positions do not agree."""

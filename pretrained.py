@@ -17,7 +17,7 @@ from tokenizer import EOT, tokenizer_json
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
 GPT2_URL = "https://huggingface.co/{name}/resolve/main/{file}"
 
-# What config.json may say differently but the trunk above does in one way only. Absent fields mean these.
+# model.py's trunk does these in one way only: a config.json that says otherwise is refused. Absent fields mean these.
 GPT2_FIXED = dict(activation_function="gelu_new", layer_norm_epsilon=1e-5, scale_attn_weights=True,
                   scale_attn_by_inverse_layer_idx=False, add_cross_attention=False, tie_word_embeddings=True)
 

@@ -36,7 +36,7 @@ class RewardModel(nn.Module):
         return reward_model
 
     def forward(self, tokens, lens):
-        """scores (N,) of tokens (N, T) with lens (N,), float32 or wider. What stands beyond lens is never read."""
+        """scores (N,) of tokens (N, T) with lens (N,), float32 or wider. Ids beyond lens are never read."""
         hidden = self.trunk(tokens)  # (N, T, C)
         last = hidden[torch.arange(tokens.size(0), device=tokens.device), lens - 1]  # (N, C)
         return upcast(self.head(last)) * self.gain + self.bias
@@ -63,7 +63,7 @@ class RewardModel(nn.Module):
         self.bias.copy_((self.bias - scores.mean()) / std)
 
     def reset_calibration(self):
-        """Back to raw scores, the scale that training goes on at when a finished model is trained further."""
+        """Back to raw scores, the scale of training, when a finished model is trained further."""
         self.gain.fill_(1)
         self.bias.zero_()
 

@@ -54,7 +54,7 @@ class Rollout:
 def sample_tokens(model, prompts, prompt_lens, max_new_tokens, *, temperature=1.0, generator=None):
     """The sampling loop: yields (token, logprob, value), each (B,), for step 0, 1, ... max_new_tokens - 1.
 
-    Rows are ragged: row b's step-t token stands at position prompt_lens[b] + t, in the model's cache as in the
+    Rows are ragged: row b's step-t token has position prompt_lens[b] + t, in the model's cache as in the
     output. The loop knows no EOS and runs on; whoever consumes it decides when to stop.
 
     Raises ValueError, before any compute, for a bad temperature or length, or a context that would not fit."""
@@ -70,7 +70,7 @@ def sample_tokens(model, prompts, prompt_lens, max_new_tokens, *, temperature=1.
                          f"block_size={block_size}: shorten the prompt or lower max_new_tokens")
     device = prompts.device
     prompts = prompts[:, :longest]
-    # What stands beyond a prompt is ignored, so it may be anything, even an id that the embedding does not have.
+    # Ids beyond a prompt are ignored, so they may be anything, even an id that the embedding does not have.
     prompts = torch.where(torch.arange(longest, device=device) < prompt_lens.unsqueeze(1), prompts, 0)
     autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else next(model.parameters()).dtype
@@ -100,7 +100,7 @@ def generate(model, prompts, prompt_lens, max_new_tokens, *, eos, temperature=1.
     """Samples one response for each of prompts (B, P) long, right-padded, prompt_lens (B,). Returns a Rollout.
 
     A response ends with the EOS it sampled, or is cut at max_new_tokens and then has none. R is the longest response
-    produced. What stands in `prompts` beyond prompt_lens is ignored. Raises ValueError for a context that would not
+    produced. Ids in `prompts` beyond prompt_lens are ignored. Raises ValueError for a context that would not
     fit (see sample_tokens) and FloatingPointError for logits that are not finite."""
     B, P = prompts.shape
     done = torch.zeros(B, dtype=torch.bool, device=prompts.device)

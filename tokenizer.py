@@ -82,7 +82,7 @@ def read_ranks(path):
         except ValueError:
             raise DataError(f'{path}:{line}: expected a line of the form "base64 rank"') from None
         if token in ranks:
-            raise DataError(f"{path}:{line}: this token stands on an earlier line already")
+            raise DataError(f"{path}:{line}: an earlier line has this token already")
         ranks[token] = rank
     for byte in range(256):
         if bytes([byte]) not in ranks:

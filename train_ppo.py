@@ -18,7 +18,7 @@ Shapes: B = batch_size responses. R = tokens of the longest response in the roll
 response, of the rollout or of one forward pass. The mathematics is in ppo.py.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from typing import Optional
 
@@ -35,7 +35,7 @@ from support import distributed, stages
 from support.checkpoint import open_run
 from support.device import Clock, generator, setup
 from support.flags import Flags, check_ppo, run_script
-from support.metrics import Averages, Metrics, print_before_after, print_samples, rollout_metrics
+from support.metrics import Averages, Metrics, print_before_after, print_samples, progress, rollout_metrics
 from support.optimizer import Optimizer
 from tokenizer import DataError
 
@@ -76,8 +76,9 @@ class Config(Flags):
     sample_interval: int = 20        # [1, inf) iterations between samples, and between looks at held-out questions
 
     def resolved(self):
-        """The config with the default critic, which depends on --advantage."""
-        return replace(self, critic=self.critic or ("separate" if self.advantage == "gae" else None))
+        """The config with the defaults that depend on other flags."""
+        return self.replace(critic=self.critic or ("separate" if self.advantage == "gae" else None),
+                            kl_kind=self.kl_kind or ("k2" if self.kl_in == "loss" else None))
 
     def check(self):
         check_ppo(self)
@@ -153,10 +154,11 @@ def loop(config, run, rung):
         if config.advantage == "group":
             response_returns = reward_to_go(rewards, mask, config.gamma)[:, 0]  # (B,)
             advantages = group_advantages(response_returns, config.samples_per_prompt, mask)
-        # If all scores are equal, whitening would blow up KL terms and rounding to a spread of 1: then advantages are 0
-        advantages = whiten(advantages, mask) * (final_rewards.max() > final_rewards.min())
+        advantages = whiten(advantages, mask)
         if rung:  # an objective of the derivation instead of PPO's
             advantages, returns = rung.advantages(rewards, old_values, mask)
+        # If all scores are equal, whitening has blown up KL terms and rounding to a spread of 1: then advantages are 0
+        advantages = advantages * (final_rewards.max() > final_rewards.min())
 
         # -- 4 update: epochs x minibatches. The first epoch repeats the forward passes of part 2: same rows, same
         # padding, same rounding. So every ratio is exactly 1 before the first step, in float32 on a CPU to the last bit
@@ -179,7 +181,7 @@ def loop(config, run, rung):
                 if config.ent_coef:
                     loss = loss - config.ent_coef * masked_mean(ent, mask[rows])
                 if config.kl_in == "loss":
-                    kl = kl_estimate(logprobs, ref_logprobs[rows], config.kl_kind or "k2")
+                    kl = kl_estimate(logprobs, ref_logprobs[rows], config.kl_kind)
                     loss = loss + kl_coef * masked_mean(kl, mask[rows])
                 (loss * token_fraction).backward()
 
@@ -208,8 +210,9 @@ def loop(config, run, rung):
             print_samples(experience.preview(policy, reference, reward_fn, questions[:3], "samples"))
         run.end(iteration, kl_coef=controller.value, **(rung.state() if rung else {}))
 
-    print_before_after(*(experience.preview(model, reference, reward_fn, questions, "table")
-                         for model in (reference, policy)))
+    with progress("answering the same questions before and after"):
+        tables = [experience.preview(model, reference, reward_fn, questions, "table") for model in (reference, policy)]
+    print_before_after(*tables)
     print(f"train_ppo: wrote {run.path}")
     return row
 

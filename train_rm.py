@@ -3,7 +3,7 @@ Stage 1: the reward model. Trains a scalar score on comparisons, so that the pre
 
     python train_rm.py                                  the built-in task: needs out/atlas/sft.pt (python train_sft.py)
     python train_rm.py --data=pairs.jsonl               human comparisons from a file
-    python train_rm.py --resume --max_iters=1000        go on from out_dir/rm.pt
+    python train_rm.py --resume --max_iters=1000        continue from out_dir/rm.pt
 
 On atlas this is section II of the derivation step by step: sample prompts, sample several candidates for each from
 the SFT policy, have the (simulated) labeller compare them, fit the Bradley-Terry model to the comparisons. On a file

@@ -4,7 +4,7 @@ the reference that its KL is measured against.
 
     python train_sft.py                                          the built-in task, on a CPU, in under a minute
     python train_sft.py --data=pairs.jsonl --init_from=gpt2      GPT-2's weights; the chosen answers are demonstrations
-    python train_sft.py --resume --max_iters=2000                go on from out_dir/sft.pt
+    python train_sft.py --resume --max_iters=2000                continue from out_dir/sft.pt
 
 The loss is the mean of -log pi over the response tokens of the data, EOS included; prompts are context and are not
 trained on. There is no pretraining, no packing and no chat template here.

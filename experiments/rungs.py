@@ -9,7 +9,7 @@ reinforce, reward_to_go, baseline and gae take one optimizer step per rollout: t
 right only for the policy that sampled. cpi, kl_penalty and clip take several, and the ratio corrects.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Optional
 
 import train_ppo
@@ -37,8 +37,8 @@ class Config(train_ppo.Config):
     def resolved(self):
         """The config with the defaults of its rung filled in."""
         config = super().resolved()
-        return replace(config, minibatches=self.minibatches or (1 if self.objective in ONE_STEP else 4),
-                       critic=None if self.objective in NO_CRITIC else config.critic)
+        return config.replace(minibatches=self.minibatches or (1 if self.objective in ONE_STEP else 4),
+                              critic=None if self.objective in NO_CRITIC else config.critic)
 
     def check(self):
         require(self.objective in OBJECTIVES, f"--objective={self.objective} must be one of {', '.join(OBJECTIVES)}")

@@ -28,7 +28,7 @@ from rollout import response_states
 from support.checkpoint import load_checkpoint, open_run
 from support.device import Clock, generator, setup
 from support.flags import Flags, require, require_one_process, resolve_sizes, run_script
-from support.metrics import Metrics, rollout_metrics
+from support.metrics import Metrics, progress, rollout_metrics
 from support.optimizer import Optimizer
 from support.stages import load_policy, load_reward_model
 from tokenizer import DataError, run_tokenizer
@@ -179,7 +179,8 @@ def loop(config, run):
     sft = load_checkpoint(config.init_from or config.folder / "sft.pt", "sft")
     encoding, tokenizer = run_tokenizer(config.tokenizer, config.data, sft["tokenizer"])
     block_size = resolve_sizes(config, sft["model_config"])["block_size"]
-    split = data.load_prompts(config.data, encoding, block_size, config.max_new_tokens, config.skip_bad)
+    with progress(f"reading {config.data}"):
+        split = data.load_prompts(config.data, encoding, block_size, config.max_new_tokens, config.skip_bad)
     device, autocast = setup(config)
     reward_model, rm = load_reward_model(config, tokenizer, block_size, device)
 

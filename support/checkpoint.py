@@ -115,7 +115,7 @@ def previous_of(path):
 
 
 def read_checkpoint(path, *stages):
-    """What load_checkpoint does, for one file by itself."""
+    """load_checkpoint for one file, without a hint at the one before."""
     scripts = " or ".join(map(script, stages))
     if not Path(path).is_file():
         raise Damaged(f"{path} is not there: train it first with {scripts}, or name another file")
@@ -180,7 +180,7 @@ def file_sha256(name):
 
 
 def require_same_run(saved, now):
-    """Both are checkpoints, `now` of the run that wants to go on from `saved`. Raises UserError that names what differs
+    """Both are checkpoints, `now` of the run that is to continue `saved`. Raises UserError that names what differs
     if this would not be the same run, before a tensor is copied; prints what may change the last bits."""
     def differences(field, names):
         return [f"{name} was {saved[field][name]} and is {now[field][name]}" for name in names

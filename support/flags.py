@@ -36,7 +36,7 @@ def require(condition, sentence):
 @dataclass
 class Flags:
     """Scripts add flags and set other defaults. A comment may begin with the domain, an interval or words with bars
-    between them; a comment line of its own is the heading of a group in --help."""
+    between them. A comment line alone is the heading of a group in --help."""
     # data and files
     data: str = "atlas"                 # atlas (built in), or a .jsonl / .jsonl.gz file
     tokenizer: Optional[str] = None     # atlas, bytes, a tiktoken name or a .tiktoken file; default: atlas or gpt2
@@ -74,6 +74,14 @@ class Flags:
     INHERITED: ClassVar[tuple] = ("data", "tokenizer", "out_dir", "seed", "device", "dtype", "fsdp", "recompute",
                                   "n_layer", "n_head", "n_embd", "block_size", "skip_bad", "max_new_tokens",
                                   "temperature", "tensorboard", "wandb")
+
+    given: ClassVar[frozenset] = frozenset()  # the names of the flags that the command line gave
+
+    def replace(self, **changes):
+        """A copy with other values."""
+        config = dataclasses.replace(self, **changes)
+        config.given = self.given
+        return config
 
     def check(self):
         """Raises UserError for a value outside its domain, a missing data file or package, or flags at odds."""
@@ -116,7 +124,7 @@ def why_unreadable(path):
 # ---------------------------------------------------------------------------------------------------------------------
 # reading the comments
 
-FIELD = re.compile(r"^    (\w+):[^#\n]*#[ ]*(?:([\[(][^\])]*[\])]) |(\w+(?:\|\w+)+)(?=[:;,]|$))?(.*)$")
+FIELD = re.compile(r"^    (\w+):(?! ClassVar)[^#\n]*#[ ]*(?:([\[(][^\])]*[\])]) |(\w+(?:\|\w+)+)(?=[:;,]|$))?(.*)$")
 HEADING = re.compile(r"^    # ([^.]+)$")
 
 
@@ -156,10 +164,11 @@ def check_domains(config):
 def refuse_given(config, names, why):
     """Raises UserError for the first of these flags that was given on the command line, or does not have its default:
     it would do nothing in this run."""
-    defaults, given = {field.name: field.default for field in dataclasses.fields(config)}, getattr(config, "given", ())
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
     for name in names:
         value = getattr(config, name)
-        require(value == defaults[name] and name not in given, f"--{name}={value} would do nothing {why}: leave it out")
+        require(value == defaults[name] and name not in config.given, f"--{name}={value} would do nothing {why}: leave "
+                "it out")
 
 
 def check_ppo(config):
@@ -200,7 +209,7 @@ def resolve_sizes(config, model=None):
 
 def parse_flags(config_class, argv=None, description=None):
     """Command line -> config_class. --lr=1e-5, --lr 1e-5, --kl-coef and --kl_coef all work, --compile is
-    --compile=true, and none stands for None. Exits with code 2 and one sentence for anything else."""
+    --compile=true, and none means None. Exits with code 2 and one sentence for anything else."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False, usage="%(prog)s [--flag=value ...]",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
 

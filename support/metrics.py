@@ -204,7 +204,7 @@ def commit():
 
 
 def print_report(config, report, more=""):
-    """What became of the rows of --data, and `more`, on one line; and each warning on a line by itself."""
+    """Prints the fate of the rows of --data, and `more`, on one line, and each warning on another."""
     warnings = [line for line in report if line.startswith("warning: ")]
     print(f"{config.data}: {'; '.join(line for line in report if line not in warnings)}{more}")
     for warning in warnings:
@@ -340,7 +340,7 @@ class Rule:
     when: Optional[Callable] = None
 
     def bounds(self, rows):
-        """(low, high) in a run, None where there is none."""
+        """(low, high) in a run, None where a side is open."""
         return tuple(bound(rows) if callable(bound) else bound for bound in (self.low, self.high))
 
     def broken(self, rows):

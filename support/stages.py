@@ -90,7 +90,8 @@ class Models:
 def load_models(config, tokenizer, device):
     """The Models of a run whose earlier stages are there. A separate critic starts as the reward model, or else as the
     SFT policy with a value of 0."""
-    sft = load_start(config)
+    with progress("loading the models"):
+        sft = load_start(config)
     policy, reward_model, rm, critic = load_policy(sft), None, {}, None
     if config.reward == "rm":
         reward_model, rm = load_reward_model(config, tokenizer, policy.config.block_size)
@@ -106,7 +107,7 @@ def load_models(config, tokenizer, device):
 
 
 def print_summary(config, models, experience, split):
-    """What is about to run: sizes, device, data, flags."""
+    """Prints the run that begins: sizes, device, data, flags."""
     micro, V = experience.micro_batch_size, experience.encoding.n_vocab
     print(f"train_ppo: {models.policy.n_params:,} parameters on "
           f"{describe(experience.device, experience.autocast, config.recompute)}, tokenizer {experience.encoding.name} "

@@ -62,14 +62,14 @@ def test_transformers_gives_the_same_logits(both):
 @torch.no_grad()
 def test_transformers_continues_greedily_as_we_do_and_stops_at_eos(both):
     policy, encoding, hf, tokenizer = both
-    ended = 0
+    has_eos = 0
     for question in QUESTIONS:
         ours = greedy(policy, encoding, encode_prompt(encoding, question), 24)
         theirs = hf.generate(**tokenizer(question, return_tensors="pt"), do_sample=False, max_new_tokens=24)[0].tolist()
         assert theirs == ours
-        ended += ours[-1] == encoding.eot_token
+        has_eos += ours[-1] == encoding.eot_token
         assert tokenizer.decode(theirs, skip_special_tokens=True) == decode(encoding, ours)
-    assert ended >= 3
+    assert has_eos >= 3
 
 
 @torch.no_grad()

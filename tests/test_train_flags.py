@@ -16,7 +16,7 @@ from experiments import rungs
 from model import GPT, GPTConfig
 from pretrained import save_pretrained
 from support import checkpoint
-from support.flags import UserError
+from support.flags import UserError, parse_flags
 from tiny import ONE_STEP, SIZES, STAGES, metrics, pairs, reward_file, run, write_jsonl
 from tokenizer import get_tokenizer
 
@@ -207,3 +207,13 @@ def test_no_length_of_a_prompt_compiles_anything_again(flags, world, monkeypatch
     said = capsys.readouterr().out
     assert "torch.compile failed" not in said and len(re.findall(r"torch.compile: \w+ took .* s at first", said)) == 2
     assert len(metrics(folder, "ppo")) == 5
+
+
+@pytest.mark.parametrize("module, argv, name", [
+    (train_ppo, "--advantage=group --samples_per_prompt=2 --lam=0.95", "lam=0.95"),
+    (rungs, "--objective=cpi --advantage=group --samples_per_prompt=2 --lam=0.95", "lam=0.95"),
+    (rungs, "--objective=cpi --clip=0.2", "clip=0.2")])
+def test_a_flag_without_effect_is_refused_even_at_its_default(module, argv, name):
+    """Whoever gives it expects it to do something."""
+    with pytest.raises(UserError, match=f"--{name} would do nothing"):
+        parse_flags(module.Config, argv.split()).check()

@@ -295,14 +295,14 @@ def work(size, critic, width):
     T, critics = P + R, int(critic == "separate")
     weights = width * (12 * size.n_layer * C * C + size.vocab_size * C)
     kv = width * 2 * size.n_layer * C * B  # per position
-    trunk, judged = (forward_flops(size, B * n, B * n * (n + 1) / 2, 0) for n in (T, T + 1))
+    trunk, scored_tokens = (forward_flops(size, B * n, B * n * (n + 1) / 2, 0) for n in (T, T + 1))
     scored = forward_flops(size, B * T, B * T * (T + 1) / 2, B * R)
     prefill = Piece(forward_flops(size, B * P, B * P * (P + 1) / 2, B), weights, weights)
     decode = [Piece(forward_flops(size, B, B * (P + t), B), weights + kv * (P + t), weights + kv * T)
               for t in range(1, R)]
     trained = n_params(size) * (1 + critics)
     adamw = Piece(0, 28 * trained, 16 * trained)  # float32: reads weight, gradient and two moments, writes three
-    return {"rollout": [prefill, *decode, Piece(judged)],
+    return {"rollout": [prefill, *decode, Piece(scored_tokens)],
             "score": [Piece(2 * scored + critics * trunk)],
             "update": [Piece(3 * size.epochs * (scored + critics * trunk))]
             + [adamw] * (size.epochs * size.minibatches)}

@@ -85,7 +85,7 @@ def score(rollout, which):
 
 
 @torch.no_grad()
-def rescore(model, rollout, minibatch_size):
+def recompute(model, rollout, minibatch_size):
     """logprobs, values (B, R), in passes of the update's own shape, for the first ratio to be exactly 1."""
     rows = zip(rollout.tokens.split(minibatch_size), rollout.prompt_lens.split(minibatch_size))
     parts = [score_response(model, *row, rollout.mask.size(1))[:2] for row in rows]
@@ -101,12 +101,12 @@ def train(policy, seed, lr, iters, shape=shape_rewards, B=512, epochs=2, minibat
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda iteration: 1 - iteration / iters)
     which = torch.arange(B) % len(PROMPTS)
     prompts, prompt_lens = PROMPTS[which], torch.tensor(PROMPT_LENS)[which]
-    off_one = gap = 0.0
+    ratio_error = gap = 0.0
     for _ in range(iters):
         rollout = generate(policy, prompts, prompt_lens, R, eos=EOS, generator=rng)
         tokens, mask = rollout.tokens, rollout.mask
-        old_logprobs, old_values = rescore(policy, rollout, minibatch_size)
-        ref_logprobs, _ = rescore(reference, rollout, minibatch_size)
+        old_logprobs, old_values = recompute(policy, rollout, minibatch_size)
+        ref_logprobs, _ = recompute(reference, rollout, minibatch_size)
         gap = max(gap, (rollout.logprobs - old_logprobs)[mask].abs().max().item())
         rewards = shape(score(rollout, which), old_logprobs, ref_logprobs, mask, KL_COEF)
         advantages, returns = gae(rewards, old_values, mask, gamma=1.0, lam=0.95)
@@ -117,7 +117,7 @@ def train(policy, seed, lr, iters, shape=shape_rewards, B=512, epochs=2, minibat
             logprobs, values, _ = score_response(policy, tokens[i], prompt_lens[i], mask.size(1))
             if n == 0:
                 log_r = log_ratio(logprobs.detach(), old_logprobs[i], mask[i])
-                off_one = max(off_one, (log_r.exp() - 1).abs().max().item())
+                ratio_error = max(ratio_error, (log_r.exp() - 1).abs().max().item())
             loss = (policy_loss(logprobs, old_logprobs[i], advantages[i], mask[i], clip=0.2)[0]
                     + 0.5 * value_loss(values, old_values[i], returns[i], mask[i], clip=None)[0])
             loss.backward()
@@ -125,7 +125,7 @@ def train(policy, seed, lr, iters, shape=shape_rewards, B=512, epochs=2, minibat
             optimizer.step()
             optimizer.zero_grad()
         schedule.step()
-    return reference, off_one, gap
+    return reference, ratio_error, gap
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def kl(log_p, log_q):
     return mean(log_p, log_p - log_q)
 
 
-def judge(policy, reference):
+def evaluate(policy, reference):
     """KL(pi || pi*) before and after training, the share of the possible improvement in J, and the score's lead over
     that of pi*: (before, after, share, lead)."""
     pi, ref = response_logprobs(policy), response_logprobs(reference)
@@ -177,10 +177,10 @@ SETTINGS = {gpt: dict(lr=3e-3, iters=150), Tabular: dict(lr=0.05, iters=200)}
 
 def trained(make, seed, shape=shape_rewards):
     policy = make(seed)
-    reference, off_one, gap = train(policy, seed, shape=shape, **SETTINGS[make])
-    assert off_one == 0.0  # not even by a rounding: old_logprobs hold the very numbers that the update starts from
+    reference, ratio_error, gap = train(policy, seed, shape=shape, **SETTINGS[make])
+    assert ratio_error == 0.0  # not even by a rounding: old_logprobs hold the very numbers that the update starts from
     assert gap < 1e-5      # by roundings only, as the cached pass sums in another order
-    return judge(policy, reference)
+    return evaluate(policy, reference)
 
 
 def slow(*values):

@@ -572,6 +572,15 @@ def test_where_no_score_differs_the_policy_learns_nothing(world, tmp_path, monke
     assert metrics(folder, "ppo")[1]["score_std"] == 0.0
 
 
+@pytest.mark.parametrize("reward", ["[r.count('e') for r in responses]", "[5.0] * len(responses)"])
+def test_the_rung_clip_is_ppo_to_the_last_bit(reward, world, tmp_path):
+    """With equal scores, too. A checkpoint of the one may be resumed as the other."""
+    plain, rung, reward = world("ppo"), world("ppo"), reward_file(tmp_path, reward)
+    run("ppo", plain, reward=reward, ent_coef=0.01), run("ppo", rung, reward=reward, ent_coef=0.01, objective="clip")
+    assert digest(weights(plain, "ppo")) == digest(weights(rung, "ppo"))
+    assert metrics(plain, "ppo") == metrics(rung, "ppo")
+
+
 def test_a_cut_answer_is_scored_as_if_it_had_ended(world, monkeypatch):
     """A reward model has never judged a text without EOS. The missing EOS costs eos_penalty, and nothing else."""
     forward, scored = RewardModel.forward, []

@@ -645,9 +645,13 @@ def send(number, iteration, times=1):
     after_metrics(lambda i: [os.kill(os.getpid(), number) for _ in range(times) if i == iteration])
 
 
+CHECKPOINT_SOURCE = (ROOT / "support" / "checkpoint.py").read_text()
+
+
 def kill_at_line(n):
     """In a child: kill -9 before the nth line that runs in the functions which write files."""
-    functions, count = {"replacing", "save_checkpoint", "save", "write"}, itertools.count()
+    functions, count = {"atomic_write", "save_checkpoint", "save", "write"}, itertools.count()
+    assert all(f"def {name}(" in CHECKPOINT_SOURCE for name in functions)
 
     def on_line(frame, event, arg):
         if event == "line" and next(count) == n:
@@ -655,8 +659,8 @@ def kill_at_line(n):
         return on_line
 
     def on_call(frame, event, arg):
-        ours = Path(frame.f_code.co_filename).name in ("common.py", "metrics.py", "checkpoint.py")
-        return on_line if ours and frame.f_code.co_name in functions else None
+        in_support = Path(frame.f_code.co_filename).name in ("metrics.py", "checkpoint.py")
+        return on_line if in_support and frame.f_code.co_name in functions else None
     sys.settrace(on_call)
 
 

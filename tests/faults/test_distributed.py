@@ -225,19 +225,19 @@ def ragged():
     r = distributed.rank()
     rollout = Rollout(torch.full((2, 5 + r), r), torch.tensor([4, 4]), torch.tensor([1, 1 + r]),
                       torch.ones(2, 1 + r, dtype=torch.bool), torch.ones(2, 1 + r), torch.ones(2, 1 + r))
-    whole = distributed.gather(rollout, tokens=9)
-    return vars(whole), vars(distributed.shard(whole)), distributed.gather([f"text {r}"] * 2)
+    gathered = distributed.gather(rollout, tokens=9)
+    return vars(gathered), vars(distributed.shard(gathered)), distributed.gather([f"text {r}"] * 2)
 
 
 def test_gathered_rollouts_are_in_order_of_rank_and_padded(in_processes):
     """Each process's own rows are as wide as the gathered ones."""
-    for r, (whole, mine, texts) in enumerate(in_processes(2, ragged)):
-        assert whole["tokens"].tolist() == [[0, 0, 0, 0, 0, 9]] * 2 + [[1] * 6] * 2
-        assert whole["mask"].tolist() == [[True, False]] * 2 + [[True, True]] * 2
-        assert whole["logprobs"].tolist() == [[1, 0]] * 2 + [[1, 1]] * 2
-        assert whole["response_lens"].tolist() == [1, 1, 1, 2]
+    for r, (gathered, local, texts) in enumerate(in_processes(2, ragged)):
+        assert gathered["tokens"].tolist() == [[0, 0, 0, 0, 0, 9]] * 2 + [[1] * 6] * 2
+        assert gathered["mask"].tolist() == [[True, False]] * 2 + [[True, True]] * 2
+        assert gathered["logprobs"].tolist() == [[1, 0]] * 2 + [[1, 1]] * 2
+        assert gathered["response_lens"].tolist() == [1, 1, 1, 2]
         assert texts == ["text 0"] * 2 + ["text 1"] * 2
-        assert all(torch.equal(mine[name], whole[name][2 * r:2 * r + 2]) for name in whole)
+        assert all(torch.equal(local[name], gathered[name][2 * r:2 * r + 2]) for name in gathered)
 
 
 def comparisons():

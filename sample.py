@@ -34,7 +34,6 @@ class Config:
     device: str = "auto"          # auto|cpu|cuda: auto takes cuda if there is one
 
 
-
 def load(path, device):
     """(GPT in eval mode, its encoding) from a checkpoint of train_sft.py or train_ppo.py."""
     saved = load_checkpoint(path, "sft", "ppo")

@@ -70,7 +70,6 @@ class Config:
     device: str = "auto"                         # auto|cpu|cuda: auto takes cuda if there is one
 
 
-
 def require_peers():
     os.environ |= {"TRL_EXPERIMENTAL_SILENCE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1",
                    "PYTHONWARNINGS": "ignore"}  # the contenders inherit it; errors still show

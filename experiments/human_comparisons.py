@@ -57,7 +57,6 @@ class Config:
     save: str = "docs/human_comparisons"       # the figure and its numbers, less .png and .json
 
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # pairs, folds, intervals
 

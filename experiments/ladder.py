@@ -66,7 +66,6 @@ class Config:
     save: str = "docs/ladder"      # the figure and its numbers, less .png and .json
 
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # jobs: each runs in a process of its own and returns nothing, because its files say what came out
 

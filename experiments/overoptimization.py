@@ -56,7 +56,6 @@ class Config:
     save: str = "docs/overoptimization"  # the figure and its numbers, less .png and .json
 
 
-
 def train_proxy(folder, seed, rm_iters, candidates):
     """The weak reward model: folder/proxy/rm.pt."""
     config = train_rm.Config(out_dir=str(folder / "proxy"), init_from=str(folder / "sft.pt"), seed=seed, device="cpu",

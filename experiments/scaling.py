@@ -44,7 +44,6 @@ class Config:
     save: str = "docs/scaling"       # the figure and its numbers, less .png and .json
 
 
-
 def run_bench(config, size, processes=None):
     """The JSON line of tools/bench.py for a size, in a process of its own with all threads, or in `processes` of them
     under torchrun with one thread each, so that twice the processes have twice the cores."""

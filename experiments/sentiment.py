@@ -75,7 +75,6 @@ class Config:
     save: str = "docs/sentiment"    # the figure and its numbers, less .png and .json
 
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # texts
 

@@ -149,7 +149,6 @@ class Config(Flags):
     eos_penalty: float = 1.0         # [0, inf) taken off the score of a response without EOS, in standard deviations
     log_interval: int = 5            # [1, inf) iterations between lines on the screen; metrics.jsonl gets every one
 
-
     def check(self):
         super().check()
         require(self.dtype == "float32", f"--dtype={self.dtype} must be float32: the line search compares differences "

@@ -44,8 +44,8 @@ def processes():
 def is_lost_peer(error):
     """Whether an exception says that another process cannot be reached. gloo has no type for that: it raises a plain
     RuntimeError that begins with the place in its source."""
-    return is_distributed() and (isinstance(error, dist.DistError)
-                         or type(error) is RuntimeError and "/gloo/transport/" in str(error))
+    from_gloo = type(error) is RuntimeError and "/gloo/transport/" in str(error)
+    return is_distributed() and (isinstance(error, dist.DistError) or from_gloo)
 
 
 def print_once(line):

@@ -80,7 +80,6 @@ class Averages:
 # ---------------------------------------------------------------------------------------------------------------------
 # metrics.jsonl and the screen
 
-
 class Metrics:
     """metrics.jsonl, one line per iteration, and an aligned line on the screen every log_interval iterations or SILENCE
     seconds.

@@ -103,7 +103,6 @@ class Config:
     minibatches: Optional[int] = None   # [1, inf) optimizer steps per epoch
     micro_batch_size: Optional[int] = None  # [1, inf) responses per forward pass; default: as train_ppo.py chooses
 
-
     def size(self):
         preset = ON_GPU.get(self.preset) if pick_device(self).type == "cuda" else None
         preset = asdict(preset or PRESETS[self.preset])

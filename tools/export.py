@@ -23,7 +23,6 @@ class Config:
     to: Optional[str] = None              # the folder to write; it must not exist, or be empty
 
 
-
 def main(config):
     check_domains(config)
     require(config.to, "--to names the folder to write: give one that does not exist")

@@ -96,7 +96,6 @@ class Config:
     device: str = "auto"          # auto|cpu|cuda: auto takes cuda if there is one
 
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # what a rollout starts from
 

@@ -58,7 +58,6 @@ class Config:
     device: str = "auto"             # auto|cpu|cuda: auto takes cuda if there is one
 
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the file
 

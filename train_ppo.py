@@ -12,7 +12,7 @@ An iteration of `loop` has five parts:
     2 recompute                 log-probs and values of each response token under policy, reference and critic
     3 rewards and advantages    score and KL per token; how much better than expected each token was
     4 update                    epochs x minibatches of the clipped loss
-    5 log                       metrics, samples, checkpoint
+    5 log                       metrics, checkpoint, samples
 
 Shapes: B = batch_size responses. R = tokens of the longest response in the rollout. T = tokens of the longest prompt +
 response, of the rollout or of one forward pass. The mathematics is in ppo.py.
@@ -35,7 +35,8 @@ from support import distributed, stages
 from support.checkpoint import open_run
 from support.device import Clock, generator, setup
 from support.flags import Flags, check_ppo, run_script
-from support.metrics import Averages, Metrics, print_before_after, print_samples, progress, rollout_metrics
+from support.metrics import (Averages, Metrics, only_looking, print_before_after, print_samples, progress,
+                             rollout_metrics)
 from support.optimizer import Optimizer
 from tokenizer import DataError
 
@@ -157,8 +158,9 @@ def loop(config, run, rung):
         advantages = whiten(advantages, mask)
         if rung:  # an objective of the derivation instead of PPO's
             advantages, returns = rung.advantages(rewards, old_values, mask)
-        # If all scores are equal, whitening has blown up KL terms and rounding to a spread of 1: then advantages are 0
-        advantages = advantages * (final_rewards.max() > final_rewards.min())
+        # If all scores that are compared are equal, whitening has blown up KL terms and rounding to a spread of 1
+        compared = final_rewards.view(-1, config.samples_per_prompt if config.advantage == "group" else B)
+        advantages = advantages * (compared.amax(1) > compared.amin(1)).any()
 
         # -- 4 update: epochs x minibatches. The first epoch repeats the forward passes of part 2: same rows, same
         # padding, same rounding. So every ratio is exactly 1 before the first step, in float32 on a CPU to the last bit
@@ -198,7 +200,7 @@ def loop(config, run, rung):
             steps, grad_norms = steps + 1, grad_norms + grad_norm
         clock.lap("sec_update")
 
-        # -- 5 log, sample, save
+        # -- 5 log: metrics, checkpoint, samples
         measured = rollout_metrics(rollout, has_eos, scores, rewards, old_logprobs, ref_logprobs, old_values, entropy,
                                    config.gamma)
         controller.update(measured["kl"].item(), B)
@@ -206,13 +208,14 @@ def loop(config, run, rung):
             "episodes": iteration * B, "kl_coef": kl_coef, "lr": lr, "grad_norm": grad_norms / steps,
             "optimizer_steps": steps, "skipped_steps": optimizer.skipped,
             "tokens_per_s": mask.sum() / sum(clock.seconds.values())} | (rung.end(approx_kl) if rung else {}))
-        if iteration % config.sample_interval == 0 and not last:
-            print_samples(experience.preview(policy, reference, reward_fn, questions[:3], "samples"))
         run.end(iteration, kl_coef=controller.value, **(rung.state() if rung else {}))
+        if iteration % config.sample_interval == 0 and not last:
+            with only_looking():
+                print_samples(experience.preview(policy, reference, reward_fn, questions[:3], "samples"))
 
-    with progress("answering the same questions before and after"):
-        tables = [experience.preview(model, reference, reward_fn, questions, "table") for model in (reference, policy)]
-    print_before_after(*tables)
+    with progress("answering the same questions before and after"), only_looking():
+        print_before_after(*(experience.preview(model, reference, reward_fn, questions, "table")
+                             for model in (reference, policy)))
     print(f"train_ppo: wrote {run.path}")
     return row
 

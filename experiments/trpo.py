@@ -25,7 +25,7 @@ from experience import Experience
 from model import upcast
 from ppo import cpi_loss, gae, masked_mean, shape_rewards, value_loss, whiten
 from rollout import response_states
-from support.checkpoint import load_checkpoint, open_run
+from support.checkpoint import load_finished, open_run
 from support.device import Clock, generator, setup
 from support.flags import Flags, require, require_one_process, resolve_sizes, run_script
 from support.metrics import Metrics, progress, rollout_metrics
@@ -175,7 +175,7 @@ def train(config):
 @sdpa_kernel(SDPBackend.MATH)  # fused attention has no second derivative, and one kernel for all passes keeps KL(old) 0
 def loop(config, run):
     """The loop of train_ppo.py with another update; `run` restores and saves the checkpoint."""
-    sft = load_checkpoint(config.init_from or config.folder / "sft.pt", "sft")
+    sft = load_finished(config.init_from or config.folder / "sft.pt", "sft")
     encoding, tokenizer = run_tokenizer(config.tokenizer, config.data, sft["tokenizer"])
     block_size = resolve_sizes(config, sft["model_config"])["block_size"]
     with progress(f"reading {config.data}"):
@@ -213,10 +213,10 @@ def loop(config, run):
         old_values = experience.recompute_values(critic, rollout, passes)
         with torch.no_grad():
             old_distributions = response_distributions(policy, tokens, prompt_lens, R, config.temperature)
-        rewards = shape_rewards(scores - config.eos_penalty * ~has_eos, old_logprobs, ref_logprobs, mask,
-                                config.kl_coef)
+        final_rewards = scores - config.eos_penalty * ~has_eos
+        rewards = shape_rewards(final_rewards, old_logprobs, ref_logprobs, mask, config.kl_coef)
         advantages, returns = gae(rewards, old_values, mask, config.gamma, config.lam)
-        advantages = whiten(advantages, mask)
+        advantages = whiten(advantages, mask) * (final_rewards.max() > final_rewards.min())
         clock.lap("sec_score")
 
         # -- one natural step of the policy
@@ -228,6 +228,7 @@ def loop(config, run):
             new = response_distributions(policy, tokens[:rows], prompt_lens[:rows], R, config.temperature)
             return masked_mean(token_kl(old_distributions[:rows], new), mask[:rows])
 
+        optimizer.calls += 1  # from here on the weights are not those of the last iteration, which an error would save
         stats = trpo_step(params, lambda: -loss()[0], mean_kl, config.delta, config.damping, config.cg_iters,
                           fisher_kl_fn=lambda: mean_kl(config.fisher_rows))
         with torch.no_grad():

@@ -197,13 +197,17 @@ def require_same_run(saved, now):
         changed = [f"--objective was {rung}, which python -m experiments.ladder --objective={rung} continues"]
     require(not changed, "--resume continues the same run, but " + ", ".join(changed) + ": give the old values, or "
             "start again with --overwrite")
-    changed = [name for name, sha256 in now["sources"].items() if saved["sources"].get(name) != sha256]
+    theirs, ours = ({name: str(source).partition(" of ") for name, source in run["sources"].items()} for run in
+                    (saved, now))
+    changed = [name for name, (source, *_) in ours.items() if theirs.get(name, [None])[0] != source]
     changed += ["--data"] if saved["data"] != now["data"] else []
     require(not changed, f"this run began with another {' and '.join(changed)}: put it back, or start again "
             "with --overwrite")
     limit = now["flags"]["max_iters"]
     require(saved["iter"] < limit, f"the checkpoint is at iteration {saved['iter']} already: raise --max_iters="
                                    f"{limit} to continue")
+    if theirs.get("reward") != ours.get("reward"):  # "f of <sha256>": a function may be mended
+        print("note: the file of --reward has changed since the checkpoint: the run goes on with what it says now")
     changed = [f"--{line}" for line in differences("flags", sorted(MAY_CHANGE_LAST_BITS))]
     changed += differences("machine", now["machine"])
     if changed:
@@ -229,8 +233,10 @@ def locked(folder):
     try:
         file = open(folder / ".lock", "w")
     except OSError as error:
-        raise UserError(f"{folder / '.lock'} cannot be written ({error.strerror}): remove it if no other run is at "
-                        "work there, or give another --out_dir") from None
+        there = (folder / ".lock").exists()
+        raise UserError(f"{folder / '.lock'} cannot be written ({error.strerror}): "
+                        + ("remove it if no other run is at work there, or " if there else "")
+                        + "give another --out_dir") from None
     with file:
         try:
             if fcntl is None:
@@ -349,7 +355,7 @@ def open_run(config, stage):
             run = Run(config, stage, path)
             try:
                 yield run
-            except Exception:
+            except BaseException:  # a reward function may raise SystemExit, too
                 run.rescue()
                 raise
     except ValueError:  # something was wrong with the input: a folder made for nothing is removed

@@ -91,7 +91,8 @@ class Flags:
         require(not (self.resume and self.overwrite), "--resume continues a checkpoint and --overwrite replaces it: "
                                                       "give one of them")
         require((self.lr_decay_iters or self.max_iters) >= self.max_iters, f"--lr_decay_iters={self.lr_decay_iters} "
-                f"lowers lr to 0 before --max_iters={self.max_iters}: give that many or more")
+                f"lowers lr to 0 before --max_iters={self.max_iters}: give that many or more"
+                + (", or a lower --max_iters" if self.resume else ""))
         require(distributed.is_distributed() or not self.fsdp, "--fsdp shards a model over processes: start the script "
                 "with torchrun --nproc_per_node=N, or leave the flag out")
         require(not (self.fsdp and self.compile), "--fsdp and --compile have not been made to work together: leave one "
@@ -113,12 +114,17 @@ class Flags:
 
 
 def why_unreadable(path):
-    """Why a file cannot be read, as the operating system says it; "" if it can. It is not opened: a pipe would end."""
+    """Why a file cannot be read, mostly as the operating system says it; "" if it can. It is not opened: a pipe would
+    end."""
     try:
-        is_folder = stat.S_ISDIR(os.stat(path).st_mode)
+        mode = os.stat(path).st_mode
     except OSError as error:
         return error.strerror
-    return os.strerror(errno.EISDIR) if is_folder else "" if os.access(path, os.R_OK) else os.strerror(errno.EACCES)
+    if stat.S_ISDIR(mode):
+        return os.strerror(errno.EISDIR)
+    if not stat.S_ISREG(mode):
+        return "Not a file but a pipe or a device, and a run reads its data several times"
+    return "" if os.access(path, os.R_OK) else os.strerror(errno.EACCES)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -226,6 +226,18 @@ def print_before_after(before, after):
 
 
 @contextmanager
+def only_looking():
+    """Prints an error of the block instead of raising it: a look at a few answers, e.g. by a reward function that fails
+    on one of them, ends no run. With many processes it does, because the others wait inside the same block."""
+    try:
+        yield
+    except Exception as error:
+        if distributed.size() > 1:
+            raise
+        print(f"note: no samples are shown: {error or type(error).__name__}", flush=True)
+
+
+@contextmanager
 def progress(what, state=lambda: ""):
     """Prints `what`, the seconds so far and state() every SILENCE seconds while the block runs; nothing if it is
     quick."""

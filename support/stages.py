@@ -30,8 +30,8 @@ def prepare(config, **trainers):
         split = load_prompts(config.data, encoding, block_size, config.max_new_tokens, config.skip_bad)
     rows_per_pass(config, encoding)  # for its UserError, before earlier stages train
     if config.rm:
-        load_reward_model(config, tokenizer, block_size)
-    train_missing(config, trainers, encoding, block_size)
+        checked_reward_model(config, tokenizer, block_size)
+    train_missing(config, trainers, encoding, tokenizer, block_size)
     return encoding, tokenizer, split
 
 
@@ -40,8 +40,8 @@ def resolve_max_new_tokens(config, encoding, block_size):
     if config.max_new_tokens is None:
         config.max_new_tokens = default_max_new_tokens(config.data, encoding, block_size, config.skip_bad)
         if config.data != "atlas":
-            print(f"--max_new_tokens={config.max_new_tokens} by default, from the lengths of the responses in "
-                  f"{config.data}")
+            print(f"--max_new_tokens={config.max_new_tokens} by default: 95 % of the responses in {config.data} fit "
+                  "(64 where there are none), and at most half of --block_size")
 
 
 def rows_per_pass(config, encoding):
@@ -50,9 +50,9 @@ def rows_per_pass(config, encoding):
                             config.max_new_tokens * encoding.n_vocab, by_length=True)
 
 
-def train_missing(config, trainers, encoding, block_size):
+def train_missing(config, trainers, encoding, tokenizer, block_size):
     """Trains sft.pt and rm.pt in out_dir where they are missing or unfinished, with those stages' own defaults. If one
-    of them would refuse anything, it does so before the first trains."""
+    of them would refuse anything, or one that is there does not fit, that is said before the first trains."""
     missing = []
     for stage, needed in (("sft", config.init_from is None), ("rm", config.rm is None and config.reward == "rm")):
         path = config.folder / f"{stage}.pt"
@@ -70,6 +70,8 @@ def train_missing(config, trainers, encoding, block_size):
                 trainers[stage].load_data(stage_config, encoding, block_size)
             missing.append((path, stage, stage_config))
         elif needed:
+            if stage == "rm":
+                checked_reward_model(config, tokenizer, block_size)
             note_misfits(path, saved, config)
     for path, stage, stage_config in missing:
         print(f"{path} is {'unfinished' if stage_config.resume else 'not there'}: running train_{stage}.py first\n")
@@ -166,9 +168,21 @@ def load_policy(checkpoint, device="cpu"):
 
 
 def load_reward_model(config, tokenizer, block_size, device="cpu"):
-    """(RewardModel in eval mode without gradients, its checkpoint). Raises UserError if it has another tokenizer, or
-    reads fewer than the block_size tokens that the policy may write. Prints a note if it was calibrated on other
-    answers."""
+    """(RewardModel in eval mode without gradients, its checkpoint). Raises UserError as checked_reward_model does.
+    Prints a note if it was calibrated on other answers."""
+    checkpoint = checked_reward_model(config, tokenizer, block_size)
+    for name in ("max_new_tokens", "temperature"):
+        if checkpoint["flags"][name] != getattr(config, name):
+            print(f"note: the reward model was calibrated at --{name}={checkpoint['flags'][name]}, and this run has "
+                  f"{getattr(config, name)}, so scores may not start at mean 0 and std 1: train_rm.py has the flag too")
+    reward_model = RewardModel(GPTConfig(**checkpoint["model_config"])).to(device).eval().requires_grad_(False)
+    reward_model.load_state_dict(checkpoint["model"], strict=True)
+    return reward_model, checkpoint
+
+
+def checked_reward_model(config, tokenizer, block_size):
+    """The checkpoint of a finished reward model. Raises UserError if it has another tokenizer, or reads fewer than the
+    block_size tokens that the policy may write."""
     checkpoint = load_finished(config.rm or config.folder / "rm.pt", "rm")
     theirs = checkpoint["tokenizer"]
     require(theirs["sha256"] == tokenizer["sha256"], f"the reward model's tokenizer is {theirs['name']} "
@@ -177,10 +191,4 @@ def load_reward_model(config, tokenizer, block_size, device="cpu"):
     reads = checkpoint["model_config"]["block_size"]
     require(reads >= block_size, f"the reward model reads {reads} tokens and the policy may write {block_size}: "
             "train both from the same SFT checkpoint")
-    for name in ("max_new_tokens", "temperature"):
-        if checkpoint["flags"][name] != getattr(config, name):
-            print(f"note: the reward model was calibrated at --{name}={checkpoint['flags'][name]}, and this run has "
-                  f"{getattr(config, name)}, so scores may not start at mean 0 and std 1: train_rm.py has the flag too")
-    reward_model = RewardModel(GPTConfig(**checkpoint["model_config"])).to(device).eval().requires_grad_(False)
-    reward_model.load_state_dict(checkpoint["model"], strict=True)
-    return reward_model, checkpoint
+    return checkpoint

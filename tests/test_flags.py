@@ -103,6 +103,9 @@ def test_data_that_cannot_be_read_is_refused_with_the_reason(tmp_path, monkeypat
                        (file / "c.jsonl", "Not a directory")):
         with pytest.raises(UserError, match=f"--data={path}: {says}: give a file that can be read"):
             check(path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe: Not a file but a pipe or a device, and a run reads its data several"):
+        check(tmp_path / "pipe")
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.R_OK)  # root may read anything
     with pytest.raises(UserError, match=f"--data={file}: Permission denied: give"):
         check(file)

@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -95,14 +96,19 @@ def test_a_reward_model_must_read_all_that_the_policy_writes(world):
     run("rm", small)
     with pytest.raises(UserError, match="reward model reads 32 tokens and the policy may write 64"):
         run("ppo", folder, rm=str(small / "rm.pt"))
+    shutil.copy(small / "rm.pt", folder), (folder / "sft.pt").unlink()
+    with pytest.raises(UserError, match="reward model reads 32 tokens and the policy may write 64"):
+        run("ppo", folder)
+    assert not (folder / "sft.pt").exists()
 
 
 def test_a_reward_model_calibrated_on_other_answers_is_said(world, capsys):
     run("ppo", world("ppo"), max_iters=1)
     assert "calibrated at" not in capsys.readouterr().out
-    run("ppo", world("ppo"), max_iters=1, max_new_tokens=4, temperature=0.7)
+    folder = world("ppo")
+    run("ppo", folder, rm=str(folder / "rm.pt"), max_iters=1, max_new_tokens=4, temperature=0.7)
     screen = capsys.readouterr().out
-    assert "calibrated at --max_new_tokens=8, and this run has 4" in screen and "--temperature=1.0" in screen
+    assert screen.count("calibrated at --max_new_tokens=8, and this run has 4") == 1 and "--temperature=1.0" in screen
 
 
 @pytest.mark.parametrize("stage", STAGES)

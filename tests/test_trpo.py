@@ -448,6 +448,21 @@ def test_a_run_that_is_resumed_equals_one_that_was_never_stopped(run):
         assert all(torch.equal(whole[module][key], parts[module][key]) for key in whole[module])
 
 
+def test_an_error_behind_the_policys_step_saves_no_moved_policy(run, monkeypatch, tmp_path):
+    """The step is not the optimizer's. A policy saved behind it would take it twice when resumed."""
+    step = trpo.trpo_step
+
+    def fails(params, *args, **kwargs):
+        stats, seen = step(params, *args, **kwargs), fails.calls
+        fails.calls += 1
+        return 1 / 0 if seen == 1 else stats
+    fails.calls = 0
+    monkeypatch.setattr(trpo, "trpo_step", fails)
+    with pytest.raises(ZeroDivisionError):
+        run()
+    assert not (tmp_path / "run" / "trpo.pt").exists()
+
+
 def command(monkeypatch, *flags):
     """What `python -m experiments.trpo flags` does; returns the exit code."""
     monkeypatch.setattr(sys, "argv", ["trpo.py", "--device=cpu", *flags])

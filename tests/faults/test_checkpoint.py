@@ -319,19 +319,21 @@ def test_resume_goes_by_the_content_of_its_sources(tmp_path):
         pass
 
 
-def test_resume_takes_sources_that_only_moved(tmp_path):
-    """The SFT model and the reward function may move to another path. Another content or another function is
-    refused."""
+def test_resume_takes_sources_that_only_moved(tmp_path, capsys):
+    """The SFT model and the reward function may move to another path. Another function is refused. Another text of
+    the same function, which may have been mended, gets a note."""
     first, moved, other = (tmp_path / name for name in ("a.py", "b.py", "c.py"))
     first.write_text("rule"), moved.write_text("rule"), other.write_text("another rule")
     save_run(tmp_path / "rm", 3, init_from="here.pt", reward=f"{first}:f", sources={"sft": "2"})
     again = {"resume": True, "init_from": "there.pt", "sources": {"sft": "2"}}
     with opened(tmp_path / "rm", **again, reward=f"{moved}:f") as (_, _, start, _):
         assert start == 3
-    for reward in (f"{other}:f", f"{moved}:g"):
-        with pytest.raises(UserError, match="this run began with another reward: put it back"), \
-                opened(tmp_path / "rm", **again, reward=reward):
-            pass
+    assert "note: the file of --reward" not in capsys.readouterr().out
+    with opened(tmp_path / "rm", **again, reward=f"{other}:f") as (_, _, start, _):
+        assert start == 3 and "note: the file of --reward has changed since the checkpoint" in capsys.readouterr().out
+    with pytest.raises(UserError, match="this run began with another reward: put it back"), \
+            opened(tmp_path / "rm", **again, reward=f"{moved}:g"):
+        pass
     save_run(tmp_path / "sft", 3, init_from="gpt2")
     with pytest.raises(UserError, match="--init_from was gpt2 and is None"), opened(tmp_path / "sft", resume=True):
         pass
@@ -491,24 +493,36 @@ def test_an_exception_leaves_the_last_iteration_behind(stepped, tmp_path, capsys
         assert "saved iteration 2, the last one before the error" in capsys.readouterr().out
 
 
-def test_a_reward_function_that_raises_loses_no_iteration(fresh, tmp_path):
-    """The run that is resumed from there equals one that was never interrupted."""
-    body = "import pathlib\ncalls = []\ndef f(prompts, responses):\n    calls.append(1)\n" \
-           "    if len(calls) == 3 and not pathlib.Path(__file__).with_name('mended').exists():\n        1 / 0\n" \
+@pytest.mark.parametrize("ends", ["1 / 0", "exit()"])
+def test_a_reward_function_that_raises_loses_no_iteration(ends, fresh, tmp_path):
+    """The run that is resumed from there with a mended function equals one that was never interrupted."""
+    body = "calls = []\ndef f(prompts, responses):\n    calls.append(1)\n{}" \
            "    return [float(response.count('e')) for response in responses]\n"
-    for name in ("a", "b"):
+    for name, bug in (("a", ""), ("b", f"    if len(calls) == 3:\n        {ends}\n")):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "reward.py").write_text(body)
-    (tmp_path / "a" / "mended").touch()
+        (tmp_path / name / "reward.py").write_text(body.format(bug))
     whole, folder = fresh("ppo"), fresh("ppo")
     run("ppo", whole, reward=f"{tmp_path}/a/reward.py:f", max_iters=4)
-    with pytest.raises(RuntimeError, match="the reward function raised"):
+    with pytest.raises((RuntimeError, SystemExit)):
         run("ppo", folder, reward=f"{tmp_path}/b/reward.py:f", max_iters=4)
     assert load_checkpoint(folder / "ppo.pt", "ppo")["iter"] == 2
-    (tmp_path / "b" / "mended").touch()
+    (tmp_path / "b" / "reward.py").write_text(body.format(""))
     run("ppo", folder, reward=f"{tmp_path}/b/reward.py:f", max_iters=4, resume=True)
     assert digest(weights(folder, "ppo", "optimizer", "rng")) == digest(weights(whole, "ppo", "optimizer", "rng"))
     assert metrics(folder, "ppo") == metrics(whole, "ppo")
+
+
+def test_a_look_at_samples_ends_no_run(fresh, tmp_path, capsys):
+    """A reward function that fails on the few questions of samples and tables changes nothing but what is shown."""
+    body = "def f(prompts, responses):\n{}    return [float(response.count('e')) for response in responses]\n"
+    runs = {}
+    for name, bug in (("whole", ""), ("fails", "    if len(prompts) < 12:\n        raise KeyError('odd')\n")):
+        (tmp_path / f"{name}.py").write_text(body.format(bug))
+        runs[name] = folder = fresh("ppo")
+        run("ppo", folder, reward=f"{tmp_path}/{name}.py:f", max_iters=2, sample_interval=1)
+        assert capsys.readouterr().out.count("note: no samples are shown: the reward function raised") == 2 * bool(bug)
+    assert digest(weights(runs["whole"], "ppo")) == digest(weights(runs["fails"], "ppo"))
+    assert metrics(runs["whole"], "ppo") == metrics(runs["fails"], "ppo")
 
 
 # ----------------------------------------------------------------------------------------------------------

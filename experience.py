@@ -138,7 +138,9 @@ class Experience:
         looking at a run does not change it."""
         rollout, texts = self.collect(policy, distributed.fill_up(prompts), self.rng(purpose))
         passes = self.minibatch_passes(rollout)
-        logprobs, ref_logprobs = (self.recompute(model, rollout, passes)[0] for model in (policy, reference))
+        # The policy's with the entropy, which is not used: torch.compile has that pass from the loop, and no other.
+        logprobs, ref_logprobs = (self.recompute(model, rollout, passes, entropy=model is not reference)[0]
+                                  for model in (policy, reference))
         kls = ((logprobs - ref_logprobs) * rollout.mask).sum(1)
         rows = [(*text, score, kl) for text, score, kl in zip(texts, reward_fn(rollout, texts).tolist(), kls.tolist())]
         return rows[:len(prompts)]

@@ -23,6 +23,7 @@ import train_sft
 from support import stages
 from support.flags import UserError
 from tools import label
+from tokenizer import tokenizer_id
 
 
 def config(sft, folder, **flags):
@@ -316,7 +317,7 @@ def test_a_reward_model_learns_from_what_the_labeller_chose(tmp_path):
     by_atlas(sft, tmp_path / "fresh", n=600, seed=1)
     split = data.load_comparisons(str(tmp_path / "fresh" / "pairs.jsonl"), atlas.tokenizer(), 256, skip_bad=False)
     reward_model, _ = stages.load_reward_model(train_ppo.Config(rm=str(tmp_path / "rm" / "rm.pt")),
-                                                  data.tokenizer_id(atlas.tokenizer()), 256, "cpu")
+                                                  tokenizer_id(atlas.tokenizer()), 256, "cpu")
     margins = train_rm.margins_of(reward_model, split.train + split.heldout, 64, atlas.tokenizer().eot_token, "cpu",
                                   nullcontext)
     # A coin's share among 600 has a standard error of 0.02; the labeller itself is not always of one mind.

@@ -98,7 +98,7 @@ def test_a_reward_model_must_read_all_that_the_policy_writes(world):
         run("ppo", folder, rm=str(small / "rm.pt"))
     shutil.copy(small / "rm.pt", folder), (folder / "sft.pt").unlink()
     with pytest.raises(UserError, match="reward model reads 32 tokens and the policy may write 64"):
-        run("ppo", folder)
+        run("ppo", folder, block_size=64)
     assert not (folder / "sft.pt").exists()
 
 

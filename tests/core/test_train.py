@@ -563,11 +563,15 @@ def test_a_constant_in_the_reward_changes_nothing(world, tmp_path):
 
 def test_groups_whose_scores_agree_teach_nothing(world, tmp_path, monkeypatch):
     """A question may pay more than another: --advantage=group compares the answers to one question only."""
+    (tmp_path / "reward.py").write_text(
+        "calls = []\ndef f(prompts, responses):\n    calls.append(1)\n"
+        "    return [sum(map(ord, p + r * (len(calls) == 1))) % 9.0 for p, r in zip(prompts, responses)]\n")
     loss, folder = Spy(monkeypatch, "policy_loss"), world("ppo")
-    run("ppo", folder, reward=reward_file(tmp_path, "[len(p) for p in prompts]"), eos_penalty=0.0, max_iters=1,
+    run("ppo", folder, reward=f"{tmp_path / 'reward.py'}:f", eos_penalty=0.0, max_iters=2, epochs=1, minibatches=1,
         advantage="group", samples_per_prompt=4)
-    assert metrics(folder, "ppo")[0]["score_std"] > 0
-    assert not any(args[2].any() for args, _ in loss.calls)
+    assert metrics(folder, "ppo")[1]["score_std"] > 0
+    first, second = (args[2] for args, _ in loss.calls)
+    assert first.any() and not second.any()
 
 
 def test_where_no_score_differs_the_policy_learns_nothing(world, tmp_path, monkeypatch):

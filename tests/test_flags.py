@@ -136,24 +136,16 @@ class DataProblem(ValueError):
     pass
 
 
-@pytest.mark.parametrize("error", [UserError("bad value"), DataProblem("bad value")])
-def test_main_turns_the_named_errors_into_a_sentence_and_code_2(error, monkeypatch, capsys):
+@pytest.mark.parametrize("error, code", [
+    (UserError("bad value"), 2), (DataProblem("bad value"), 2),
+    (OSError("could not write a.pt (disk full)"), 1), (FloatingPointError("bad"), 1)])
+def test_an_error_of_the_user_or_the_machine_is_a_sentence_and_a_code(error, code, monkeypatch, capsys):
     def train(config):
         raise error
     monkeypatch.setattr("sys.argv", ["dir/train_x.py"])
     with pytest.raises(SystemExit) as exit:
         run_script(train, Config, "doc", DataProblem)
-    assert exit.value.code == 2 and capsys.readouterr().err == "train_x.py: bad value\n"
-
-
-@pytest.mark.parametrize("error", [OSError("could not write a.pt (disk full)"), FloatingPointError("bad")])
-def test_main_turns_a_full_disk_and_bad_numbers_into_a_sentence_and_code_1(error, monkeypatch, capsys):
-    def train(config):
-        raise error
-    monkeypatch.setattr("sys.argv", ["train_x.py"])
-    with pytest.raises(SystemExit) as exit:
-        run_script(train, Config, "doc", DataProblem)
-    assert exit.value.code == 1 and capsys.readouterr().err == f"train_x.py: {error}\n"
+    assert exit.value.code == code and capsys.readouterr().err == f"train_x.py: {error}\n"
 
 
 def test_main_lets_a_bug_show_its_traceback(monkeypatch):

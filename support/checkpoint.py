@@ -186,6 +186,11 @@ def require_same_run(saved, now):
         return [f"{name} was {saved[field][name]} and is {now[field][name]}" for name in names
                 if name in saved[field] and saved[field][name] != now[field][name]]
 
+    def source(run, name):
+        """The hash of a file; of --reward, "f of <hash>", only the function's name: a function may be mended."""
+        recorded = run["sources"].get(name)
+        return recorded.partition(" of ")[0] if recorded and name == "reward" else recorded
+
     changed = differences("model_config", now["model_config"]) + differences("tokenizer", (
         "n_vocab", "sha256", "eos", "special_tokens", "chat"))
     require(not changed, "--resume found a checkpoint of another model or tokenizer: " + ", ".join(changed))
@@ -197,16 +202,14 @@ def require_same_run(saved, now):
         changed = [f"--objective was {rung}, which python -m experiments.ladder --objective={rung} continues"]
     require(not changed, "--resume continues the same run, but " + ", ".join(changed) + ": give the old values, or "
             "start again with --overwrite")
-    theirs, ours = ({name: str(source).partition(" of ") for name, source in run["sources"].items()} for run in
-                    (saved, now))
-    changed = [name for name, (source, *_) in ours.items() if theirs.get(name, [None])[0] != source]
+    changed = [name for name in now["sources"] if source(saved, name) != source(now, name)]
     changed += ["--data"] if saved["data"] != now["data"] else []
     require(not changed, f"this run began with another {' and '.join(changed)}: put it back, or start again "
             "with --overwrite")
     limit = now["flags"]["max_iters"]
     require(saved["iter"] < limit, f"the checkpoint is at iteration {saved['iter']} already: raise --max_iters="
                                    f"{limit} to continue")
-    if theirs.get("reward") != ours.get("reward"):  # "f of <sha256>": a function may be mended
+    if saved["sources"].get("reward") != now["sources"].get("reward"):
         print("note: the file of --reward has changed since the checkpoint: the run goes on with what it says now")
     changed = [f"--{line}" for line in differences("flags", sorted(MAY_CHANGE_LAST_BITS))]
     changed += differences("machine", now["machine"])

@@ -23,7 +23,7 @@ from rollout import generate, score_response, score_values
 from support import distributed
 from support.device import generator, maybe_compile
 from support.flags import UserError, require
-from tokenizer import decode
+from tokenizer import decode, eos_ids
 
 
 class Experience:
@@ -34,7 +34,7 @@ class Experience:
 
     def __init__(self, config, encoding, device, autocast, micro_batch_size):
         self.config, self.encoding, self.device, self.autocast = config, encoding, device, autocast
-        self.eos, self.micro_batch_size = encoding.eot_token, micro_batch_size
+        self.eos, self.micro_batch_size = eos_ids(encoding), micro_batch_size
         self.score_response = autocast()(maybe_compile(partial(score_response, temperature=config.temperature),
                                                        config.compile))
         self.score_values = autocast()(maybe_compile(score_values, config.compile))
@@ -47,11 +47,11 @@ class Experience:
 
     def sample(self, policy, prompts, rng):
         """Rollout of the policy on prompts, lists of ids. All processes must get as many (distributed.fill_up)."""
-        tokens, prompt_lens = (x.to(self.device) for x in collate_prompts(distributed.shard(prompts), self.eos))
+        tokens, prompt_lens = (x.to(self.device) for x in collate_prompts(distributed.shard(prompts), self.eos[0]))
         with self.autocast(), distributed.unsharded(policy):
             rollout = generate(policy, tokens, prompt_lens, self.config.max_new_tokens, eos=self.eos,
                                temperature=self.config.temperature, generator=rng)
-        return distributed.gather(rollout, tokens=self.eos)
+        return distributed.gather(rollout, tokens=self.eos[0])
 
     def collect(self, policy, prompts, rng):
         """Rollout of the policy on prompts, and its texts [(prompt, response)]."""

@@ -1,16 +1,18 @@
 """
-A GPT-2 transformer with the heads RLHF needs (policy, value, scalar reward) and a KV cache for sampling.
+A transformer with the heads RLHF needs (policy, value, scalar reward) and a KV cache for sampling. One trunk is GPT-2
+or one of the Llama family (Llama 3, SmolLM2, Qwen2, Qwen3), by the fields of GPTConfig.
 
 The trunk returns hidden states and the caller applies the heads, because PPO wants logits at response
 positions only and a reward model wants none. There is no loss, no sampling and no optimizer in this file.
 
-Shapes: B batch, T sequence length, C width (n_embd), V vocabulary, nh heads of size hd = C / nh.
+Shapes: B batch, T sequence length, C width (n_embd), V vocabulary, nh heads of size hd; nkv heads of keys and values.
 Sequences are padded on the right only: position ids are 0..T-1 in every row, and since causal attention
 never looks right, no real token can see a pad, so a pass over whole sequences needs no attention mask.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Optional
 
 import torch
 import torch.nn as nn
@@ -20,7 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)  # frozen, as a dropout that is changed after the layers are built would do nothing
 class GPTConfig:
-    """Sizes of a GPT. Raises ValueError for sizes that cannot be built."""
+    """Sizes and kind of a GPT; the defaults are GPT-2's. A size that is None becomes the number it stands for. Raises
+    ValueError for a model that cannot be built."""
     block_size: int       # longest sequence: prompt and response together
     vocab_size: int
     n_layer: int
@@ -28,20 +31,48 @@ class GPTConfig:
     n_embd: int
     dropout: float = 0.0  # 0 for PPO: its ratio compares two passes, and dropout would make them differ
     bias: bool = True     # biases in linear and LayerNorm layers, as in GPT-2
+    n_kv_head: Optional[int] = None  # each key and value serves n_head / n_kv_head query heads; None: n_head
+    head_dim: Optional[int] = None   # None: n_embd / n_head
+    mlp_dim: Optional[int] = None    # None: 4 * n_embd
+    norm: str = "layer"              # layer | rms
+    norm_eps: float = 1e-5
+    position: str = "learned"        # learned | rope
+    rope_base: float = 10_000.0
+    rope_scaling: Optional[tuple] = None  # Llama 3's factor, low_freq_factor, high_freq_factor, original block_size
+    mlp: str = "gelu"                # gelu (the tanh form of GPT-2) | gelu_erf (the exact one of nanoGPT) | swiglu
+    qkv_bias: bool = False           # biases in c_attn even if bias is False, as in Qwen2
+    qk_norm: bool = False            # RMSNorm of each head's query and key, as in Qwen3
+    tied: bool = True                # the policy head is the token embedding
 
     def __post_init__(self):
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+        self.require_whole("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
+        if self.head_dim is None and self.n_embd % self.n_head:
+            raise ValueError(f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}")
+        for name, value in {"n_kv_head": self.n_head, "head_dim": self.n_embd // self.n_head,
+                            "mlp_dim": 4 * self.n_embd}.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        self.require_whole("n_kv_head", "head_dim", "mlp_dim")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head={self.n_head} must be divisible by n_kv_head={self.n_kv_head}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout!r} must be at least 0 and below 1")
+        for name, kinds in (("norm", ("layer", "rms")), ("position", ("learned", "rope")),
+                            ("mlp", ("gelu", "gelu_erf", "swiglu"))):
+            if getattr(self, name) not in kinds:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(kinds)}")
+        if self.position == "rope" and self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even, as RoPE turns pairs of numbers")
+
+    def require_whole(self, *names):
+        for name in names:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name}={value!r} must be a positive whole number")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout!r} must be at least 0 and below 1")
 
 
 class KVCache:
-    """Keys and values of the positions seen so far: k[layer] and v[layer], (B, nh, max_len, hd) each.
+    """Keys and values of the positions seen so far: k[layer] and v[layer], (B, nkv, max_len, hd) each.
 
     Slot p of a row belongs to position p of that row, so ragged rows need no shifting and no left padding:
     each row's next token simply goes to its own next slot. Written in place, so use it under torch.no_grad().
@@ -50,10 +81,10 @@ class KVCache:
     NaN, so the slots must hold finite numbers. They do: zeros at first, then keys and values of token ids
     (pads of a shorter prompt, an earlier use of this cache), finite unless the model itself is broken.
 
-    Raises ValueError if max_len exceeds block_size, as there is no position embedding beyond it."""
+    Raises ValueError if max_len exceeds block_size, as the model knows no position beyond it."""
 
     def __init__(self, config, batch_size, max_len, device, dtype):
-        empty = torch.empty(batch_size, config.n_head, 0, config.n_embd // config.n_head, device=device, dtype=dtype)
+        empty = torch.empty(batch_size, config.n_kv_head, 0, config.head_dim, device=device, dtype=dtype)
         self.k, self.v = [empty] * config.n_layer, [empty] * config.n_layer
         self.rows = torch.arange(batch_size, device=device)
         self.batch_size, self.block_size, self.max_len = batch_size, config.block_size, 0
@@ -77,69 +108,111 @@ class KVCache:
             raise ValueError(f"{length} positions do not fit in a cache of max_len={self.max_len}")
 
     def update(self, layer, k, v, positions):
-        """Store k, v (B, nh, T, hd) of one layer; return those to attend to."""
+        """Store k, v (B, nkv, T, hd) of one layer; return those to attend to."""
         if positions is None:  # prefill: slots 0..T-1 of every row, which see only each other
             self.k[layer][:, :, :k.size(2)] = k
             self.v[layer][:, :, :k.size(2)] = v
             return k, v
         self.k[layer][self.rows, :, positions] = k[:, :, 0]
         self.v[layer][self.rows, :, positions] = v[:, :, 0]
-        return self.k[layer], self.v[layer]  # (B, nh, max_len, hd) each
+        return self.k[layer], self.v[layer]  # (B, nkv, max_len, hd) each
+
+
+def rope(config, where):
+    """cos and sin of RoPE's angles [Su et al. 2021, 2104.09864] at positions `where`, (T,) or (B, T): (1, T, hd / 2) or
+    (B, 1, T, hd / 2), in float32 under any autocast, as half a turn at position 8,000 is lost in bfloat16."""
+    freqs = 1 / config.rope_base ** (torch.arange(0, config.head_dim, 2, device=where.device) / config.head_dim)
+    if config.rope_scaling:  # Llama 3.1: low frequencies are stretched, those that turn often in training are kept
+        factor, low, high, original = config.rope_scaling
+        keep = ((original * freqs / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        freqs = keep * freqs + (1 - keep) * freqs / factor
+    angles = (where.unsqueeze(-1) * freqs).unsqueeze(-3)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Turns x (B, n, T, hd) by the angles of its positions. The pairs are (i, i + hd / 2), as in Hugging Face's files;
+    Meta's own have (2i, 2i + 1)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
 
 
 def attention(q, k, v, mask, dropout):
-    """softmax(q k^T / sqrt(hd)) v, (B, nh, T, hd), for q (B, nh, T, hd) and k, v (B, nh, S, hd). `mask`, broadcast to
-    (B, nh, T, S), is True where a query may look; None means causal, with T = S."""
+    """softmax(q k^T / sqrt(hd)) v, (B, nh, T, hd), for q (B, nh, T, hd) and k, v (B, nkv, S, hd): query head h looks at
+    key head h * nkv // nh. `mask`, broadcast to (B, nh, T, S), is True where a query may look; None means causal, with
+    T = S."""
+    group = q.size(1) // k.size(1)
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout,
+                                              enable_gqa=group > 1)
     # Written out, because torch's own bfloat16 kernels for a CPU take 1.3 to 5 times as long (docs/benchmarks.md).
     if mask is None:
         mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril()
+    k, v = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (k, v))
     weights = (q / math.sqrt(q.size(3)) @ k.transpose(2, 3)).masked_fill(~mask, -torch.inf)
     weights = torch.softmax(weights, dim=-1, dtype=weights.dtype)  # dtype: else autocast makes it float32, and slow
     return F.dropout(weights, dropout) @ v
 
 
+def norm(config, size):
+    if config.norm == "rms":
+        return nn.RMSNorm(size, eps=config.norm_eps)
+    return nn.LayerNorm(size, eps=config.norm_eps, bias=config.bias)
+
+
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.config, self.layer = config, layer
+        self.heads = [config.n_head, config.n_kv_head, config.n_kv_head]  # of q, k and v
+        self.c_attn = nn.Linear(config.n_embd, sum(self.heads) * config.head_dim, bias=config.bias or config.qkv_bias)
+        self.c_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (nn.RMSNorm(config.head_dim, eps=config.norm_eps) for _ in range(2))
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, cache=None, positions=None, mask=None):
-        B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, nh, T, hd) each
+    def forward(self, x, rotation=None, cache=None, positions=None, mask=None):
+        B, T, _ = x.shape
+        qkv = self.c_attn(x).view(B, T, -1, self.config.head_dim).transpose(1, 2)  # (B, nh + 2 nkv, T, hd)
+        q, k, v = qkv.split(self.heads, dim=1)
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotation:  # before the cache, so that it holds turned keys and no step turns them again
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is not None:
             k, v = cache.update(self.layer, k, v, positions)
-        y = attention(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, nh, T, hd)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+        y = attention(q, k, v, mask, self.config.dropout if self.training else 0.0)  # (B, nh, T, hd)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, -1)))
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.kind, gates = config.mlp, config.mlp == "swiglu"
+        self.c_fc = nn.Linear(config.n_embd, config.mlp_dim * (1 + gates), bias=config.bias)
+        self.c_proj = nn.Linear(config.mlp_dim, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        # GPT-2 was trained with the tanh form; the exact erf GELU moves every logit a little
-        return self.resid_dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+        x = self.c_fc(x)
+        if self.kind == "swiglu":
+            gate, up = x.chunk(2, dim=-1)
+            x = F.silu(gate) * up
+        else:  # the two forms of GELU differ a little in every logit
+            x = F.gelu(x, approximate="tanh" if self.kind == "gelu" else "none")
+        return self.resid_dropout(self.c_proj(x))
 
 
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = norm(config, config.n_embd)
         self.attn = Attention(config, layer)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = norm(config, config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None, positions=None, mask=None):
-        x = x + self.attn(self.ln_1(x), cache, positions, mask)
+    def forward(self, x, *where):
+        x = x + self.attn(self.ln_1(x), *where)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -154,10 +227,11 @@ class Trunk(nn.Module):
         super().__init__()
         self.config, self.recompute = config, False
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        if config.position == "learned":
+            self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
-        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_f = norm(config, config.n_embd)
 
         for name, p in self.named_parameters():
             if name.endswith("bias"):
@@ -192,10 +266,16 @@ class Trunk(nn.Module):
             cache.check(B, int(positions.max()) + 1 if positions.device.type == "cpu" else 0)
             where = positions.unsqueeze(1)  # (B, 1)
             mask = (torch.arange(cache.max_len, device=idx.device) <= where)[:, None, None]  # (B, 1, 1, max_len)
-        x = self.dropout(self.wte(idx) + self.wpe(where))  # (B, T, C)
+        x, rotation = self.wte(idx), None  # (B, T, C)
+        if self.config.position == "learned":
+            x = x + self.wpe(where)
+        else:
+            rotation = rope(self.config, where)
+        x = self.dropout(x)
         recompute = self.recompute and cache is None and torch.is_grad_enabled()
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x, cache, positions, mask)
+            x = checkpoint(block, x, rotation, use_reentrant=False) if recompute else \
+                block(x, rotation, cache, positions, mask)
         return self.ln_f(x)
 
 
@@ -232,6 +312,9 @@ class GPT(nn.Module):
         self.config = config
         self.trunk = Trunk(config)
         self.value_head = ScalarHead(config)
+        if not config.tied:
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+            nn.init.normal_(self.lm_head.weight, std=0.02)
 
     @property
     def n_params(self):
@@ -242,5 +325,5 @@ class GPT(nn.Module):
         return self.trunk(idx, cache, positions)
 
     def policy_head(self, hidden):
-        """Hidden states (..., C) -> logits (..., V). Exactly V: a padded id could be sampled, not decoded."""
-        return F.linear(hidden, self.trunk.wte.weight)  # tied to the token embedding, as in GPT-2
+        """Hidden states (..., C) -> logits (..., V)."""
+        return F.linear(hidden, (self.trunk.wte if self.config.tied else self.lm_head).weight)

@@ -1,102 +1,290 @@
 """
-Hugging Face's GPT-2 format: from_pretrained reads a checkpoint, save_pretrained writes one with its tokenizer.
+Hugging Face's formats: from_pretrained reads a GPT-2, Llama, Qwen2 or Qwen3 checkpoint, save_pretrained writes one
+with its tokenizer.
 
-The names of the weights, the layout of the linear layers and the fields of config.json are known here only.
+The names of weights and of config.json's fields stand here only, in one table per family that serves both directions.
+model.py's trunk is what it is: a config.json that asks for anything else is refused, naming the field.
 """
 
 import json
 import re
 import tempfile
+import zipfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from model import GPT, GPTConfig
-from tokenizer import EOT, tokenizer_json
+from support.weights import WEIGHTS, download, names_in, read_folder, read_json, read_weights, write_safetensors
+from tokenizer import PretrainedEncoding, eos_ids, hub_folder, tokenizer_json
 
-GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
-GPT2_URL = "https://huggingface.co/{name}/resolve/main/{file}"
+# ---------------------------------------------------------------------------------------------------------------------
+# the families
 
-# model.py's trunk does these in one way only: a config.json that says otherwise is refused. Absent fields mean these.
-GPT2_FIXED = dict(activation_function="gelu_new", layer_norm_epsilon=1e-5, scale_attn_weights=True,
-                  scale_attn_by_inverse_layer_idx=False, add_cross_attention=False, tie_word_embeddings=True)
 
+@dataclass(frozen=True)
+class Family:
+    architecture: str  # transformers' class
+    kind: dict         # GPTConfig fields that all models of the family share
+    fields: dict       # GPTConfig field -> field of config.json
+    optional: tuple    # of these, those that a config.json may lack
+    fixed: dict        # fields of config.json that must have this value, or be absent
+    prefix: str        # before the names of all weights but lm_head's; some files leave it out
+    names: dict        # our module -> theirs; several are one of ours, one below the other
+
+
+GPT2 = Family(
+    "GPT2LMHeadModel", {},
+    dict(block_size="n_positions", vocab_size="vocab_size", n_layer="n_layer", n_head="n_head", n_embd="n_embd",
+         mlp_dim="n_inner", norm_eps="layer_norm_epsilon", tied="tie_word_embeddings"),
+    ("mlp_dim", "norm_eps", "tied"),
+    dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False),
+    "transformer.",
+    {name: (name,) for name in ("wte", "wpe", "ln_f")} | {f"blocks.{{}}.{part}": (f"h.{{}}.{part}",) for part in (
+        "ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")})
+
+LLAMA = Family(
+    "LlamaForCausalLM", dict(norm="rms", position="rope", mlp="swiglu", bias=False),
+    dict(block_size="max_position_embeddings", vocab_size="vocab_size", n_layer="num_hidden_layers",
+         n_head="num_attention_heads", n_embd="hidden_size", n_kv_head="num_key_value_heads", head_dim="head_dim",
+         mlp_dim="intermediate_size", norm_eps="rms_norm_eps", tied="tie_word_embeddings"),
+    ("n_kv_head", "head_dim", "tied"),
+    dict(hidden_act="silu", attention_bias=False, mlp_bias=False, partial_rotary_factor=1.0, quantization_config=None),
+    "model.",
+    {"wte": ("embed_tokens",), "ln_f": ("norm",)} | {f"blocks.{{}}.{part}": tuple(
+        f"layers.{{}}.{name}" for name in names.split()) for part, names in {
+            "ln_1": "input_layernorm", "ln_2": "post_attention_layernorm",
+            "attn.c_attn": "self_attn.q_proj self_attn.k_proj self_attn.v_proj", "attn.c_proj": "self_attn.o_proj",
+            "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm",
+            "mlp.c_fc": "mlp.gate_proj mlp.up_proj", "mlp.c_proj": "mlp.down_proj"}.items()})
+
+# In a Qwen config.json that lacks the number of key heads or their size, transformers puts numbers of its own.
+QWEN2 = replace(LLAMA, architecture="Qwen2ForCausalLM", kind=LLAMA.kind | dict(qkv_bias=True),
+                optional=("head_dim", "tied"))
+QWEN3 = replace(LLAMA, architecture="Qwen3ForCausalLM", kind=LLAMA.kind | dict(qk_norm=True), optional=("tied",))
+FAMILIES = {"gpt2": GPT2, "llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3}
+
+GELU = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_erf"}  # activation_function of a GPT-2
+LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def family_of(config):
+    """The model_type of a GPTConfig."""
+    return "gpt2" if config.position == "learned" else "qwen3" if config.qk_norm else \
+        "qwen2" if config.qkv_bias else "llama"
+
+
+def tensors(model, names, conv1d=True):
+    """Yields (name, tensor) for each weight of a GPT but its value head, in the layout of the family's files. The
+    tensors are views of the parameters: reading copies into them, writing copies out of them."""
+    c = model.config
+    rows = {"c_attn": [c.n_head * c.head_dim] + 2 * [c.n_kv_head * c.head_dim], "c_fc": 2 * [c.mlp_dim]}
+    for ours, p in model.named_parameters():
+        if ours.startswith("value_head."):
+            continue
+        module, kind = ours.removeprefix("trunk.").rsplit(".", 1)
+        layer = re.search(r"\.(\d+)\.", module)
+        theirs = names.get(re.sub(r"\.\d+\.", ".{}.", module), (module,))
+        parts = p.detach().split(rows[module.rsplit(".", 1)[1]]) if len(theirs) > 1 else [p.detach()]
+        for name, part in zip(theirs, parts):
+            # GPT-2's linear layers are Conv1D modules, which store (in, out) where nn.Linear stores (out, in)
+            transposed = conv1d and theirs[0].startswith("h.") and part.dim() == 2
+            yield f"{name.format(layer and layer[1])}.{kind}", part.t() if transposed else part
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reading
 
 def from_pretrained(path_or_name):
-    """A GPT with the weights of a Hugging Face GPT-2 checkpoint, in float32; dropout 0, value head 0.
+    """A GPT with the weights of a pretrained language model, in float32; dropout 0, value head 0.
 
-    path_or_name is a folder with config.json and model.safetensors or pytorch_model.bin; or a weights
-    file (.safetensors, or anything torch.load reads), whose sizes are read off the shapes, with heads of
-    size 64; or one of GPT2_NAMES, downloaded once.
+    path_or_name is a folder as transformers writes it (config.json; model.safetensors or pytorch_model.bin, whole or in
+    shards); a GPT-2 weights file (.safetensors, .bin), whose sizes are read off the shapes, with heads of size 64; a
+    ckpt.pt of nanoGPT; or a public name such as gpt2 or Qwen/Qwen3-0.6B, downloaded once.
 
-    Raises FileNotFoundError for a path that is not there, OSError for a failed download, ImportError for
-    a safetensors file without that package, ValueError for a checkpoint that is not exactly a GPT-2."""
+    Raises FileNotFoundError for what is not there, OSError for a failed download, ValueError for a checkpoint that is
+    not exactly a model of one of FAMILIES."""
+    path = local_path(path_or_name)
+    config = config_of(path)
+    weights = read_nanogpt(path)[1] if is_nanogpt(path) else read_folder(path) if path.is_dir() else read_weights(path)
+    return fill(config, weights, path, conv1d=not is_nanogpt(path))
+
+
+def config_of(path):
+    """The GPTConfig of a checkpoint, without its weights."""
+    if is_nanogpt(path):
+        return read_nanogpt(path)[0]
+    return read_config(path) if path.is_dir() else config_from_shapes(read_weights(path), path)
+
+
+def local_path(path_or_name):
+    """The path of a checkpoint; that of a public name is in torch.hub's cache, downloaded first if need be."""
     path = Path(path_or_name)
-    if not path.exists():
-        if str(path_or_name) in GPT2_NAMES:
-            return download_gpt2(str(path_or_name))
-        raise FileNotFoundError(f"{path} does not exist: give a folder with config.json and "
-                                "model.safetensors or pytorch_model.bin, a weights file, or one of "
-                                + ", ".join(GPT2_NAMES))
-    if path.is_dir():
-        config = config_from_json(path / "config.json")
-        file = path / "model.safetensors"  # first, as in transformers: a .bin beside it may be stale
-        file = file if file.exists() else path / "pytorch_model.bin"
-        if not file.exists():
-            raise FileNotFoundError(f"{path} holds neither model.safetensors nor pytorch_model.bin")
-        weights = read_weights(file)
-    else:
-        weights = read_weights(path)
-        config = config_from_shapes(weights, path)
+    if path.exists():
+        return path
+    if is_public_name(path_or_name):
+        download(str(path_or_name), hub_folder(path_or_name))
+        return hub_folder(path_or_name)
+    raise FileNotFoundError(f"{path} does not exist: give a folder with config.json and model.safetensors or "
+                            "pytorch_model.bin, a weights file, or a public name such as gpt2 or Qwen/Qwen3-0.6B")
 
-    model = GPT(config)
-    names = {gpt2_name(name): p for name, p in model.trunk.named_parameters()}
-    missing, unknown = sorted(names.keys() - weights.keys()), sorted(weights.keys() - names.keys())
+
+def fill(config, weights, path, conv1d=True):
+    """A GPT of `config` with weights {name: tensor}. Raises ValueError unless each is there, fits, and has a place."""
+    family = FAMILIES[family_of(config)]
+    # The prefixes of torch.compile and of the family; and what some files store as if it were a weight
+    weights = {name.removeprefix("_orig_mod.").removeprefix(family.prefix): w for name, w in weights.items()}
+    weights = {name: w for name, w in weights.items()
+               if not name.endswith((".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq"))}
+    embedding = weights.get(family.names["wte"][0] + ".weight")
+    if config.tied and "lm_head.weight" in weights:
+        if embedding is None or not torch.equal(weights.pop("lm_head.weight"), embedding):
+            raise ValueError(f"{path}: lm_head.weight differs from the token embedding, but config.json's "
+                             "tie_word_embeddings, true or absent, says that they are one")
+    with torch.device("meta"):  # random weights would be overwritten, and take longer than reading
+        model = GPT(config)
+    model = model.to_empty(device="cpu")
+    for p in model.value_head.parameters():
+        torch.nn.init.zeros_(p)
+    places = dict(tensors(model, family.names, conv1d))
+    missing, unknown = sorted(places.keys() - weights.keys()), sorted(weights.keys() - places.keys())
     if missing or unknown:
-        raise ValueError(f"{path} is not a GPT-2 of {config.n_layer} layers: {len(missing)} weights are "
-                         f"missing {missing[:4]}, {len(unknown)} are unknown {unknown[:4]}")
-    with torch.no_grad():
-        for name, p in names.items():
-            w, shape = weights[name], p.shape[::-1] if is_conv1d(name) else p.shape
-            if w.shape != shape or not w.is_floating_point():
-                raise ValueError(f"{path}: {name} is {w.dtype} of shape {list(w.shape)}, but floats "
-                                 f"of shape {list(shape)} is needed")
-            p.copy_(w.t() if is_conv1d(name) else w)
+        raise ValueError(f"{path} is not a {family.architecture} of {config.n_layer} layers: {len(missing)} weights "
+                         f"are missing {missing[:4]}, {len(unknown)} have no place in one {unknown[:4]}")
+    for name, place in places.items():
+        w = weights[name]
+        if w.shape != place.shape or not w.is_floating_point():
+            raise ValueError(f"{path}: {name} is {w.dtype} of shape {list(w.shape)}, but floats of shape "
+                             f"{list(place.shape)} are needed")
+        place.copy_(w)
     return model
 
 
-def save_pretrained(model, encoding, path):
-    """Writes the folder `path` for transformers' AutoModelForCausalLM and AutoTokenizer: the weights, the sampling and
-    the ids are those of this project. The value head is not part of that format and is left out.
+def read_config(folder):
+    """GPTConfig from a folder's config.json. Raises ValueError naming the field that the trunk cannot be."""
+    file = folder / "config.json"
+    fields = read_json(file, "without it nobody knows what the weights are")
+    family = FAMILIES.get(fields.get("model_type"))
 
-    The folder appears complete or not at all. Raises ValueError for a model without biases or with fewer ids than the
+    def refuse_unless(fits, name, known):
+        if not fits:
+            raise ValueError(f"{file}: {name}={fields.get(name)!r} is not supported, only {known}")
+
+    refuse_unless(family, "model_type", ", ".join(FAMILIES))
+    fields.setdefault("n_positions", fields.get("n_ctx"))  # GPT-2's older name for it
+    sizes = {}
+    for ours, theirs in family.fields.items():
+        if fields.get(theirs) is not None:
+            sizes[ours] = fields[theirs]
+        elif ours not in family.optional:
+            raise ValueError(f"{file}: the field {theirs!r} is missing")
+    for name, value in family.fixed.items():
+        refuse_unless(fields.get(name) in (None, value), name, repr(value))
+    if family is GPT2:
+        activation = fields.get("activation_function") or "gelu_new"
+        refuse_unless(activation in GELU, "activation_function", ", ".join(GELU))
+        sizes["mlp"] = GELU[activation]
+    else:
+        slides = set(fields.get("layer_types") or []) - {"full_attention"} or fields.get("use_sliding_window")
+        refuse_unless(not slides or (fields.get("sliding_window") or 0) >= sizes["block_size"], "sliding_window",
+                      "one as long as max_position_embeddings")
+        # transformers 5 writes rope_parameters; before it were rope_theta and rope_scaling
+        rope = fields.get("rope_parameters") or {"rope_theta": fields.get("rope_theta")} | (
+            fields.get("rope_scaling") or {})
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        refuse_unless(kind in ("default", "llama3"), "rope_parameters" if "rope_parameters" in fields else
+                      "rope_scaling", "the kinds default and llama3")
+        sizes["rope_base"] = float(rope.get("rope_theta") or 10_000.0)
+        if kind == "llama3":
+            refuse_unless(all(type(rope.get(name)) in (int, float) for name in LLAMA3_SCALING), "rope_scaling",
+                          "numbers for " + ", ".join(LLAMA3_SCALING))
+            sizes["rope_scaling"] = tuple(rope[name] for name in LLAMA3_SCALING)
+    try:
+        config = GPTConfig(**family.kind | sizes)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} is no config.json of a {family.architecture} ({error})") from error
+    return config if "tied" in sizes else replace(config, tied="lm_head.weight" not in names_in(folder))
+
+
+def config_from_shapes(weights, file):
+    """GPTConfig from the shapes of GPT-2 weights. Heads cannot be seen in them; OpenAI's all have size 64."""
+    shapes = {name.removeprefix(GPT2.prefix): w.shape for name, w in weights.items()}
+    for name in ("wte.weight", "wpe.weight"):
+        if len(shapes.get(name, ())) != 2:
+            raise ValueError(f"{file} has no {name}, so it is not a GPT-2: give a folder with config.json")
+    (vocab_size, n_embd), (block_size, _) = shapes["wte.weight"], shapes["wpe.weight"]
+    if n_embd % 64:
+        raise ValueError(f"{file}: n_embd={n_embd} is not a multiple of 64, the head size assumed without a "
+                         "config.json: give a folder that has one")
+    layers = {int(name.split(".")[1]) for name in shapes if re.match(r"h\.\d+\.", name)}
+    return GPTConfig(block_size, vocab_size, max(layers, default=0) + 1, n_embd // 64, n_embd)
+
+
+def is_nanogpt(path):
+    """Whether a file is a checkpoint of nanoGPT's train.py."""
+    if Path(path).suffix != ".pt" or not zipfile.is_zipfile(path):
+        return False
+    try:
+        return {"model", "model_args"} <= set(torch.load(path, map_location="meta", weights_only=True))
+    except Exception:  # whatever is wrong with it: the reader of checkpoints will say so
+        return False
+
+
+def read_nanogpt(path):
+    """(GPTConfig, weights) of a ckpt.pt. nanoGPT's GELU is the exact one, since 2023."""
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        return GPTConfig(**checkpoint["model_args"] | dict(dropout=0.0, mlp="gelu_erf")), checkpoint["model"]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: model_args are not those of nanoGPT ({error})") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# writing
+
+def save_pretrained(model, encoding, path):
+    """Writes the folder `path` for transformers' AutoModelForCausalLM and AutoTokenizer: the weights in float32, the
+    sampling and the ids are those of this project. The value head is not part of that format and is left out.
+
+    The folder appears complete or not at all. Raises ValueError for a model of no family or with fewer ids than the
     encoding, DataError if the encoding cannot be written, FileExistsError if `path` is there and no empty folder."""
-    path, c = Path(path), model.config
-    if not c.bias:
-        raise ValueError("a model with bias=False cannot be saved as GPT-2, which has biases everywhere")
+    path, c = Path(path), replace(model.config, dropout=0.0)
+    name = family_of(c)
+    family = FAMILIES[name]
+    if name == "gpt2" and not c.bias:  # GPT-2 has biases everywhere: zeros
+        c = replace(c, bias=True)
+        full = GPT(c)
+        full.load_state_dict(model.state_dict(), strict=False)
+        model = full
     if encoding.n_vocab > c.vocab_size:
         raise ValueError(f"the encoding has {encoding.n_vocab:,} ids and the model {c.vocab_size:,}: save it with the "
                          "encoding that it was trained with")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists and is not an empty folder: choose another path")
-    weights = {}
-    for name, p in model.trunk.named_parameters():
-        w = p.detach().cpu()
-        name = gpt2_name(name)
-        weights["transformer." + name] = w.t().contiguous() if is_conv1d(name) else w.clone()
-    eos = dict(bos_token_id=encoding.eot_token, eos_token_id=encoding.eot_token)
-    config = dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], vocab_size=c.vocab_size,
-                  n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
-                  n_inner=None, embd_pdrop=c.dropout, attn_pdrop=c.dropout, resid_pdrop=c.dropout,
-                  **eos, **GPT2_FIXED)
+
+    eos, text = eos_ids(encoding), lambda token: token if token is None else encoding.decode([token])
+    pretrained = isinstance(encoding, PretrainedEncoding)
+    bos, pad = (encoding.bos, encoding.pad) if pretrained else (eos[0], eos[0])
+    pad = eos[0] if pad is None else pad
+    special = dict(bos_token_id=bos, eos_token_id=eos if len(eos) > 1 else eos[0], pad_token_id=pad)
+    config = dict(model_type=name, architectures=[family.architecture], torch_dtype="float32", **special,
+                  **family.fixed, **{theirs: getattr(c, ours) for ours, theirs in family.fields.items()})
+    if family is GPT2:
+        config |= dict(activation_function={ours: theirs for theirs, ours in GELU.items()}[c.mlp], attn_pdrop=0.0,
+                       embd_pdrop=0.0, resid_pdrop=0.0)
+    else:  # the older spelling, which every transformers reads
+        scaling = c.rope_scaling and dict(zip(LLAMA3_SCALING, c.rope_scaling), rope_type="llama3")
+        config |= dict(rope_theta=c.rope_base, rope_scaling=scaling, use_sliding_window=False)
     # top_k=0, because transformers takes 50 by default, which is another distribution than the one PPO trained.
-    generation = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_length=c.block_size,
-                      pad_token_id=encoding.eot_token, **eos)
+    generation = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_length=c.block_size, **special)
     # The class is named, because for a GPT-2 transformers would take one with GPT-2's own split pattern. A special
     # token's name in a text is text. Padding is on the left, where generate needs it.
-    tokenizer = dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=c.block_size, bos_token=EOT,
-                     eos_token=EOT, pad_token=EOT, split_special_tokens=True, padding_side="left",
+    tokenizer = dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=c.block_size, bos_token=text(bos),
+                     eos_token=text(eos[0]), pad_token=text(pad), split_special_tokens=True, padding_side="left",
                      clean_up_tokenization_spaces=False)
+    if pretrained and encoding.chat_template:
+        tokenizer["chat_template"] = encoding.chat_template
     contents = {"config.json": config, "generation_config.json": generation, "tokenizer_config.json": tokenizer,
                 "tokenizer.json": tokenizer_json(encoding)}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,106 +293,33 @@ def save_pretrained(model, encoding, path):
         folder.mkdir()
         for file, fields in contents.items():
             (folder / file).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-        torch.save(weights, folder / "pytorch_model.bin")
+        if read_config(folder) != c:
+            raise ValueError(f"no model of transformers is like this one: {c}")
+        write_safetensors({(name if name.startswith("lm_head") else family.prefix + name): w
+                           for name, w in tensors(model, family.names)}, folder / WEIGHTS[0])
         if path.exists():
             path.rmdir()  # empty; Windows renames onto no folder
         folder.rename(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the format
+# public names
 
-def gpt2_name(name):
-    """Our trunk's parameter name -> GPT-2's. Only the list of blocks is called differently."""
-    return re.sub(r"^blocks\.", "h.", name)
+GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
 
 
-def is_conv1d(name):
-    """GPT-2's linear layers are Conv1D modules, which store (in, out) where nn.Linear stores (out, in)."""
-    return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-
-
-def read_weights(file):
-    """GPT-2 weights by name, less their optional "transformer." prefix and whatever is not a weight."""
-    if file.suffix == ".safetensors":
-        try:
-            from safetensors.torch import load_file
-        except ImportError:
-            raise ImportError(f"{file} needs `pip install safetensors`; a .bin file does not") from None
-    try:
-        if file.suffix == ".safetensors":
-            weights = load_file(file)
-        else:
-            weights = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file raises anything from EOFError to RuntimeError
-        raise ValueError(f"{file} cannot be read as weights ({type(error).__name__})") from error
-    if not isinstance(weights, dict) or not all(isinstance(w, torch.Tensor) for w in weights.values()):
-        raise ValueError(f"{file} is not a plain dictionary of weights, as GPT-2 checkpoints are")
-    weights = {name.removeprefix("transformer."): w for name, w in weights.items()}
-    lm_head = weights.pop("lm_head.weight", None)
-    if lm_head is not None and not torch.equal(lm_head, weights.get("wte.weight", lm_head)):
-        raise ValueError(f"{file}: lm_head.weight differs from wte.weight; only tied models can be loaded")
-    # older checkpoints store each layer's causal mask as if it were a weight
-    return {name: w for name, w in weights.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}
-
-
-def config_from_json(file):
-    """GPTConfig from a GPT-2 config.json. Raises ValueError naming the field for another architecture."""
-    if not file.exists():
-        raise FileNotFoundError(f"{file} is missing: without it give the weights file itself")
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-        if fields["model_type"] != "gpt2":
-            raise ValueError(f"{file}: model_type is {fields['model_type']!r}, not 'gpt2'")
-        config = GPTConfig(fields["n_positions"], fields["vocab_size"], fields["n_layer"], fields["n_head"],
-                           fields["n_embd"])
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
-        raise ValueError(f"{file} is not a GPT-2 config.json ({error})") from error
-    except KeyError as error:
-        raise ValueError(f"{file}: the field {error} is missing") from None
-    for name, value in dict(GPT2_FIXED, n_inner=4 * config.n_embd).items():
-        given = value if fields.get(name) is None else fields[name]
-        if given != value and given != "gelu_pytorch_tanh":  # gelu_new by its other name
-            raise ValueError(f"{file}: {name}={given!r} is not supported, only {value!r}")
-    return config
-
-
-def config_from_shapes(weights, file):
-    """GPTConfig from the shapes of GPT-2 weights. Heads cannot be seen in them; OpenAI's all have size 64."""
-    for name in ("wte.weight", "wpe.weight"):
-        if name not in weights or weights[name].dim() != 2:
-            raise ValueError(f"{file} has no {name}, so it is not a GPT-2")
-    (vocab_size, n_embd), block_size = weights["wte.weight"].shape, weights["wpe.weight"].size(0)
-    if n_embd % 64:
-        raise ValueError(f"{file}: n_embd={n_embd} is not a multiple of 64, the head size assumed without a "
-                         "config.json: give a folder that has one")
-    layers = {int(name.split(".")[1]) for name in weights if re.match(r"h\.\d+\.", name)}
-    return GPTConfig(block_size, vocab_size, max(layers, default=0) + 1, n_embd // 64, n_embd)
-
-
-def download_gpt2(name):
-    """A public GPT-2 by name from torch.hub's cache, downloaded there first if need be (0.3 to 6 GB)."""
-    folder = Path(torch.hub.get_dir()) / "checkpoints" / name
-    if (folder / "pytorch_model.bin").exists():
-        return from_pretrained(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    # A connection that closes early looks like the end of the file: only what has loaded enters the cache.
-    with tempfile.TemporaryDirectory(dir=folder) as partial:
-        for file in ("config.json", "pytorch_model.bin"):
-            url = GPT2_URL.format(name=name, file=file)
-            try:
-                torch.hub.download_url_to_file(url, f"{partial}/{file}")
-            except OSError as error:
-                raise OSError(f"could not download {url} ({error}): check the connection, or give a folder "
-                              "with config.json and pytorch_model.bin") from error
-        model = from_pretrained(partial)
-        for file in ("config.json", "pytorch_model.bin"):  # weights last: their presence means all is there
-            (Path(partial) / file).replace(folder / file)
-    return model
+def is_public_name(path_or_name):
+    """Whether this can be a name on Hugging Face's hub: a GPT-2's, or owner/model that is no path to a file."""
+    name = str(path_or_name)
+    return name in GPT2_NAMES or bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)) and not re.search(
+        r"\.(pt|bin|safetensors|json)$", name)
 
 
 def is_pretrained(path_or_name):
-    """Whether this names pretrained weights: a folder, a weights file, or a public name that no path has."""
+    """Whether this names pretrained weights: a folder, a weights file, nanoGPT's checkpoint, or a public name that no
+    path has."""
     path = Path(path_or_name)
-    return path.is_dir() or path.suffix in (".safetensors", ".bin") or \
-        (str(path_or_name) in GPT2_NAMES and not path.exists())
+    return path.is_dir() or path.suffix in (".safetensors", ".bin") or is_nanogpt(path) or \
+        not path.exists() and is_public_name(path_or_name)
+
+

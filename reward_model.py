@@ -6,6 +6,8 @@ Shapes: N sequences (prompt and response, padded on the right to T), `lens` (N,)
 at the last real token, EOS where there is one: the only position that has seen the whole answer.
 """
 
+from dataclasses import replace
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -44,7 +46,7 @@ class RewardModel(nn.Module):
     def as_critic(self):
         """A separate critic (a GPT whose policy head is not used) whose value is this model's calibrated score: it
         begins by judging an unfinished answer as if it ended there."""
-        critic = GPT(self.config)
+        critic = GPT(replace(self.config, tied=True))  # a policy head of its own would only take memory
         critic.trunk.load_state_dict(self.trunk.state_dict())
         with torch.no_grad():
             critic.value_head.linear.weight.copy_(self.head.linear.weight * self.gain)

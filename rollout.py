@@ -21,7 +21,7 @@ GROWTH = 32  # slots added to the KV cache at a time: few, as a step reads the u
 
 @dataclass
 class Rollout:
-    tokens: torch.Tensor         # (B, T) long, right-padded with eos
+    tokens: torch.Tensor         # (B, T) long, right-padded with EOS
     prompt_lens: torch.Tensor    # (B,) long
     response_lens: torch.Tensor  # (B,) long, EOS included
     mask: torch.Tensor           # (B, R) bool, True on response tokens; made from lengths, so a sampled EOS counts
@@ -35,19 +35,30 @@ class Rollout:
 
     def has_eos(self, eos):
         """(B,) bool: whether the response ended by itself. Without EOS it was cut at max_new_tokens."""
-        return self.tokens.gather(1, (self.lens - 1).unsqueeze(1)).squeeze(1) == eos
+        return is_eos(self.tokens.gather(1, (self.lens - 1).unsqueeze(1)).squeeze(1), eos)
 
     def as_ended(self, eos):
         """tokens (B, T or T + 1) and lens (B,) with an EOS after each response that was cut: a reward model has only
         learned to judge texts that end. The padding is EOS, so a cut row's text is longer by one token of it."""
         cut = ~self.has_eos(eos)
-        tokens = F.pad(self.tokens, (0, 1), value=eos) if cut.any() else self.tokens
+        tokens = F.pad(self.tokens, (0, 1), value=first(eos)) if cut.any() else self.tokens
         return tokens, self.lens + cut
 
     def ids(self):
         """[(prompt, response)]: each row's real tokens, as lists of ids."""
         return [(row[:p], row[p:n]) for row, p, n in
                 zip(self.tokens.tolist(), self.prompt_lens.tolist(), self.lens.tolist())]
+
+
+def first(eos):
+    """The EOS that is written: `eos` is an id, or a list of ids that all end a response."""
+    return eos[0] if isinstance(eos, (list, tuple)) else eos
+
+
+def is_eos(tokens, eos):
+    """Whether each of tokens ends a response: bool, of their shape."""
+    ids = eos if isinstance(eos, (list, tuple)) else [eos]
+    return torch.stack([tokens == token for token in ids]).any(0)
 
 
 @torch.no_grad()
@@ -99,9 +110,10 @@ def sample_tokens(model, prompts, prompt_lens, max_new_tokens, *, temperature=1.
 def generate(model, prompts, prompt_lens, max_new_tokens, *, eos, temperature=1.0, generator=None):
     """Samples one response for each of prompts (B, P) long, right-padded, prompt_lens (B,). Returns a Rollout.
 
-    A response ends with the EOS it sampled, or is cut at max_new_tokens and then has none. R is the longest response
-    produced. Ids in `prompts` beyond prompt_lens are ignored. Raises ValueError for a context that would not
-    fit (see sample_tokens) and FloatingPointError for logits that are not finite."""
+    `eos` is the id that ends a response, or a list of such ids, the first of which is the padding. A response ends with
+    the EOS it sampled, or is cut at max_new_tokens and then has none. R is the longest response produced. Ids in
+    `prompts` beyond prompt_lens are ignored. Raises ValueError for a context that would not fit (see sample_tokens) and
+    FloatingPointError for logits that are not finite."""
     B, P = prompts.shape
     done = torch.zeros(B, dtype=torch.bool, device=prompts.device)
     response_lens = torch.zeros_like(prompt_lens)
@@ -112,7 +124,7 @@ def generate(model, prompts, prompt_lens, max_new_tokens, *, eos, temperature=1.
         columns.append(column)
         response_lens += ~done
         finite = (torch.isfinite(logprob) | done).all()
-        done = done | (token == eos)
+        done = done | is_eos(token, eos)
         finite, all_done = torch.stack([finite, done.all()]).tolist()  # the loop's one wait for the device per step
         if not finite:
             raise FloatingPointError(f"the policy's logits are not finite at step {step} of sampling: its weights hold "
@@ -126,9 +138,9 @@ def generate(model, prompts, prompt_lens, max_new_tokens, *, eos, temperature=1.
     # Each row's response moves to where its own prompt ends; the junk sampled after EOS goes.
     column = torch.arange(P + R, device=prompts.device).expand(B, -1)
     offset = column - prompt_lens.unsqueeze(1)  # index into the response, negative on the prompt
-    padded = torch.cat([prompts, prompts.new_full((B, R), eos)], dim=1)
+    padded = torch.cat([prompts, prompts.new_full((B, R), first(eos))], dim=1)
     full = torch.where(offset < 0, padded, tokens.gather(1, offset.clamp(0, R - 1)))
-    full = torch.where(offset < response_lens.unsqueeze(1), full, eos)
+    full = torch.where(offset < response_lens.unsqueeze(1), full, first(eos))
     return Rollout(full, prompt_lens, response_lens, mask, logprobs.masked_fill(~mask, 0), values.masked_fill(~mask, 0))
 
 

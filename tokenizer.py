@@ -212,3 +212,16 @@ def oniguruma(pattern):
     """A split pattern in the dialect of `tokenizers`. (?s:.) is unknown there. {1,3}+ would not be possessive but
     repeated, and before the end of an alternative the plain {1,3} matches the same."""
     return re.sub(r"(\{\d+,\d*\})\+(?=\||$)", r"\1", pattern.replace("(?s:.)", r"[\s\S]"))
+
+
+def hub_folder(name):
+    import torch
+    return Path(torch.hub.get_dir()) / "checkpoints" / name
+
+
+def eos_ids(encoding):
+    return [encoding.eot_token]
+
+
+class PretrainedEncoding(tiktoken.Encoding):
+    pass

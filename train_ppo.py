@@ -71,7 +71,7 @@ class Config(Flags):
     vf_coef: float = 0.1             # [0, inf) weight of the value loss; matters most with --critic=shared
     ent_coef: float = 0.0            # [0, inf) weight of the entropy bonus; 0.01 when entropy collapses early
     target_kl: Optional[float] = None  # (0, inf) end the update at this approx_kl, nats per token; default: off
-    lr: float = 4e-4                 # [0, inf) AdamW's learning rate at width 128; 1e-5 at 124M parameters, 3e-6 at 1B
+    lr: Optional[float] = None       # [0, inf) default: 4e-4, for width 128; 5e-6 from pretrained weights
     # screen
     log_interval: int = 5            # [1, inf) iterations between lines; metrics.jsonl gets every one
     sample_interval: int = 20        # [1, inf) iterations between samples, and between looks at held-out questions

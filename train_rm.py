@@ -27,10 +27,10 @@ from reward_model import RewardModel, bradley_terry_loss, calibration_table
 from support import distributed
 from support.checkpoint import open_run
 from support.device import describe, maybe_compile, micro_batch_size, setup
-from support.flags import Flags, require, resolve_sizes, run_script
+from support.flags import Flags, require, run_script
 from support.metrics import Metrics, print_report, progress
 from support.optimizer import Optimizer, update_average
-from support.stages import load_policy, load_start, resolve_max_new_tokens
+from support.stages import load_policy, load_start, resolve_lr, resolve_max_new_tokens
 from tokenizer import DataError, decode, encode_prompt, encode_response, run_tokenizer
 
 EVAL_ROWS = 512         # one evaluation reads at most this many held-out comparisons
@@ -46,7 +46,7 @@ class Config(Flags):
     init_from: Optional[str] = None  # the SFT checkpoint whose trunk it starts from; default: out_dir/sft.pt
     max_iters: int = 600             # [1, inf) optimizer steps; stop before held-out loss turns up
     batch_size: int = 16             # [1, inf) comparisons per step; on atlas each holds --candidates answers
-    lr: float = 7e-4                 # [0, inf) from the small SFT model; 1e-5 to 5e-5 from GPT-2 weights
+    lr: Optional[float] = None       # [0, inf) default: 7e-4, for width 128; 1e-5 from pretrained weights
     candidates: Optional[int] = None  # [2, inf) atlas: answers per prompt, compared pair by pair; default 24
     max_new_tokens: Optional[int] = None  # [1, inf) longest sampled answer, in tokens; default: as in train_ppo.py
     temperature: float = 1.0         # (0, inf) of the sampled answers; as in PPO, which the scores are calibrated for
@@ -63,7 +63,7 @@ def sample(experience, policy, prompts, purpose):
             some = prompts[i:i + SAMPLE_ROWS]
             rollout = experience.sample(policy, distributed.fill_up(some), rng)
             responses += [response for _, response in rollout.ids()][:len(some)]
-    return [response + [experience.eos] * (response[-1] != experience.eos) for response in responses]
+    return [response if response[-1] in experience.eos else response + experience.eos[:1] for response in responses]
 
 
 def load_data(config, encoding, block_size):
@@ -123,7 +123,7 @@ def calibrate(experience, model, policy, prompts):
     some = BatchOrder([1] * len(prompts), CALIBRATION_ROWS, experience.config.seed).order(0)
     answers = sample(experience, policy, [prompts[i] for i in some], "calibration")
     rows = [prompts[i] + answer for i, answer in zip(some, answers)]
-    tokens, lens = (x.to(experience.device) for x in pad(rows, experience.eos))
+    tokens, lens = (x.to(experience.device) for x in pad(rows, experience.eos[0]))
     with experience.autocast():
         raw = torch.cat([model(*part) for part in zip(*(x.split(SCORE_ROWS) for x in (tokens, lens)))])
     model.calibrate(raw)
@@ -154,7 +154,8 @@ def loop(config, run):
     device, autocast = setup(config)
     sft = load_start(config)
     encoding, tokenizer = run_tokenizer(config.tokenizer, config.data, sft["tokenizer"])
-    block_size = resolve_sizes(config, sft["model_config"])["block_size"]
+    block_size = sft["model_config"]["block_size"]
+    resolve_lr(config, sft, 7e-4, 1e-5)
     resolve_max_new_tokens(config, encoding, block_size)
     sft["model_config"]["dropout"] = 0.0
     policy = load_policy(sft)

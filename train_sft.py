@@ -4,6 +4,7 @@ the reference that its KL is measured against.
 
     python train_sft.py                                          the built-in task, on a CPU, in under a minute
     python train_sft.py --data=pairs.jsonl --init_from=gpt2      GPT-2's weights; the chosen answers are demonstrations
+    python train_sft.py --data=pairs.jsonl --init_from=Qwen/Qwen3-0.6B     Qwen's, or a folder of Llama or SmolLM2
     python train_sft.py --resume --max_iters=2000                continue from out_dir/sft.pt
 
 The loss is the mean of -log pi over the response tokens of the data, EOS included; prompts are context and are not
@@ -11,7 +12,7 @@ trained on. There is no pretraining, no packing and no chat template here.
 """
 
 import copy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Optional
 
 import torch
@@ -19,6 +20,7 @@ import torch
 import atlas
 from data import BatchOrder, Demonstration, collate_demonstrations, load_demonstrations
 from model import GPT, GPTConfig
+from pretrained import LLAMA
 from ppo import masked_mean
 from rollout import score_response
 from support import distributed
@@ -27,7 +29,7 @@ from support.device import describe, maybe_compile, micro_batch_size, setup
 from support.flags import Flags, require, resolve_sizes, run_script
 from support.metrics import Metrics, print_report, progress
 from support.optimizer import Optimizer, update_average
-from support.stages import check_vocabulary, load_pretrained
+from support.stages import load_policy, load_start, read_start, resolve_lr
 from tokenizer import DataError, encode_prompt, encode_response, run_tokenizer
 
 EVAL_ROWS = 256  # one evaluation reads at most this many held-out rows
@@ -36,28 +38,27 @@ EVAL_ROWS = 256  # one evaluation reads at most this many held-out rows
 @dataclass
 class Config(Flags):
     # this stage
-    init_from: Optional[str] = None  # a GPT-2 folder, weights file or name (gpt2 ... gpt2-xl); default: random weights
+    init_from: Optional[str] = None  # pretrained weights: a folder, a file or a public name; default: random weights
     max_iters: int = 700             # [1, inf) optimizer steps; facts are learned late, long after sentences look right
     batch_size: int = 96             # [1, inf) demonstrations per step
-    lr: float = 1.5e-3               # [0, inf) from scratch at width 128; 1e-5 to 5e-5 from GPT-2 weights
+    lr: Optional[float] = None       # [0, inf) default: 1.5e-3, for width 128; 1e-5 from pretrained weights
     dropout: float = 0.0             # [0, 1) helps when epochs are many; the reward model and PPO always run without
     log_interval: int = 100          # [1, inf) iterations between lines, each with the loss on held-out rows
     save_interval: int = 500         # [1, inf) iterations between checkpoints; the last iteration always saves
 
 
 def starting_model(config, vocab_size):
-    """GPT-2's weights if --init_from names them, else random ones of the given sizes."""
-    if config.init_from is None:
-        sizes = resolve_sizes(config)
-        require(sizes["n_embd"] % sizes["n_head"] == 0, f"--n_embd={sizes['n_embd']} must be a multiple of "
-                                                        f"--n_head={sizes['n_head']}")
-        return GPT(GPTConfig(vocab_size=vocab_size, dropout=config.dropout, **sizes))
-    gpt2 = load_pretrained(config.init_from)
-    check_vocabulary(config, gpt2, vocab_size)
-    resolve_sizes(config, asdict(gpt2.config))
-    model = GPT(replace(gpt2.config, dropout=config.dropout))
-    model.load_state_dict(gpt2.state_dict())
-    return model
+    """The pretrained model that --init_from names, else one of the given sizes with random weights."""
+    if config.init_from:
+        start = load_start(config)
+        start["model_config"]["dropout"] = config.dropout
+        return load_policy(start)
+    sizes = resolve_sizes(config)
+    require(sizes["n_embd"] % sizes["n_head"] == 0, f"--n_embd={sizes['n_embd']} must be a multiple of "
+                                                    f"--n_head={sizes['n_head']}")
+    if config.arch == "llama":  # a gated MLP has three matrices, so this is as large as GPT-2's with two
+        sizes |= LLAMA.kind | {"mlp_dim": 8 * sizes["n_embd"] // 3}
+    return GPT(GPTConfig(vocab_size=vocab_size, dropout=config.dropout, **sizes))
 
 
 def load_data(config, encoding, block_size):
@@ -84,14 +85,16 @@ def knows_country(model, encoding, device):
 def train(config):
     """Runs the stage, writes out_dir/sft.pt and returns its final metrics."""
     config.check()
-    with open_run(config, "sft") as run:
-        return loop(config, run)
+    with open_run(config.replace(), "sft") as run:
+        return loop(run.config, run)
 
 
 def loop(config, run):
     """The stage itself; `run` restores and saves its checkpoint."""
     device, autocast = setup(config)
-    encoding, tokenizer = run_tokenizer(config.tokenizer, config.data, run.saved and run.saved["tokenizer"])
+    start = run.saved or (read_start(config) if config.init_from else None)
+    encoding, tokenizer = run_tokenizer(config.tokenizer, config.data, start and start["tokenizer"])
+    resolve_lr(config, start, 1.5e-3, 1e-5)
 
     if run.saved:
         resolve_sizes(config, run.saved["model_config"])
@@ -103,7 +106,7 @@ def loop(config, run):
     average = copy.deepcopy(model).requires_grad_(False).eval()  # what is evaluated, and saved as the SFT model
     distributed.to_device(device, config, model, average)
     optimizer = Optimizer(model.parameters(), config)
-    start, _ = run.begin(optimizer, {"model": average, "weights": model}, tokenizer)
+    done, _ = run.begin(optimizer, {"model": average, "weights": model}, tokenizer)
     score = maybe_compile(score_response, config.compile)
 
     print(f"train_sft: {model.n_params:,} parameters on {describe(device, autocast, config.recompute)}, "
@@ -134,9 +137,9 @@ def loop(config, run):
     # Batches are sorted by length. A mean over the tokens of each would weigh those of short responses more, so all
     # batches are divided by one number: the tokens of a batch of average length.
     tokens_per_step = config.batch_size * sum(len(row.response) for row in split.train) / len(split.train)
-    metrics, row = Metrics(config, "sft", start), {}
+    metrics, row = Metrics(config, "sft", done), {}
     model.train()
-    for iteration in range(start + 1, config.max_iters + 1):
+    for iteration in range(done + 1, config.max_iters + 1):
         batch = [split.train[i] for i in order.order(iteration - 1)]
         n_tokens, loss, rows = sum(len(row.response) for row in batch), 0.0, distributed.shard(batch)
         for i in range(0, len(rows), micro):

@@ -50,6 +50,7 @@ class Flags:
     tensorboard: bool = False           # write the metrics to out_dir/tensorboard, too (pip install tensorboard)
     wandb: bool = False                 # send the metrics to Weights & Biases, too (pip install wandb)
     # a model from scratch
+    arch: Optional[str] = None          # gpt2|llama: kind of transformer; default gpt2, or the checkpoint's
     n_layer: Optional[int] = None       # [1, inf) layers; default 2, or the checkpoint's
     n_head: Optional[int] = None        # [1, inf) attention heads; default 4, or the checkpoint's
     n_embd: Optional[int] = None        # [1, inf) width; default 128, or the checkpoint's
@@ -57,7 +58,7 @@ class Flags:
     # optimizer
     max_iters: int = 0                  # [1, inf) iterations of this stage
     batch_size: int = 0                 # [1, inf) rows per iteration, of all processes together
-    lr: float = 0.0                     # [0, inf) AdamW's learning rate
+    lr: Optional[float] = None          # [0, inf) AdamW's learning rate
     lr_decay_iters: Optional[int] = None  # [1, inf) lower lr linearly to 0 over this many iterations; default: constant
     grad_clip: float = 1.0              # (0, inf) gradients of a larger norm are scaled down to it
     max_bad_steps: int = 3              # [1, inf) stop after this many steps in a row with a non-finite gradient
@@ -72,7 +73,7 @@ class Flags:
 
     # Flags that train_ppo.py passes to the earlier stages it runs. Other flags keep those stages' own defaults.
     INHERITED: ClassVar[tuple] = ("data", "tokenizer", "out_dir", "seed", "device", "dtype", "fsdp", "recompute",
-                                  "n_layer", "n_head", "n_embd", "block_size", "skip_bad", "max_new_tokens",
+                                  "arch", "n_layer", "n_head", "n_embd", "block_size", "skip_bad", "max_new_tokens",
                                   "temperature", "tensorboard", "wandb")
 
     given: ClassVar[frozenset] = frozenset()  # the names of the flags that the command line gave
@@ -199,12 +200,18 @@ def check_ppo(config):
 
 def resolve_sizes(config, model=None):
     """{n_layer, n_head, n_embd, block_size}: the flags or their defaults, or else the `model` fields of a checkpoint.
-    Raises UserError if a flag asks for another size than the checkpoint's."""
+    Raises UserError if a flag asks for another size than the checkpoint's; a model with RoPE can do with a lower
+    block_size."""
+    rope = model is not None and model.get("position") == "rope"
+    arch = "llama" if rope else "gpt2"
+    require(model is None or config.arch in (None, arch), f"--arch={config.arch} does not match the checkpoint, which "
+            f"is a {arch}: leave the flag out, or use another --out_dir")
     defaults = model or {"n_layer": 2, "n_head": 4, "n_embd": 128, "block_size": 256}
     sizes = {}
     for name in ("n_layer", "n_head", "n_embd", "block_size"):
         given = getattr(config, name)
-        require(model is None or given in (None, model[name]), f"--{name}={given} does not match the checkpoint's "
+        fits = model is None or given in (None, model[name]) or name == "block_size" and rope and given < model[name]
+        require(fits, f"--{name}={given} does not match the checkpoint's "
                 f"{name}={model and model[name]}: leave the flag out, or use another --out_dir")
         sizes[name] = defaults[name] if given is None else given
     return sizes

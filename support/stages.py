@@ -8,7 +8,7 @@ from typing import Optional
 
 from data import default_max_new_tokens, load_prompts
 from model import GPT, GPTConfig
-from pretrained import from_pretrained, is_pretrained
+from pretrained import GPT2_NAMES, config_of, from_pretrained, is_pretrained, local_path
 from reward_model import RewardModel
 from support import distributed
 from support.checkpoint import digest, file_sha256, load_checkpoint, load_finished
@@ -22,7 +22,7 @@ def prepare(config, **trainers):
     """Checks everything that can be wrong with PPO's flags and files, then trains the missing stages with `trainers`
     {stage: train module}. Returns the run's encoding, its tokenizer_id and the Split of its prompts."""
     own_sft = config.folder / "sft.pt"  # unfinished or not, it says which tokenizer and sizes the run has
-    sft = load_start(config) if config.init_from else load_checkpoint(own_sft, "sft") if own_sft.exists() else None
+    sft = read_start(config) if config.init_from else load_checkpoint(own_sft, "sft") if own_sft.exists() else None
     encoding, tokenizer = run_tokenizer(config.tokenizer, config.data, sft and sft["tokenizer"])
     block_size = resolve_sizes(config, sft and sft["model_config"])["block_size"]
     with progress(f"reading {config.data}"):
@@ -94,6 +94,7 @@ def load_models(config, tokenizer, device):
     SFT policy with a value of 0."""
     with progress("loading the models"):
         sft = load_start(config)
+    resolve_lr(config, sft, 4e-4, 5e-6)
     policy, reward_model, rm, critic = load_policy(sft), None, {}, None
     if config.reward == "rm":
         reward_model, rm = load_reward_model(config, tokenizer, policy.config.block_size)
@@ -131,32 +132,56 @@ def note_misfits(path, saved, config):
               f"{config.seed}: it is used as it is; train_{saved['stage']}.py --overwrite replaces it")
 
 
-def load_start(config):
-    """The checkpoint that a run starts from: --init_from, an SFT checkpoint or pretrained weights (a folder or a public
-    name), or else out_dir/sft.pt. Raises UserError."""
+def read_start(config):
+    """What a run starts from: --init_from, an SFT checkpoint or pretrained weights (see from_pretrained), or else
+    out_dir/sft.pt. The checkpoint, or for pretrained weights a dict like it that has no weights. Raises UserError."""
     path = config.init_from or config.folder / "sft.pt"
-    if not (config.init_from and is_pretrained(config.init_from)):
-        return load_finished(path, "sft")
-    model, source = load_pretrained(config.init_from), config.tokenizer or "gpt2"
-    tokenizer = tokenizer_id(get_tokenizer(source), source)
-    check_vocabulary(config, model, tokenizer["n_vocab"])
-    weights = model.state_dict()
-    return {"stage": "sft", "model": weights, "model_config": asdict(model.config), "tokenizer": tokenizer,
-            "sha256": digest(weights)}
+    if not (config.init_from and is_pretrained(path)):
+        start = load_finished(path, "sft")
+    else:
+        try:
+            folder = local_path(path)
+            start = {"stage": "sft", "model_config": asdict(config_of(folder)), "flags": {"init_from": str(path)}}
+        except (OSError, ValueError) as error:
+            raise UserError(f"--init_from={path}: {error}") from None
+        gpt2 = start["model_config"]["position"] == "learned"
+        has_own = (folder / "tokenizer.json").exists() and path not in GPT2_NAMES
+        source = config.tokenizer or (str(path) if has_own else "gpt2" if gpt2 else None)
+        require(source, f"--init_from={path} has no tokenizer.json: give --tokenizer")
+        start["tokenizer"] = tokenizer_id(get_tokenizer(source), source)
+        check_vocabulary(path, start)
+    start["model_config"]["block_size"] = resolve_sizes(config, start["model_config"])["block_size"]
+    return start
 
 
-def load_pretrained(path_or_name):
-    """from_pretrained, whose errors become a UserError."""
+def load_start(config):
+    """read_start, with the weights. Raises UserError."""
+    start = read_start(config)
+    if "model" in start:
+        return start
     try:
-        return from_pretrained(path_or_name)
-    except (OSError, ImportError, ValueError) as error:
-        raise UserError(f"--init_from={path_or_name}: {error}") from None
+        weights = from_pretrained(config.init_from).state_dict()
+    except (OSError, ValueError) as error:
+        raise UserError(f"--init_from={config.init_from}: {error}") from None
+    return start | {"model": weights, "sha256": digest(weights)}
 
 
-def check_vocabulary(config, model, n_vocab):
-    """Raises UserError if pretrained weights have another number of tokens than the tokenizer."""
-    require(model.config.vocab_size == n_vocab, f"--init_from={config.init_from} has {model.config.vocab_size:,} "
-            f"tokens and the tokenizer {n_vocab:,}: GPT-2 needs --tokenizer=gpt2")
+def check_vocabulary(path, start):
+    """Raises UserError if a tokenizer is not that of pretrained weights. They may have a few rows more, up to a round
+    number of them: such an id stays in the softmax, and is decoded as the replacement character."""
+    rows, tokenizer = start["model_config"]["vocab_size"], start["tokenizer"]
+    require(0 <= rows - tokenizer["n_vocab"] <= 512, f"--init_from={path} has {rows:,} tokens and the tokenizer "
+            f"{tokenizer['name']} {tokenizer['n_vocab']:,}: give the model's own --tokenizer")
+
+
+def resolve_lr(config, start, scratch, pretrained):
+    """Fills in the default of --lr: `pretrained`, and then prints it, if the weights that the run starts from (or their
+    SFT run's) were pretrained; else `scratch`."""
+    if config.lr is None:
+        from_pretrained_weights = start is not None and start.get("flags", {}).get("init_from") is not None
+        config.lr = pretrained if from_pretrained_weights else scratch
+        if from_pretrained_weights:
+            print(f"--lr={config.lr:g} by default, as the run starts from pretrained weights")
 
 
 def load_policy(checkpoint, device="cpu"):

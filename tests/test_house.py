@@ -17,7 +17,7 @@ PURE, SUPPORT = {"atlas", "model", "ppo"}, {path.stem for path in ROOT.glob("sup
 ROOFS = ("train_sft", "train_rm", "train_ppo", "sample")
 # What each part may import of ours; the roofs, tools/ and experiments/ may import everything below them.
 ALLOWED = {name: set() for name in PURE} | {
-    "tokenizer": {"atlas"}, "data": {"atlas", "tokenizer"}, "pretrained": {"model", "tokenizer"},
+    "tokenizer": {"atlas"}, "data": {"atlas", "tokenizer"}, "pretrained": {"model", "tokenizer", "support"},
     "reward_model": {"model"}, "rollout": {"model"}, "experience": {"rollout", "data", "tokenizer", "support"},
     "support": {"model", "ppo", "data", "tokenizer", "pretrained", "reward_model", "support"}}
 

@@ -112,7 +112,7 @@ def test_ppo_starts_from_a_pretrained_folder_without_any_sft_stage(world, tmp_pa
     assert not (folder / "sft.pt").exists() and load_checkpoint(folder / "ppo.pt", "ppo")["iter"] == 3
     run("ppo", folder, reward=reward, resume=True, max_iters=4, **flags)
     run("rm", folder, init_from=str(tmp_path / "gpt2"), max_iters=1)  # the reward model may start from there as well
-    with pytest.raises(UserError, match="has 257 tokens and the tokenizer 508: GPT-2 needs --tokenizer=gpt2"):
+    with pytest.raises(UserError, match="has 257 tokens and the tokenizer atlas 508: give the model's own"):
         run("ppo", folder, reward=reward, overwrite=True, **flags | {"tokenizer": "atlas"})
 
 

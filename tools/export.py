@@ -10,7 +10,7 @@ AutoModelForCausalLM and AutoTokenizer then give the logits, the ids and the end
 from dataclasses import dataclass
 from typing import Optional
 
-from pretrained import save_pretrained
+from pretrained import FAMILIES, family_of, save_pretrained
 from support.checkpoint import load_checkpoint
 from support.flags import check_domains, require, run_script
 from support.stages import load_policy
@@ -33,7 +33,8 @@ def main(config):
     policy = load_policy(saved)
     save_pretrained(policy, encoding, config.to)
     sizes = policy.config
-    print(f"wrote {config.to}: a GPT-2 of {sizes.n_layer} layers and width {sizes.n_embd}, and the tokenizer "
+    print(f"wrote {config.to}: a {FAMILIES[family_of(sizes)].architecture} of {sizes.n_layer} layers and width "
+          f"{sizes.n_embd}, and the tokenizer "
           f"{encoding.name} ({encoding.n_vocab:,} ids)")
 
 

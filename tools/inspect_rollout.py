@@ -43,7 +43,7 @@ from support import metrics, stages
 from support.checkpoint import atomic_write, load_checkpoint, save_checkpoint
 from support.device import generator, setup
 from support.flags import UserError, check_domains, require, run_script
-from tokenizer import DataError, decode, encode_prompt, encode_response, run_tokenizer, token_bytes
+from tokenizer import DataError, decode, encode_prompt, encode_response, eos_ids, run_tokenizer, token_bytes
 from tools.plot import read_run
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -205,7 +205,7 @@ def updated_policy(side, rollouts):
 
 def rollout_of(side, rows):
     """(the Rollout that rows [(prompt, response)] of ids would be, the forward passes over it)."""
-    batch = data.collate_demonstrations([data.Demonstration(*row) for row in rows], side.experience.eos)
+    batch = data.collate_demonstrations([data.Demonstration(*row) for row in rows], side.experience.eos[0])
     tokens, prompt_lens, response_lens, mask = (x.to(side.experience.device) for x in batch)
     unsampled = torch.zeros(mask.shape, device=mask.device)
     rollout = Rollout(tokens, prompt_lens, response_lens, mask, logprobs=unsampled, values=unsampled)
@@ -271,7 +271,7 @@ def sampled_values(side, rows, completions, seed):
         device = side.experience.device
         with side.experience.autocast():
             rollout = generate(policy, tokens.to(device), lens.to(device), max(1, config.max_new_tokens - t),
-                               eos=side.encoding.eot_token, temperature=config.temperature,
+                               eos=side.experience.eos, temperature=config.temperature,
                                generator=generator(device, seed, "completions", prompt, begun))
         completed = [(list(prompt), list(begun) + end) for _, end in rollout.ids()]
         to_go = shaped(side, completed, *rollout_of(side, completed))["reward_to_go"][:, t]
@@ -375,7 +375,7 @@ def visible(raw):
 
 def describe_token(encoding, token):
     """What is shown of a token: its id, its visible pieces, and the words in which a screen reader says it."""
-    if token == encoding.eot_token:
+    if token in eos_ids(encoding):
         return {"id": token, "show": [("EOS", True)], "say": "end of text"}
     raw = token_bytes(encoding, token)
     text = raw.decode("utf-8", errors="replace")

@@ -32,7 +32,7 @@ from rollout import generate
 from support.checkpoint import load_checkpoint
 from support.device import generator, pick_device
 from support.flags import Flags, check_domains, require, run_script
-from tokenizer import DataError, decode, run_tokenizer
+from tokenizer import DataError, decode, eos_ids, run_tokenizer
 
 try:
     import termios
@@ -145,11 +145,11 @@ def two_answers(model, encoding, prompt, config, rng):
     same. Cut answers are left out: the file would say that they end where they were cut."""
     device = model.value_head.linear.weight.device
     prompts, lens = (x.to(device) for x in data.collate_prompts([prompt] * CANDIDATES, encoding.eot_token))
-    rollout = generate(model, prompts, lens, config.max_new_tokens, eos=encoding.eot_token,
+    rollout = generate(model, prompts, lens, config.max_new_tokens, eos=eos_ids(encoding),
                        temperature=config.temperature, generator=rng)
     ends = (lens + rollout.response_lens).tolist()
     texts = [decode(encoding, row[len(prompt):end]) for row, end in zip(rollout.tokens.tolist(), ends)
-             if row[end - 1] == encoding.eot_token]
+             if row[end - 1] in eos_ids(encoding)]
     pair = list(dict.fromkeys(texts))[:2]
     # The first sample is likelier the frequent answer than the first that differs from it is, so the order is drawn.
     if torch.rand((), generator=rng, device=device) < 0.5:

@@ -5,9 +5,10 @@ A row of the user's file becomes a record of ids. A file of pairs serves all thr
 
     {"prompt", "chosen", "rejected"}, or an HH transcript {"chosen", "rejected"}    Comparison
     {"prompt", "response"}, or {"text"}, whose prompt is empty                      Demonstration
-    {"prompt"}                                                                      a list of ids
+    {"prompt"}                                                                      Prompt
 
-Text is used as given: nothing is stripped, added or cropped, and other keys are ignored. A row that cannot be
+Text is used as given: nothing is stripped, added or cropped. Other keys are kept for reward functions that take rows
+and ignored otherwise. A row that cannot be
 read stops the run with `file:line: reason`, or is counted with skip_bad; a row that reads well but cannot be
 used is dropped and counted. A mistake that nearly every row shares is reported, and another format is refused with
 the Python that converts it. This is no streaming loader, chat template or packer: a file is read once, whole.
@@ -20,7 +21,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -50,6 +51,7 @@ class Row(NamedTuple):
     responses: tuple = ()
     problem: str = ""  # makes the row unusable in every stage
     has_prompt: bool = True  # False for {"text"}
+    source: Optional[dict] = None  # the row as the file has it, where it is kept
 
     @property
     def key(self):
@@ -265,6 +267,15 @@ def scored_answers(row, key):
 # ---------------------------------------------------------------------------------------------------------------------
 # records
 
+class Prompt(list):
+    """Ids of a prompt. `row` is the dict of the file that a reward function is to see, or None if none takes rows."""
+    __slots__ = ("row",)
+
+    def __init__(self, ids, row=None):
+        super().__init__(ids)
+        self.row = row
+
+
 @dataclass(frozen=True, slots=True)
 class Demonstration:
     """Ids of a prompt, never empty, and of a response that ends with EOS."""
@@ -291,6 +302,11 @@ class Split:
         """n records, or fewer, spread over those held out; over those to train on if none are."""
         rows = self.heldout or self.train
         return rows[::max(1, len(rows) // n)][:n]
+
+
+def spread(rows, n):
+    """n of the rows at even distances, or all of them if there are no more."""
+    return [rows[i * len(rows) // n] for i in range(n)] if n < len(rows) else list(rows)
 
 
 def load_demonstrations(data, encoding, block_size, skip_bad=False, seed=0, n=10_000):
@@ -325,10 +341,13 @@ def load_comparisons(data, encoding, block_size, skip_bad=False):
     return load_file(data, 2, skip_bad, record)
 
 
-def load_prompts(data, encoding, block_size, max_new_tokens, skip_bad=False):
-    """Split of prompts (lists of ids), each kept once, from "atlas" or a file with any kind of rows but {"text"}. A
-    prompt must leave room for max_new_tokens and for the EOS that a cut answer is given before the reward model reads
-    it. Raises DataError."""
+def load_prompts(data, encoding, block_size, max_new_tokens, skip_bad=False, rows_for=()):
+    """Split of Prompts from "atlas" or a file with any kind of rows but {"text"}. A prompt must leave room for
+    max_new_tokens and for the EOS that a cut answer is given before the reward model reads it.
+
+    rows_for: the sides, of "train" and "heldout", whose Prompts carry their row. There each row is a task of its own,
+    and only an equal row is dropped: two rows with one prompt may have two right answers. Elsewhere each prompt is kept
+    once. Raises DataError."""
     seen = set()
 
     def record(row):
@@ -336,14 +355,17 @@ def load_prompts(data, encoding, block_size, max_new_tokens, skip_bad=False):
             raise Unusable('a "text" without a "prompt"')
         prompt = encode_prompt(encoding, row.prompt)
         check_length(len(prompt) + max_new_tokens + 1, block_size, f"with max_new_tokens={max_new_tokens} and an EOS ")
-        if row.prompt in seen:
-            raise Unusable("the same prompt again")
-        seen.add(row.prompt)
-        return prompt
+        key = row.prompt if row.source is None else \
+            hashlib.sha256(json.dumps(row.source, sort_keys=True).encode()).digest()
+        if key in seen:
+            raise Unusable(f"the same {'prompt' if row.source is None else 'row'} again")
+        seen.add(key)
+        return Prompt(prompt, row.source)
 
     if data != "atlas":
-        return load_file(data, 0, skip_bad, record)
-    train, heldout = ([Row(prompt) for prompt in atlas.prompts(side)] for side in ("train", "heldout"))
+        return load_file(data, 0, skip_bad, record, rows_for)
+    train, heldout = ([Row(prompt, source={"prompt": prompt} if side in rows_for else None)
+                       for prompt in atlas.prompts(side)] for side in ("train", "heldout"))
     return make_split(data, train, heldout, [], record)
 
 
@@ -365,10 +387,18 @@ def check_length(length, block_size, what=""):
         raise Unusable(f"{what}longer than block_size={block_size}")
 
 
-def load_file(path, n_responses, skip_bad, record):
-    """Splits the rows of a file before any is dropped, so that the stages agree on who is held out."""
-    rows, bad = read_rows(path, skip_bad, lambda row: to_row(row, n_responses))
-    split = make_split(path, *split_rows(rows), bad, record)
+def load_file(path, n_responses, skip_bad, record, rows_for=()):
+    """Splits the rows of a file before any is dropped, so that the stages agree on who is held out. The sides that
+    rows_for names keep the row as the file has it."""
+    def convert(source):
+        row = to_row(source, n_responses)
+        return row._replace(source=source) if rows_for else row
+
+    rows, bad = read_rows(path, skip_bad, convert)
+    train, heldout = split_rows(rows)
+    if rows_for and "train" not in rows_for:
+        train = [row._replace(source=None) for row in train]
+    split = make_split(path, train, heldout, bad, record)
     split.report.extend(shared_mistakes(rows))
     return split
 

@@ -6,6 +6,7 @@ recomputes its shard of the rows, and every process gets the results for all B. 
 """
 
 import importlib.util
+import inspect
 import reprlib
 import sys
 import traceback
@@ -18,12 +19,16 @@ from pathlib import Path
 
 import torch
 
-from data import collate_prompts, length_buckets
+from data import collate_prompts, length_buckets, spread
 from rollout import generate, score_response, score_values
 from support import distributed
 from support.device import generator, maybe_compile
 from support.flags import UserError, require
+from support.metrics import mean, only_looking
 from tokenizer import decode, eos_ids
+
+HELDOUT_PROMPTS = 256  # most prompts that a look at the held-out ones samples an answer to
+SHOWN_SAMPLES = 16     # of which samples.jsonl gets so many
 
 
 class Experience:
@@ -54,16 +59,18 @@ class Experience:
         return distributed.gather(rollout, tokens=self.eos[0])
 
     def collect(self, policy, prompts, rng):
-        """Rollout of the policy on prompts, and its texts [(prompt, response)]."""
+        """Rollout of the policy on Prompts, and its texts [(prompt, response, row)], row as in the Prompt."""
         rollout = self.sample(policy, prompts, rng)
-        return rollout, [tuple(decode(self.encoding, ids) for ids in row) for row in rollout.ids()]
+        return rollout, [(*(decode(self.encoding, ids) for ids in row), prompt.row)
+                         for row, prompt in zip(rollout.ids(), prompts)]
 
     # -- scores
 
     @torch.no_grad()
     def score_by_model(self, reward_model, rollout, texts):
-        """Scores (B,) of a reward model, of texts that all end with EOS. Raises FloatingPointError that names the first
-        prompt whose score is NaN or infinite: one such score would spoil the advantages of the whole rollout."""
+        """Scores (B,) of a reward model, of texts that all end with EOS, and {}, as it has no parts. Raises
+        FloatingPointError that names the first prompt whose score is NaN or infinite: one such score would spoil the
+        advantages of the whole rollout."""
         tokens, lens = (rows.split(self.micro_batch_size) for rows in distributed.shard(rollout).as_ended(self.eos))
         with self.autocast():
             scores = torch.cat([reward_model(*part) for part in zip(tokens, lens)])
@@ -72,27 +79,22 @@ class Experience:
             i = int((~scores.isfinite()).nonzero()[0])
             raise FloatingPointError(f"the reward model's score is {scores[i].item()} for the prompt {texts[i][0]!r} "
                                      f"and the response {texts[i][1]!r}: train it again with a lower --lr")
-        return scores
+        return scores, {}
 
     def score_by_function(self, reward_function, rollout, texts):
-        """Scores (B,) of a Python function. Each process calls it with its shard of the texts."""
-        scores = call_reward_function(reward_function, *map(list, zip(*distributed.shard(texts))))
-        return distributed.gather(scores.to(self.device))
+        """Scores (B,) of a RewardFunction, and its parts {name: (B,)}. Each process calls it with its shard of the
+        texts."""
+        scores, parts = reward_function(*map(list, zip(*distributed.shard(texts))))
+        names = distributed.gather([[*parts]])
+        require(names.count(names[0]) == len(names), f"{reward_function.name} returned the parts {names[0]} in one "
+                f"process and {next((other for other in names if other != names[0]), None)} in another: it must return "
+                "the same names in each call")
+        columns = distributed.gather(torch.stack([scores, *parts.values()], dim=1)).to(self.device)
+        return columns[:, 0], dict(zip(parts, columns[:, 1:].unbind(1)))
 
     def reward_fn(self, reward):
-        """(rollout, texts) -> scores (B,), by a RewardModel or by a Python function."""
+        """(rollout, texts) -> scores (B,), {part: (B,)}, by a RewardModel or by a RewardFunction."""
         return partial(self.score_by_model if isinstance(reward, torch.nn.Module) else self.score_by_function, reward)
-
-    def evaluate(self, evaluator, policy, texts, heldout):
-        """The task's own measures of a rollout, evaluator(texts), with gold_heldout of sampled answers to the prompts
-        `heldout`, if any. {} without an evaluator."""
-        if evaluator is None:
-            return {}
-        measured = evaluator(texts)
-        if heldout:
-            _, answers = self.collect(policy, distributed.fill_up(heldout), self.rng("heldout"))
-            measured["gold_heldout"] = evaluator(answers[:len(heldout)])["gold"]
-        return measured
 
     # -- log-probs and values
 
@@ -134,43 +136,108 @@ class Experience:
         return [distributed.sum_tensor(result) for result in results]  # the rows of other processes are 0 here
 
     def preview(self, policy, reference, reward_fn, prompts, purpose):
-        """[(prompt, response, score, KL)] of sampled answers to prompts. The generator is for the purpose only, so that
-        looking at a run does not change it."""
-        rollout, texts = self.collect(policy, distributed.fill_up(prompts), self.rng(purpose))
-        passes = self.minibatch_passes(rollout)
-        # The policy's with the entropy, which is not used: torch.compile has that pass from the loop, and no other.
-        logprobs, ref_logprobs = (self.recompute(model, rollout, passes, entropy=model is not reference)[0]
-                                  for model in (policy, reference))
-        kls = ((logprobs - ref_logprobs) * rollout.mask).sum(1)
-        rows = [(*text, score, kl) for text, score, kl in zip(texts, reward_fn(rollout, texts).tolist(), kls.tolist())]
-        return rows[:len(prompts)]
+        """A sampled answer to each of prompts: dicts of prompt, response, score, kl, tokens, ended and the parts of the
+        score. The generator is for the purpose only, so that looking at a run does not change it."""
+        samples, rng = [], self.rng(purpose)
+        for first in range(0, len(prompts), self.config.batch_size):  # a rollout's memory is known to be there
+            asked = prompts[first:first + self.config.batch_size]
+            rollout, texts = self.collect(policy, distributed.fill_up(asked), rng)
+            passes = self.minibatch_passes(rollout)
+            # The policy's with the entropy, which is not used: torch.compile has that pass from the loop, and no other.
+            logprobs, ref_logprobs = (self.recompute(model, rollout, passes, entropy=model is not reference)[0]
+                                      for model in (policy, reference))
+            scores, parts = reward_fn(rollout, texts)
+            numbers = {"score": scores, "kl": ((logprobs - ref_logprobs) * rollout.mask).sum(1),
+                       "tokens": rollout.response_lens, "ended": rollout.has_eos(self.eos)} | parts
+            columns = zip(*(column.tolist() for column in numbers.values()))
+            samples += [{"prompt": prompt, "response": response} | dict(zip(numbers, row))
+                        for (prompt, response, _), row in zip(texts[:len(asked)], columns)]
+        return samples
+
+
+class HeldOut:
+    """Looks at held-out prompts: what a policy answers there, and how that is judged by the reward, by --eval and by a
+    task that can judge itself. At most HELDOUT_PROMPTS of them, and always the same ones."""
+
+    def __init__(self, experience, split, reference, reward_fn, eval_function=None, evaluator=None):
+        self.experience, self.reference, self.reward_fn = experience, reference, reward_fn
+        self.eval_function, self.evaluator = eval_function, evaluator
+        self.prompts = spread(split.heldout, HELDOUT_PROMPTS)
+        self.shown = self.prompts or split.examples(SHOWN_SAMPLES)  # a file of one prompt holds none out
+
+    def look(self, policy):
+        """The metrics of sampled answers to the held-out prompts, and SHOWN_SAMPLES of these. An error of --reward ends
+        no run here, as the rollouts do not have these prompts; an error of --eval does."""
+        samples = []
+        with only_looking():
+            samples = self.experience.preview(policy, self.reference, self.reward_fn, self.shown, "heldout")
+        return self.measure(samples) if samples and self.prompts else {}, spread(samples, SHOWN_SAMPLES)
+
+    def task(self, texts):
+        """What the task itself says of texts; {} where it cannot judge."""
+        return self.evaluator([text[:2] for text in texts]) if self.evaluator else {}
+
+    def measure(self, samples):
+        """{metric: number} of samples, which answer the held-out prompts."""
+        texts = [(sample["prompt"], sample["response"], prompt.row) for sample, prompt in zip(samples, self.prompts)]
+        measured = {f"{name}_heldout": mean([sample[name] for sample in samples]) for name in ("score", "kl")}
+        if self.evaluator:
+            measured["gold_heldout"] = self.task(texts)["gold"]
+        if self.eval_function:
+            scores, parts = self.experience.score_by_function(self.eval_function, None, distributed.fill_up(texts))
+            scores, n = scores[:len(texts)], len(texts)
+            standard_error = scores.std(unbiased=False) / (n - 1) ** 0.5 if n > 1 else None
+            measured |= {"eval": scores.mean(), "eval_se": standard_error}
+            measured |= {name: part[:n].mean() for name, part in parts.items()}
+        return measured
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# a reward that is a Python function of the user's
+# a reward or an evaluation that is a Python function of the user's
 
 HERE = Path(__file__).resolve().parent
 
 
-def load_reward_function(spec):
-    """`path/to/file.py:function` -> the function, `rm` -> None. Raises UserError if it is not there, or if the file
-    cannot be imported."""
-    if spec == "rm":
+def load_reward_function(spec, flag="reward"):
+    """`path/to/file.py:function` -> RewardFunction; `rm` and None -> None. Raises UserError if it is not there, cannot
+    be imported or cannot be called as a reward function is."""
+    if spec in (None, "rm"):
         return None
+    function = load_function(spec, flag)
+    try:
+        inspect.signature(function).bind(*range(3 if takes_rows(function) else 2))
+    except TypeError:
+        raise UserError(f"--{flag}={spec} takes {inspect.signature(function)}: it must take (prompts, responses) or "
+                        "(prompts, responses, rows)") from None
+    except ValueError:  # some functions in C do not say what they take
+        pass
+    return RewardFunction(function, flag)
+
+
+def sides_with_rows(reward_function, eval_function):
+    """The sides of a Split whose prompts must carry their row. An evaluation sees held-out prompts alone, so that the
+    rollouts of a run are the same with it and without."""
+    takers = [function for function in (reward_function, eval_function) if function and function.takes_rows]
+    return ("train", "heldout") if reward_function in takers else ("heldout",) * len(takers)
+
+
+def load_function(spec, flag):
+    """The function that a flag names. Raises UserError if it is not there, or if the file cannot be imported."""
+    what = "rm or " if flag == "reward" else ""
     file, _, name = spec.rpartition(":")
-    require(file.endswith(".py") and name, f"--reward={spec} must be rm or path/to/file.py:function")
-    require(Path(file).is_file(), f"--reward={spec}: {file} is not there")
+    require(file.endswith(".py") and name, f"--{flag}={spec} must be {what}path/to/file.py:function")
+    require(Path(file).is_file(), f"--{flag}={spec}: {file} is not there")
     path = Path(file).resolve()
     try:
         module = import_file(path, path.read_bytes())
     except SyntaxError as error:
-        raise UserError(f"--reward={spec}: {error.filename or file}, line {error.lineno or 1}: {error.msg}") from error
+        raise UserError(f"--{flag}={spec}: {error.filename or file}, line {error.lineno or 1}: {error.msg}") from error
     except (Exception, SystemExit) as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         where = f", line {lines[-1]}," if lines else ""
-        raise UserError(f"--reward={spec}: {file}{where} raised {error!r} when it was imported; `python {file}` shows "
+        raise UserError(f"--{flag}={spec}: {file}{where} raised {error!r} when it was imported; `python {file}` shows "
                         "the whole traceback") from error
-    require(callable(getattr(module, name, None)), f"--reward={spec}: {file} has no function {name}")
+    require(callable(getattr(module, name, None)), f"--{flag}={spec}: {file} has no function {name}")
     return getattr(module, name)
 
 
@@ -219,27 +286,70 @@ def importable_name(path):
     return str(path).replace(".", "_"), path.parent  # a name that forked children know
 
 
-def call_reward_function(reward_function, prompts, responses):
-    """Scores (B,): a finite number for each response, or UserError. An exception of the function is raised again with
-    the prompt that caused it, below the traceback into the user's file."""
+def takes_rows(function):
+    """Whether a function is called with rows: its third positional parameter has no default or is named `rows`. So an
+    f(prompts, responses, scale=2) keeps its scale, and the *args of a wrapper stand for two."""
     try:
-        scores = reward_function(prompts, responses)
-    except Exception as error:
-        where = first_failing(reward_function, prompts, responses)
-        raise RuntimeError(f"the reward function raised {error!r} for {where}") from error
-    n, no_list = len(responses), (Mapping, Set, str, bytes, bytearray)
-    fits = tuple(scores.shape) == (n,) if hasattr(scores, "shape") else \
-        isinstance(scores, Sized) and len(scores) == n and not isinstance(scores, no_list)
-    require(fits, f"the reward function returned {in_words(scores)} for {n} responses: it must return a list of as "
-                  f"many numbers, or a tensor or array of shape ({n},)")
-    scores, numbers = scores.tolist() if hasattr(scores, "tolist") else list(scores), []
-    for prompt, response, score in zip(prompts, responses, scores):
-        number = score.item() if getattr(score, "shape", None) == () else score
-        require(isinstance(number, Real) and abs(number) <= torch.finfo(torch.float32).max, f"the reward function "
-                f"returned {in_words(number)} for the prompt {prompt!r} and the response {response!r}: it must be a "
-                "finite number")
-        numbers.append(float(number))
-    return torch.tensor(numbers)
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    third = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][2:3]
+    return any(p.default is p.empty or p.name == "rows" for p in third)
+
+
+class RewardFunction:
+    """A Python function of --reward or --eval: f(prompts, responses) or f(prompts, responses, rows), lists of as many.
+    It returns a number for each response, or {part: such numbers}, and then the score is their sum."""
+
+    def __init__(self, function, flag="reward"):
+        self.function, self.flag, self.takes_rows = function, flag, takes_rows(function)
+        self.name = f"the {flag} function {getattr(function, '__name__', type(function).__name__)}"
+        self.parts = None  # the names of the parts, known from the first call on
+
+    def __call__(self, prompts, responses, rows):
+        """Scores (B,) and {"reward_<part>" or "eval_<part>": (B,)}, all finite, or UserError. An exception of the
+        function is raised again with the prompt that caused it, below the traceback into the user's file."""
+        columns = (prompts, responses, rows)[:3 if self.takes_rows else 2]
+        try:
+            result = self.function(*columns)
+        except Exception as error:
+            raise RuntimeError(f"{self.name} raised {error!r} for {first_failing(self.function, *columns)}") from error
+        parts = dict(sorted(result.items(), key=lambda part: str(part[0]))) if isinstance(result, Mapping) else {}
+        self.check_names([*parts], result)
+        numbers = {f"{self.flag}_{name}": self.numbers(part, prompts, responses, f" as the part {name}")
+                   for name, part in parts.items()}
+        scores = [sum(row) for row in zip(*numbers.values())] if parts else result
+        scores = self.numbers(scores, prompts, responses, " as the sum of its parts" if parts else "")
+        return torch.tensor(scores), {name: torch.tensor(part) for name, part in numbers.items()}
+
+    def check_names(self, names, result):
+        """Raises UserError for names of parts that cannot be columns, or are not those of the first call."""
+        for name in names:
+            require(isinstance(name, str) and name.isidentifier() and f"{self.flag}_{name}" != "eval_se",
+                    f"{self.name} returned a part with the name {name!r}: give it a name like those of variables"
+                    + (", and not that of the standard error" if name == "se" else ""))
+        require(names or not isinstance(result, Mapping), f"{self.name} returned a dict without parts: it must hold a "
+                "list of numbers for each part")
+        self.parts = names if self.parts is None else self.parts
+        before, now = (", ".join(parts) or "none" for parts in (self.parts, names))
+        require(before == now, f"{self.name} returned the parts {before} at first and now {now}: it must return the "
+                "same names in each call")
+
+    def numbers(self, column, prompts, responses, what):
+        """A list of finite floats, one for each response, of what the function returned; else UserError."""
+        n, no_list = len(responses), (Mapping, Set, str, bytes, bytearray)
+        fits = tuple(column.shape) == (n,) if hasattr(column, "shape") else \
+            isinstance(column, Sized) and len(column) == n and not isinstance(column, no_list)
+        require(fits, f"{self.name} returned {in_words(column)}{what} for {n} responses: it must return a list of as "
+                      f"many numbers, a tensor or array of shape ({n},), or a dict of such parts")
+        column, numbers = column.tolist() if hasattr(column, "tolist") else list(column), []
+        for prompt, response, value in zip(prompts, responses, column):
+            number = value.item() if getattr(value, "shape", None) == () else value
+            if not (isinstance(number, Real) and abs(number) <= torch.finfo(torch.float32).max):
+                raise UserError(f"{self.name} returned {in_words(number)}{what} for the prompt {prompt!r} and the "
+                                f"response {response!r}: it must be a finite number")
+            numbers.append(float(number))
+        return numbers
 
 
 def in_words(value):
@@ -251,7 +361,7 @@ def in_words(value):
 
 def first_failing(reward_function, *columns):
     """The response that makes the function raise, in words: the first, if several do. Halves the columns (prompts,
-    responses) until one row is left, because each call may take long or cost money."""
+    responses, and maybe rows) until one is left, because each call may take long or cost money."""
     def fails(low, high):
         try:
             reward_function(*(column[low:high] for column in columns))
@@ -264,5 +374,6 @@ def first_failing(reward_function, *columns):
         middle = (low + high) // 2
         low, high = (low, middle) if fails(low, middle) else (middle, high)
     if fails(low, high):
-        return f"the prompt {columns[0][low]!r} and the response {columns[1][low]!r}"
+        keys = f", whose row has {', '.join(columns[2][low])}" if len(columns) == 3 else ""
+        return f"the prompt {columns[0][low]!r} and the response {columns[1][low]!r}{keys}"
     return f"{len(columns[0])} responses at once and for none of them alone; the first prompt is {columns[0][0]!r}"

@@ -4,6 +4,7 @@ expected. The KL to the SFT policy keeps the text close to what the reward model
 
     python train_ppo.py                                  everything on the built-in task; makes sft.pt and rm.pt first
     python train_ppo.py --reward=my_reward.py:f          any function f(prompts, responses) -> list of floats
+    python train_ppo.py --reward=... --eval=my_eval.py:f     and what you want of it, measured on held-out prompts
     python train_ppo.py --init_from=sft.pt --rm=rm.pt --data=pairs.jsonl --lr=1e-5 --compile       on a GPU
     python train_ppo.py --resume --max_iters=200         continue from out_dir/ppo.pt
 
@@ -28,7 +29,7 @@ import atlas
 import train_rm
 import train_sft
 from data import BatchOrder
-from experience import Experience, load_reward_function
+from experience import Experience, HeldOut, load_reward_function, sides_with_rows
 from ppo import (KLController, gae, group_advantages, kl_estimate, masked_mean, policy_loss, ratio_error, reward_to_go,
                  shape_rewards, value_loss, whiten)
 from support import distributed, stages
@@ -46,7 +47,8 @@ class Config(Flags):
     # models
     init_from: Optional[str] = None  # the SFT checkpoint, start and reference of the policy; default: out_dir/sft.pt
     rm: Optional[str] = None         # the reward model's checkpoint; default: out_dir/rm.pt
-    reward: str = "rm"               # rm, or path/to/file.py:function, f(prompts, responses) -> list of floats
+    reward: str = "rm"               # rm, or path/to/file.py:function, f(prompts, responses[, rows]) -> list of floats
+    eval: Optional[str] = None       # such a function, measured on held-out prompts and never trained on
     critic: Optional[str] = None     # separate|shared: a network, or a head on the policy; default: separate
     # rollouts
     max_iters: int = 100             # [1, inf) rollouts; enough once score - kl_coef * kl is flat
@@ -96,27 +98,29 @@ def train(config, rung=None):
 def prepare_run(config, run):
     """Trains missing stages, loads models and prompts, restores a checkpoint with --resume, prints what will run.
     `start` is the last finished iteration, `saved` the checkpoint's other fields."""
-    reward_function = load_reward_function(config.reward)
-    encoding, tokenizer, split = stages.prepare(config, sft=train_sft, rm=train_rm)
+    reward_function, eval_function = load_reward_function(config.reward), load_reward_function(config.eval, "eval")
+    rows_for = sides_with_rows(reward_function, eval_function)
+    encoding, tokenizer, split = stages.prepare(config, rows_for, sft=train_sft, rm=train_rm)
     device, autocast = setup(config)
     experience = Experience(config, encoding, device, autocast, stages.rows_per_pass(config, encoding))
     models = stages.load_models(config, tokenizer, device)
     trained = {"model": models.policy} | ({"critic": models.critic} if models.critic else {})
     optimizer = Optimizer(models.policy.parameters(), config, models.critic.parameters() if models.critic else ())
     start, saved = run.begin(optimizer, trained, tokenizer, models.sources)
-    stages.print_summary(config, models, experience, split)
     reward_fn = experience.reward_fn(reward_function or models.reward_model)
-    return models, reward_fn, experience, split, optimizer, start, saved
+    task = atlas.evaluate if config.data == "atlas" else None
+    heldout = HeldOut(experience, split, models.reference, reward_fn, eval_function, task)
+    stages.print_summary(config, models, experience, split, len(heldout.prompts))
+    return models, reward_fn, experience, split, heldout, optimizer, start, saved
 
 
 def loop(config, run, rung):
     """The five parts, max_iters times; `run` restores and saves the checkpoint."""
-    models, reward_fn, experience, split, optimizer, start, saved = prepare_run(config, run)
+    models, reward_fn, experience, split, heldout, optimizer, start, saved = prepare_run(config, run)
     policy, reference = models.policy, models.reference
     critic = models.critic  # None with --critic=shared, a head on the policy, and with --advantage=group
     controller = KLController(saved.get("kl_coef", config.kl_coef), config.kl_target)
     order = BatchOrder(range(len(split.train)), config.batch_size // config.samples_per_prompt, config.seed)
-    questions, evaluator = split.examples(10), atlas.evaluate if config.data == "atlas" else None
     if rung:
         rung.load(saved)
     metrics, row = Metrics(config, "ppo", start), {}
@@ -126,7 +130,7 @@ def loop(config, run, rung):
         # -- 1 sample: a response to each prompt, by the policy as it is now, and the score of each response
         prompts = [split.train[i] for i in order.order(iteration - 1) for _ in range(config.samples_per_prompt)]
         rollout, texts = experience.collect(policy, prompts, experience.rng("rollout", iteration))
-        scores = reward_fn(rollout, texts)
+        scores, parts = reward_fn(rollout, texts)
         tokens, prompt_lens, mask = rollout.tokens, rollout.prompt_lens, rollout.mask
         (B, R), has_eos = mask.shape, rollout.has_eos(experience.eos)
         final_rewards = scores - config.eos_penalty * ~has_eos
@@ -134,7 +138,8 @@ def loop(config, run, rung):
             (critic or policy).value_head.shift(masked_mean(final_rewards.unsqueeze(1).expand(B, R), mask).item())
         clock.lap("sec_rollout")
         look = last or iteration == 1 or iteration % config.sample_interval == 0
-        task_metrics = experience.evaluate(evaluator, policy, texts, split.heldout if look else [])
+        task_metrics = heldout.task(texts) | {name: part.mean() for name, part in parts.items()}
+        looked, samples = heldout.look(policy) if look else ({}, [])
         clock.lap()
 
         # -- 2 recompute: every response token under the policy that sampled it, the reference and the critic. `passes`
@@ -204,17 +209,17 @@ def loop(config, run, rung):
         measured = rollout_metrics(rollout, has_eos, scores, rewards, old_logprobs, ref_logprobs, old_values, entropy,
                                    config.gamma)
         controller.update(measured["kl"].item(), B)
-        row = metrics.write(iteration, measured | task_metrics | averages.reduce(n) | clock.seconds | {
+        row = metrics.write(iteration, measured | task_metrics | looked | averages.reduce(n) | clock.seconds | {
             "episodes": iteration * B, "kl_coef": kl_coef, "lr": lr, "grad_norm": grad_norms / steps,
             "optimizer_steps": steps, "skipped_steps": optimizer.skipped,
-            "tokens_per_s": mask.sum() / sum(clock.seconds.values())} | (rung.end(approx_kl) if rung else {}))
+            "tokens_per_s": mask.sum() / sum(clock.seconds.values())} | (rung.end(approx_kl) if rung else {}),
+            samples)
         run.end(iteration, kl_coef=controller.value, **(rung.state() if rung else {}))
         if iteration % config.sample_interval == 0 and not last:
-            with only_looking():
-                print_samples(experience.preview(policy, reference, reward_fn, questions[:3], "samples"))
+            print_samples(samples[:3])
 
     with progress("answering the same questions before and after"), only_looking():
-        print_before_after(*(experience.preview(model, reference, reward_fn, questions, "table")
+        print_before_after(*(experience.preview(model, reference, reward_fn, split.examples(10), "table")
                              for model in (reference, policy)))
     print(f"train_ppo: wrote {run.path}")
     return row

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import atlas
 import data
-from experience import Experience
+from experience import Experience, HeldOut
 from model import upcast
 from ppo import cpi_loss, gae, masked_mean, shape_rewards, value_loss, whiten
 from rollout import response_states
@@ -190,6 +190,7 @@ def loop(config, run):
                          {"sft": sft["sha256"], "rm": rm["sha256"]})
     experience = Experience(config, encoding, device, autocast, config.batch_size)
     reward_fn, evaluator = experience.reward_fn(reward_model), atlas.evaluate if config.data == "atlas" else None
+    heldout = HeldOut(experience, split, reference, reward_fn, evaluator=evaluator)
     order = data.BatchOrder([1] * len(split.train), config.batch_size, config.seed)
     print(f"trpo: {policy.n_params:,} parameters; {config.data}: {'; '.join(split.report)}")
     metrics, row = Metrics(config, "trpo", start), {}
@@ -199,12 +200,11 @@ def loop(config, run):
         # -- sample, recompute, rewards and advantages, as in train_ppo.py
         prompts = [split.train[i] for i in order.order(iteration - 1)]
         rollout, texts = experience.collect(policy, prompts, experience.rng("rollout", iteration))
-        scores, has_eos = reward_fn(rollout, texts), rollout.has_eos(experience.eos)
+        (scores, _), has_eos = reward_fn(rollout, texts), rollout.has_eos(experience.eos)
         tokens, prompt_lens, mask = rollout.tokens, rollout.prompt_lens, rollout.mask
         B, R = mask.shape
         clock.lap("sec_rollout")
-        heldout = split.heldout if last or iteration == 1 else []
-        task_metrics = experience.evaluate(evaluator, policy, texts, heldout)
+        task_metrics = heldout.task(texts) | (heldout.look(policy)[0] if last or iteration == 1 else {})
         clock.lap()
 
         passes = [[(torch.arange(B, device=device), tokens.size(1), 1.0)]]  # the step below differentiates one pass

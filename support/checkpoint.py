@@ -163,7 +163,7 @@ def load_latest(path, stage):
 # Flags that may differ when a run is resumed: no number depends on them, or the file they name is compared by content.
 MAY_CHANGE = {"max_iters", "log_interval", "sample_interval", "save_interval", "resume", "overwrite", "out_dir",
               "device", "tokenizer", "n_layer", "n_head", "n_embd", "block_size", "max_bad_steps", "rm", "data",
-              "reward", "tensorboard", "wandb"}
+              "reward", "eval", "tensorboard", "wandb"}
 # The same mathematics in another order, so all but the last bits.
 MAY_CHANGE_LAST_BITS = {"micro_batch_size", "recompute", "compile", "fsdp"}
 
@@ -332,15 +332,16 @@ def memory_advice(config, stage):
 def claim_out_dir(config, path):
     """Makes out_dir. Raises UserError if a run cannot write there, or if this stage's checkpoint is there and no flag
     says what to do with it."""
-    folder, log = path.parent, path.with_name("metrics.jsonl")
+    folder = path.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out_dir={folder} cannot be made ({error.strerror}): give another --out_dir") from None
     require(os.access(folder, os.W_OK | os.X_OK), f"--out_dir={folder} is not writable: change that, or give another "
             "--out_dir")
-    require(not log.exists() or log.is_file() and os.access(log, os.R_OK), f"{log} cannot be read, and a run keeps the "
-            "lines of other stages there: change that, or give another --out_dir")
+    for log in (folder / "metrics.jsonl", folder / "samples.jsonl"):
+        require(not log.exists() or log.is_file() and os.access(log, os.R_OK), f"{log} cannot be read, and a run keeps "
+                "lines of stages and iterations before it there: change that, or give another --out_dir")
     require(config.resume or config.overwrite or not path.exists(),
             f"{path} is there already: --resume continues it, --overwrite replaces it, --out_dir writes elsewhere")
 

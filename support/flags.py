@@ -194,6 +194,8 @@ def check_ppo(config):
             "always k1, the only one with the right gradient there")
     require(config.kl_target is None or config.kl_coef > 0, "--kl_target steers by multiplying kl_coef, so --kl_coef=0 "
             "would stay 0: give a start above 0")
+    require(config.eval != "rm", "--eval=rm: the reward model's score on held-out prompts is always logged, as "
+            "score_heldout: leave the flag out, or name path/to/file.py:function")
     require(config.reward == "rm" or config.rm is None, "--rm names a reward model, but --reward names a function: "
             "give one of them")
 

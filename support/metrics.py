@@ -1,6 +1,6 @@
 """
-Logging and health checks: metrics.jsonl, a line on the screen, TensorBoard and Weights & Biases where asked for, and a
-warning when a number says that something is wrong. docs/metrics.md explains each metric.
+Logging and health checks: metrics.jsonl, samples.jsonl, a line on the screen, TensorBoard and Weights & Biases where
+asked for, and a warning when a number says that something is wrong. docs/metrics.md explains each metric.
 """
 
 import dataclasses
@@ -31,11 +31,12 @@ COLUMNS = {
     "sft": {"loss": "7.4f", "grad_norm": "6.2f", "heldout_loss": "7.4f"},
     "rm": {"loss": "7.4f", "accuracy": ".3f", "heldout_loss": "7.4f", "heldout_accuracy": ".3f"},
     "ppo": {"score": "+.2f", "kl": ".2f", "gold": ".3f", "entropy": ".2f", "clip_frac": ".3f",
-            "explained_variance": "+.2f", "response_len": ".1f", "eos_rate": ".2f", "gold_heldout": ".3f"},
+            "explained_variance": "+.2f", "response_len": ".1f", "eos_rate": ".2f", "gold_heldout": ".3f",
+            "eval": "+.3f", "eval_se": ".3f"},
     "trpo": {"score": "+.2f", "kl": ".2f", "reward": "+.2f", "gold": ".3f", "entropy": ".2f", "approx_kl": ".4f",
              "surrogate_gain": ".3f", "step_fraction": ".2f", "explained_variance": "+.2f", "gold_heldout": ".3f"}}
 SHORT = {"entropy": "ent", "clip_frac": "clip", "explained_variance": "ev", "response_len": "len", "eos_rate": "eos",
-         "gold_heldout": "held"}  # their names on the screen
+         "gold_heldout": "held", "eval_se": "se"}  # their names on the screen
 SILENCE = 10  # seconds after which a line is shown, whatever log_interval says
 
 
@@ -78,29 +79,31 @@ class Averages:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# metrics.jsonl and the screen
+# metrics.jsonl, samples.jsonl and the screen
 
 class Metrics:
     """metrics.jsonl, one line per iteration, and an aligned line on the screen every log_interval iterations or SILENCE
-    seconds.
+    seconds, and where --eval was measured.
 
     The file is shared by the stages of an out_dir. Opening it drops this stage's lines past `start`, the iteration
-    of the checkpoint that is resumed (0 for a fresh start, which drops all of them), and writes the header line."""
+    of the checkpoint that is resumed (0 for a fresh start, which drops all of them), and writes the header line.
+    PPO's samples.jsonl has a row for each sample {iter, prompt, response, score, ...} and is cut in the same way."""
 
     def __init__(self, config, stage, start=0):
         self.config, self.stage, self.start, self.path = config, stage, start, config.folder / "metrics.jsonl"
-        lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
-        rows, head = [(line, parse(line)) for line in lines], header(config, stage)
-        kept = [(line, row) for line, row in rows
-                if row and (row["stage"] != stage or (start > 0 and row.get("iter", 0) <= start))]
+        self.samples_path, head = self.path.with_name("samples.jsonl"), header(config, stage)
+        kept = [row for row in whole_lines(self.path)
+                if row["stage"] != stage or (start > 0 and row.get("iter", 0) <= start)]
         if start == 0:
-            kept.append((json.dumps(head), head))
+            kept.append(head)
         first = distributed.is_first()  # the other processes keep count and write nothing
         if first:
-            with atomic_write(self.path) as file:
-                file.write("".join(line + "\n" for line, _ in kept).encode())
+            write_lines(self.path, kept)
+        if first and stage == "ppo" and self.samples_path.exists():
+            samples = whole_lines(self.samples_path, "iter")
+            write_lines(self.samples_path, [row for row in samples if row["iter"] <= start])
 
-        stage_rows = [row for _, row in kept if row["stage"] == stage]
+        stage_rows = [row for row in kept if row["stage"] == stage]
         self.rows, self.warned, self.widths = [head], set(), {}
         for row in stage_rows:
             if "iter" in row:
@@ -110,19 +113,18 @@ class Metrics:
         self.last = self.shown = time.time()
         self.warm = None  # when the first iteration was done: it pays for warming up and would spoil the eta
 
-    def write(self, iteration, metrics):
-        """Appends {stage, iter, seconds, **metrics}, shows COLUMNS if a line is due, and prints the warnings of HEALTH,
-        each once in a run."""
+    def write(self, iteration, metrics, samples=()):
+        """Appends {stage, iter, seconds, **metrics}, and the samples of a look. Shows COLUMNS if a line is due, and
+        prints the warnings of HEALTH, each once in a run."""
         now = time.time()
         row = {"stage": self.stage, "iter": iteration, "seconds": round(now - self.last, 4)}
         row |= {name: clean(value) for name, value in metrics.items()}
         self.last = now
-        try:
-            with open(self.path if distributed.is_first() else os.devnull, "a") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            raise OSError(f"could not write {self.path} ({error.strerror or error})") from error
+        append_lines(self.path, [row])
+        if samples:
+            append_lines(self.samples_path, [{"iter": iteration} | sample for sample in samples])
         due = iteration % self.config.log_interval == 0 or iteration in (self.start + 1, self.config.max_iters)
+        due = due or "eval" in row
         if due or now - self.shown >= SILENCE:
             columns = [self.column(name, format(row[name], spec)) for name, spec in COLUMNS[self.stage].items()
                        if row.get(name) is not None]
@@ -164,13 +166,34 @@ class Metrics:
         return [f"warning: {rule.sentence(self.rows)}" for rule in broken]
 
 
+def whole_lines(path, key="stage"):
+    """The rows of metrics.jsonl, or of samples.jsonl with the key "iter"; [] without the file. What a crash left of a
+    line is left out."""
+    rows = map(parse, path.read_text(errors="replace").splitlines() if path.exists() else [])
+    return [row for row in rows if isinstance(row, dict) and key in row]
+
+
 def parse(line):
-    """The row of a line of metrics.jsonl; None for what a crash left of one."""
+    """The value of a line of JSON; None if it is not whole."""
     try:
-        row = json.loads(line)
+        return json.loads(line)
     except ValueError:
         return None
-    return row if isinstance(row, dict) and "stage" in row else None
+
+
+def write_lines(path, rows):
+    """Replaces a file by rows, as a whole or not at all."""
+    with atomic_write(path) as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def append_lines(path, rows):
+    """Appends rows to a file, in the first process. Raises OSError that names the file."""
+    try:
+        with open(path if distributed.is_first() else os.devnull, "a") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+    except OSError as error:
+        raise OSError(f"could not write {path} ({error.strerror or error})") from error
 
 
 def clean(value):
@@ -210,19 +233,19 @@ def print_report(config, report, more=""):
         print(warning)
 
 
-def print_samples(rows):
-    """rows [(prompt, response, score, KL)] between two lines of metrics."""
-    for prompt, response, score, kl in rows:
-        print(f"    score {score:+.2f}  kl {kl:5.2f}  {prompt!r} -> {response!r}")
+def print_samples(samples):
+    """Samples as in samples.jsonl between two lines of metrics."""
+    for row in samples:
+        print(f"    score {row['score']:+.2f}  kl {row['kl']:5.2f}  {row['prompt']!r} -> {row['response']!r}")
 
 
 def print_before_after(before, after):
-    """A table of such rows, of the same prompts before and after training."""
+    """A table of such samples, of the same prompts before and after training."""
     print("\nthe same questions before (SFT) and after (PPO): score, KL to the SFT policy, one sampled answer")
     for rows in zip(before, after):
-        print(rows[0][0])
-        for name, (_, response, score, kl) in zip(("before", "after"), rows):
-            print(f"    {name:<7}{score:+6.2f}  {kl:6.2f}  {response!r}")
+        print(rows[0]["prompt"])
+        for name, row in zip(("before", "after"), rows):
+            print(f"    {name:<7}{row['score']:+6.2f}  {row['kl']:6.2f}  {row['response']!r}")
 
 
 @contextmanager

@@ -18,16 +18,19 @@ from support.metrics import print_report, progress
 from tokenizer import get_tokenizer, run_tokenizer, tokenizer_id
 
 
-def prepare(config, **trainers):
+def prepare(config, rows_for=(), **trainers):
     """Checks everything that can be wrong with PPO's flags and files, then trains the missing stages with `trainers`
-    {stage: train module}. Returns the run's encoding, its tokenizer_id and the Split of its prompts."""
+    {stage: train module}. Returns the run's encoding, its tokenizer_id and the Split of its prompts, of which those of
+    the sides in rows_for carry their row."""
     own_sft = config.folder / "sft.pt"  # unfinished or not, it says which tokenizer and sizes the run has
     sft = read_start(config) if config.init_from else load_checkpoint(own_sft, "sft") if own_sft.exists() else None
     encoding, tokenizer = run_tokenizer(config.tokenizer, config.data, sft and sft["tokenizer"])
     block_size = resolve_sizes(config, sft and sft["model_config"])["block_size"]
     with progress(f"reading {config.data}"):
         resolve_max_new_tokens(config, encoding, block_size)
-        split = load_prompts(config.data, encoding, block_size, config.max_new_tokens, config.skip_bad)
+        split = load_prompts(config.data, encoding, block_size, config.max_new_tokens, config.skip_bad, rows_for)
+    require(split.heldout or not config.eval, f"--eval is measured on held-out prompts, and {config.data} has none: "
+            "give two different prompts or more, or leave the flag out")
     rows_per_pass(config, encoding)  # for its UserError, before earlier stages train
     if config.rm:
         checked_reward_model(config, tokenizer, block_size)
@@ -109,13 +112,13 @@ def load_models(config, tokenizer, device):
     return Models(policy, reference, critic, reward_model, sources)
 
 
-def print_summary(config, models, experience, split):
-    """Prints the run that begins: sizes, device, data, flags."""
+def print_summary(config, models, experience, split, looked_at):
+    """Prints the run that begins: sizes, device, data, flags, and how many held-out prompts it looks at."""
     micro, V = experience.micro_batch_size, experience.encoding.n_vocab
     print(f"train_ppo: {models.policy.n_params:,} parameters on "
           f"{describe(experience.device, experience.autocast, config.recompute)}, tokenizer {experience.encoding.name} "
           f"({V:,} ids)")
-    print_report(config, split.report)
+    print_report(config, split.report, f"; a look at held-out prompts samples {looked_at:,} of them")
     steps = config.epochs * config.minibatches
     print(f"{config.batch_size} responses per rollout, {config.epochs} epochs x {config.minibatches} minibatches of "
           f"{config.batch_size // config.minibatches} = {steps} optimizer steps per rollout, {micro} responses per "

@@ -49,7 +49,7 @@ def test_a_missing_run_or_matplotlib_or_panel_is_said_in_a_sentence(tmp_path, mo
         plot.read_run(tmp_path / "nowhere")
     with pytest.raises(UserError, match="--save=a.jpeg2 must end in .png, .svg or .pdf"):
         plot.draw([], "a.jpeg2")
-    with pytest.raises(UserError, match="--metrics has no panel loss: choose from gold, objective, score, kl, "):
+    with pytest.raises(UserError, match="--metrics has no panel loss: choose from gold, objective, score, eval, kl, "):
         plot.draw([], "a.png", ["kl", "loss"])
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match="pip install matplotlib"):

@@ -5,6 +5,7 @@ What a PPO step sees, token by token: one HTML file that needs nothing but a bro
     python -m tools.inspect_rollout --checkpoint=out/atlas/sft.pt --after=out/atlas/ppo.pt       before and after
     python -m tools.inspect_rollout --prompt="Where is Lima?" --response=" Lima is asleep."      a response of yours
     python -m tools.inspect_rollout --data=rows.jsonl --text               {"prompt"} or {"prompt", "response"} rows
+    python -m tools.inspect_rollout --samples=out/atlas/samples.jsonl      what the run showed at its last look
 
 A ppo.pt is looked at as its next rollout would see it, with its own flags, critic and optimizer. An sft.pt is looked at
 as PPO's first rollout sees it: with the flags of the ppo.pt that is given with it or else the defaults, and with the
@@ -33,7 +34,7 @@ from typing import Callable, Optional
 import torch
 
 import data
-from experience import Experience, load_reward_function
+from experience import Experience, load_reward_function, sides_with_rows
 from experiments import rungs
 from experiments.rungs import token_advantages
 from model import upcast
@@ -86,6 +87,7 @@ class Config:
     prompt: Optional[str] = None  # show an answer to this; default: some held-out prompts of the run
     response: Optional[str] = None  # instead of sampling an answer to --prompt, show this one
     data: Optional[str] = None    # a .jsonl file of prompts, with or without responses, to show
+    samples: Optional[str] = None  # a run's samples.jsonl: show the answers of its last look
     n: int = 1                    # [1, inf) answers sampled for each prompt and checkpoint
     updates: int = 1              # [0, inf) rollouts of PPO until the ratio is taken; 0 is quicker and shows no ratio
     completions: int = 64         # [0, inf) answers sampled from each token on, for the advantage without a critic
@@ -150,7 +152,7 @@ def load_side(path, name, saved, flags, options):
     rm = (options.rm or flags["rm"] or str(folder / "rm.pt")) if flags["reward"] == "rm" else None
     known = {field.name for field in fields(rungs.Config)}
     config = rungs.Config(**{name: value for name, value in flags.items() if name in known and value is not None} | {
-        "init_from": reference, "rm": rm, "device": options.device, "compile": False, "resume": False,
+        "eval": None, "init_from": reference, "rm": rm, "device": options.device, "compile": False, "resume": False,
         "overwrite": False})
     config.check()
     config = config.resolved()
@@ -169,14 +171,16 @@ def load_side(path, name, saved, flags, options):
         if models.critic:
             models.critic = stages.load_policy(saved | {"model": saved["critic"]}, device)
     experience = Experience(config, encoding, device, autocast, stages.rows_per_pass(config, encoding))
-    reward_fn = experience.reward_fn(load_reward_function(config.reward) or models.reward_model)
-    split = data.load_prompts(config.data, encoding, block_size, config.max_new_tokens, config.skip_bad)
+    function = load_reward_function(config.reward)
+    reward_fn, rows_for = experience.reward_fn(function or models.reward_model), sides_with_rows(function, None)
+    split = data.load_prompts(config.data, encoding, block_size, config.max_new_tokens, config.skip_bad, rows_for)
     return Side(name, saved, config, split, models, experience, reward_fn)
 
 
 def sample(side, prompts, *purpose):
-    """[(prompt, response)], lists of ids: one answer of the side's policy to each of prompts (lists of ids)."""
-    return side.experience.sample(side.policy, prompts, generator(side.experience.device, *purpose)).ids()
+    """[(prompt, response)]: one answer of the side's policy, a list of ids, to each of Prompts."""
+    rollout = side.experience.sample(side.policy, prompts, generator(side.experience.device, *purpose))
+    return [(prompt, response) for prompt, (_, response) in zip(prompts, rollout.ids())]
 
 
 def next_rollout(side):
@@ -204,7 +208,7 @@ def updated_policy(side, rollouts):
 # the numbers
 
 def rollout_of(side, rows):
-    """(the Rollout that rows [(prompt, response)] of ids would be, the forward passes over it)."""
+    """(the Rollout that rows [(Prompt, response)] of ids would be, the forward passes over it)."""
     batch = data.collate_demonstrations([data.Demonstration(*row) for row in rows], side.experience.eos[0])
     tokens, prompt_lens, response_lens, mask = (x.to(side.experience.device) for x in batch)
     unsampled = torch.zeros(mask.shape, device=mask.device)
@@ -217,8 +221,8 @@ def shaped(side, rows, rollout, passes):
     """The first half of train_ppo.loop for any rows, as rollout_of gives them: a dict with "tokens" (B, T),
     "prompt_lens", "scores", "has_eos", each (B,), and the rest (B, R)."""
     config, experience, models, mask = side.config, side.experience, side.models, rollout.mask
-    texts = [(decode(side.encoding, prompt), decode(side.encoding, response)) for prompt, response in rows]
-    scores, has_eos = side.reward_fn(rollout, texts), rollout.has_eos(experience.eos)
+    texts = [(decode(side.encoding, prompt), decode(side.encoding, response), prompt.row) for prompt, response in rows]
+    (scores, _), has_eos = side.reward_fn(rollout, texts), rollout.has_eos(experience.eos)
     logprobs, values, entropy = experience.recompute(side.policy, rollout, passes, entropy=True)
     ref_logprobs, _ = experience.recompute(models.reference, rollout, passes)
     if models.critic:
@@ -264,8 +268,8 @@ def sampled_values(side, rows, completions, seed):
     """{(prompt, beginning of a response): (value, standard error)} for each beginning of each of rows: the mean
     reward-to-go of responses that the policy completes from there, which a critic is to learn."""
     found = {}
-    states = [(tuple(prompt), tuple(response[:t])) for prompt, response in rows for t in range(len(response))]
-    for prompt, begun in dict.fromkeys(states):  # responses to one prompt share their first states
+    states = {(tuple(prompt), tuple(response[:t])): prompt for prompt, response in rows for t in range(len(response))}
+    for (prompt, begun), given in states.items():  # responses to one prompt share their first states
         t, policy, config = len(begun), side.policy, side.config
         tokens, lens = data.collate_prompts([list(prompt + begun)] * completions, side.encoding.eot_token)
         device = side.experience.device
@@ -273,7 +277,7 @@ def sampled_values(side, rows, completions, seed):
             rollout = generate(policy, tokens.to(device), lens.to(device), max(1, config.max_new_tokens - t),
                                eos=side.experience.eos, temperature=config.temperature,
                                generator=generator(device, seed, "completions", prompt, begun))
-        completed = [(list(prompt), list(begun) + end) for _, end in rollout.ids()]
+        completed = [(given, list(begun) + end) for _, end in rollout.ids()]
         to_go = shaped(side, completed, *rollout_of(side, completed))["reward_to_go"][:, t]
         found[prompt, begun] = to_go.mean().item(), (to_go.std(unbiased=False) / math.sqrt(completions)).item()
     return found
@@ -292,9 +296,14 @@ def alternatives(policy, tokens, prompt_lens, R, temperature):
 def asked_rows(options, sides):
     """[(prompt, responses)], lists of ids: what the flags ask for. No responses: they are to be sampled."""
     require(options.response is None or options.prompt is not None, "--response answers a --prompt: give both")
-    require(None in (options.prompt, options.data), "--prompt and --data both say what to show: give one")
-    if options.data:
-        rows, _ = data.read_rows(options.data, convert=lambda row: data.to_row(row, 0))
+    given = [name for name in ("prompt", "data", "samples") if getattr(options, name) is not None]
+    require(len(given) < 2, f"--{' and --'.join(given)} both say what to show: give one")
+    if options.samples:
+        samples = metrics.whole_lines(Path(options.samples), "iter")
+        require(samples, f"--samples={options.samples} has no samples: name the samples.jsonl of a PPO run")
+        rows = [data.Row(row["prompt"], (row["response"],)) for row in samples if row["iter"] == samples[-1]["iter"]]
+    elif options.data:
+        rows, _ = data.read_rows(options.data, convert=lambda row: data.to_row(row, 0)._replace(source=row))
         if len(rows) > MAX_ROWS:
             print(f"note: {options.data} has {len(rows):,} rows, and the first {MAX_ROWS} are shown")
         rows = rows[:MAX_ROWS]
@@ -312,8 +321,10 @@ def asked_rows(options, sides):
 
 
 def encode(sides, rows):
-    """[(prompt, responses)] as ids of [Row]. Raises UserError for one that a model cannot read."""
-    asked, encoding = [], sides[0].encoding
+    """[(Prompt, responses)] as ids of [Row]. A reward function that takes rows gets that of the file, or else the one
+    that the run has for this prompt. Raises UserError for one that a model cannot read."""
+    asked, encoding, split = [], sides[0].encoding, sides[0].split
+    rows_of_run = {tuple(prompt): prompt.row for prompt in split.train + split.heldout}
     block_size = min(side.policy.config.block_size for side in sides)
     longest = max(side.config.max_new_tokens for side in sides)
     for row in rows:
@@ -323,7 +334,8 @@ def encode(sides, rows):
         length = len(prompt) + max([longest, *map(len, responses)])
         require(length <= block_size, f"the prompt {row.prompt[:60]!r} and a response to it may have {length} "
                 f"tokens, but the model reads block_size={block_size}: shorten them")
-        asked.append((prompt, responses))
+        source = row.source or rows_of_run.get(tuple(prompt)) or {"prompt": row.prompt}
+        asked.append((data.Prompt(prompt, source), responses))
     return asked
 
 

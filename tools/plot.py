@@ -4,12 +4,15 @@ Draws the curves of PPO from metrics.jsonl, of one run or of several on top of e
     python -m tools.plot out/atlas                                   one run, also while it runs -> out/atlas/curves.png
     python -m tools.plot out/seed0 out/seed1 --save seeds.svg       seeds: their mean, and a band from lowest to highest
     python -m tools.plot out/low/* out/high/* --metrics kl score     runs whose flags differ: a colour for each group
+    python -m tools.plot out/atlas --samples                         samples.jsonl -> out/atlas/samples.png
 
 Runs that differ in nothing but the seed and where they lie are one group; a group is named by the flags in which it
-differs from the others. The range within the bounds of a rule in support.metrics.HEALTH is green. Needs matplotlib.
+differs from the others. The band of --eval in a lone run is its standard error. The range within the bounds of a rule
+in support.metrics.HEALTH is green. Needs matplotlib.
 """
 
 import argparse
+import re
 import sys
 import textwrap
 from itertools import cycle
@@ -19,13 +22,14 @@ import numpy as np
 
 from support.checkpoint import MAY_CHANGE
 from support.flags import UserError, require
-from support.metrics import HEALTH, objective, parse
+from support.metrics import HEALTH, objective, whole_lines
 
 PANELS = {  # metric: title of its panel, unit, what else is drawn there, where the axis ends (None: where the data do)
     "gold": ("share of answers that are right", "share of responses", ("gold_heldout",), (-0.02, 1.02)),
     "objective": ("J = score - kl_coef * KL", "units of score", (), (None, None)),
-    "score": ("score, before the KL is paid for", "units of score", (), (None, None)),
-    "kl": ("KL to the SFT policy", "nats per response", (), (None, None)),
+    "score": ("score, before the KL is paid for", "units of score", ("score_heldout",), (None, None)),
+    "eval": ("what --eval measures on held-out prompts", "units of --eval", (), (None, None)),
+    "kl": ("KL to the SFT policy", "nats per response", ("kl_heldout",), (None, None)),
     "entropy": ("entropy", "nats per token", (), (0, None)),
     "clip_frac": ("clip fraction", "share of tokens", (), (0, None)),
     "explained_variance": ("explained variance of the critic", "share of the returns' variance", (), (-1, None)),
@@ -46,7 +50,7 @@ def read_lines(folder, stage="ppo"):
     """(flags, rows) of a stage: those of its header, {} if that is gone, and a dict per iteration."""
     path = Path(folder) / "metrics.jsonl"
     require(path.is_file(), f"{path} is not there: give the out_dir of a run")
-    lines = [row for row in map(parse, path.read_text(errors="replace").splitlines()) if row and row["stage"] == stage]
+    lines = [row for row in whole_lines(path) if row["stage"] == stage]
     rows = [row for row in lines if "iter" in row]
     require(rows, f"{path} has no {stage.upper()} iterations yet")
     return next((row["flags"] for row in lines if "flags" in row), {}), rows
@@ -72,12 +76,21 @@ def group_runs(folders):
             or "default" * (len(groups) > 1): runs for flags, runs in groups.items()}
 
 
+def panels_of(runs):
+    """PANELS, and one for each part of a score that a run has."""
+    parts = sorted({name for run in runs for name in run if re.match("(reward|eval)_(?!se$)", name)})
+    return PANELS | {name: (name.replace("_", ", part ", 1), "units of the part", (), (None, None)) for name in parts}
+
+
 def mean_and_band(runs, metric):
-    """Iterations, mean, lowest, highest over the runs that have the metric, where all of those have it; else None."""
+    """Iterations, mean, lowest, highest over the runs that have the metric, where all of those have it; else None. In a
+    lone run a metric with a standard error has that error on both sides."""
     curves = [run[metric] for run in runs if metric in run]
     iterations = sorted(set.intersection(*(set(x.tolist()) for x, _ in curves))) if curves else []
     values = np.array([[y[x.tolist().index(i)] for i in iterations] for x, y in curves])
-    return (iterations, values.mean(0), values.min(0), values.max(0)) if iterations else None
+    errors = [run[f"{metric}_se"][1] for run in runs if f"{metric}_se" in run]
+    error = errors[0] if len(errors) == len(curves) == 1 and len(errors[0]) == len(iterations) else 0
+    return (iterations, values.mean(0), values.min(0) - error, values.max(0) + error) if iterations else None
 
 
 def healthy_range(metric, runs):
@@ -101,9 +114,9 @@ def import_pyplot():
     return plt
 
 
-def draw_panel(axis, groups, metric, low, high):
-    """Draws a panel of PANELS, green from low to high. groups: lists of runs; COLOURS are in the same order."""
-    title, unit, others, ends_of_axis = PANELS[metric]
+def draw_panel(axis, groups, metric, panel, low, high):
+    """Draws a panel, green from low to high. groups: lists of runs; COLOURS are in the same order."""
+    title, unit, others, ends_of_axis = panel
     for n, (runs, colour) in enumerate(zip(groups, cycle(COLOURS))):
         for curve, style in zip((metric, *others), ("-", ":")):
             drawn = mean_and_band(runs, curve)
@@ -126,20 +139,22 @@ def draw_panel(axis, groups, metric, low, high):
 
 
 def draw(folders, save, metrics=None):
-    """Draws the panels of `metrics` (default: those of PANELS that a run has) into a .png, .svg or .pdf file."""
-    require(Path(save).suffix in (".png", ".svg", ".pdf"), f"--save={save} must end in .png, .svg or .pdf")
-    unknown = [metric for metric in metrics or () if metric not in PANELS]
-    require(not unknown, f"--metrics has no panel {', '.join(unknown)}: choose from {', '.join(PANELS)}")
-    plt, groups = import_pyplot(), group_runs(folders)
+    """Draws the panels of `metrics` (default: those that a run has) into a .png, .svg or .pdf file."""
+    require_picture(save)
+    groups = group_runs(folders)
     runs = sum(groups.values(), [])
-    metrics = metrics or [metric for metric in PANELS if any(metric in run for run in runs)]
+    panels = panels_of(runs)
+    unknown = [metric for metric in metrics or () if metric not in panels]
+    require(not unknown, f"--metrics has no panel {', '.join(unknown)}: choose from {', '.join(panels)}")
+    plt = import_pyplot()
+    metrics = metrics or [metric for metric in panels if any(metric in run for run in runs)]
     ranges = [healthy_range(metric, runs) for metric in metrics]
     columns = len(metrics) if len(metrics) <= 4 else 3 if len(metrics) % 3 == 0 else 4
     rows = -(-len(metrics) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 2.7 * rows + 0.5), squeeze=False,
                                 constrained_layout=True)
     for axis, metric, bounds in zip(axes.flat, metrics, ranges):
-        draw_panel(axis, groups.values(), metric, *bounds)
+        draw_panel(axis, groups.values(), metric, panels[metric], *bounds)
     if len(groups) > 1:
         figure.legend([plt.Line2D([], [], color=colour) for colour, _ in zip(cycle(COLOURS), groups)], groups,
                       loc="outside upper center", ncols=columns, fontsize=9, frameon=False)
@@ -152,6 +167,34 @@ def draw(folders, save, metrics=None):
     if any(bounds != (None, None) for bounds in ranges):
         note += "     green: outside of it a rule in support/metrics.py, which averages over iterations, may warn"
     figure.supxlabel(textwrap.fill(note, 58 * columns), fontsize=9)
+    finish(plt, figure, save)
+
+
+def draw_samples(folder, save):
+    """Draws the score, the KL and the length of each row of samples.jsonl, and the median of each look."""
+    require_picture(save)
+    path = Path(folder) / "samples.jsonl"
+    rows = whole_lines(path, "iter")
+    require(rows, f"{path} has no samples: give the out_dir of a PPO run")
+    plt, looks = import_pyplot(), sorted({row["iter"] for row in rows})
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.2), constrained_layout=True)
+    for axis, (name, unit) in zip(axes, (("score", "units of score"), ("kl", "nats"), ("tokens", "tokens"))):
+        values = [[row[name] for row in rows if row["iter"] == look and row[name] is not None] for look in looks]
+        for look, column in zip(looks, values):
+            axis.plot([look] * len(column), column, ".", color=COLOURS[0], alpha=0.4)
+        axis.plot(looks, [np.median(column) if column else np.nan for column in values], color=COLOURS[0])
+        axis.set_title(f"{name} of each sample, and the median", fontsize=10)
+        axis.set_ylabel(unit, fontsize=9)
+        axis.grid(alpha=0.3)
+    figure.supxlabel("iteration", fontsize=9)
+    finish(plt, figure, save)
+
+
+def require_picture(save):
+    require(Path(save).suffix in (".png", ".svg", ".pdf"), f"--save={save} must end in .png, .svg or .pdf")
+
+
+def finish(plt, figure, save):
     figure.savefig(save, dpi=110)
     plt.close(figure)
     print(f"wrote {save}")
@@ -161,10 +204,16 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="out_dir of each run")
     parser.add_argument("--save", help="the picture, .png, .svg or .pdf; default: curves.png in the first run's folder")
-    parser.add_argument("--metrics", nargs="+", help=f"the panels: {', '.join(PANELS)}; default: all of them")
+    parser.add_argument("--metrics", nargs="+", help=f"the panels: {', '.join(PANELS)}, reward_<part> and "
+                                                     "eval_<part>; default: all of them")
+    parser.add_argument("--samples", action="store_true", help="draw samples.jsonl of one run instead, as samples.png")
     options = parser.parse_args()
     try:
-        draw(options.runs, options.save or Path(options.runs[0]) / "curves.png", options.metrics)
+        if options.samples:
+            require(len(options.runs) == 1 and not options.metrics, "--samples draws one run, without --metrics")
+            draw_samples(options.runs[0], options.save or Path(options.runs[0]) / "samples.png")
+        else:
+            draw(options.runs, options.save or Path(options.runs[0]) / "curves.png", options.metrics)
     except (UserError, OSError) as error:
         print(f"plot: {error}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, UserError) else 1) from None

@@ -14,7 +14,7 @@ import torch
 import atlas
 from data import (BatchOrder, Comparison, DataError, Demonstration, Split, collate_comparisons, collate_demonstrations,
                   collate_prompts, default_max_new_tokens, length_buckets, load_comparisons, load_demonstrations,
-                  load_prompts, pad, read_rows, split_rows, to_row)
+                  load_prompts, pad, read_rows, split_rows, spread, to_row)
 from files import gpt2, write
 from paths import DATA
 from tokenizer import get_tokenizer
@@ -321,6 +321,46 @@ def test_prompts_are_kept_once(tmp_path):
     split = load_prompts(path, BYTES, 64, 8)
     assert sorted(map(text_of, split.train + split.heldout)) == [f"p{i}" for i in range(10)]
     assert split.report == ["train: 9 rows, held out: 1", "dropped 20: the same prompt again"]
+
+
+def test_a_prompt_carries_its_row_on_the_sides_that_want_it(tmp_path):
+    """Its whole dict, whatever the kind of row. Nobody is held out otherwise for it."""
+    rows = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b", "n": [i, None, {"x": "\ud83d"}]} for i in range(40)]
+    rows += [{"chosen": f"\n\nHuman: {i}\n\nAssistant: a", "rejected": f"\n\nHuman: {i}\n\nAssistant: b"} for i in "xy"]
+    path = write(tmp_path / "p.jsonl", *rows)
+    plain = load_prompts(path, BYTES, 64, 8)
+    for rows_for in ((), ("heldout",), ("train", "heldout")):
+        split = load_prompts(path, BYTES, 64, 8, False, rows_for)
+        assert split == plain  # as lists of ids, and the report
+        for side in ("train", "heldout"):
+            found = [prompt.row for prompt in getattr(split, side)]
+            expected = [row for row in rows if (row.get("prompt") in ("p7", "p37")) == (side == "heldout")]
+            assert found == (expected if side in rows_for else [None] * len(expected))
+
+
+def test_rows_with_one_prompt_are_several_tasks_where_rows_are_seen(tmp_path):
+    """Of equal rows, one is kept, in whatever order their keys are. NaN equals itself here."""
+    path = write(tmp_path / "p.jsonl", {"prompt": "q", "answer": 1}, {"prompt": "q", "answer": 2}, {"prompt": "r"},
+                 {"answer": 1, "prompt": "q"}, '{"prompt": "r", "answer": NaN}', '{"prompt": "r", "answer": NaN}')
+    split = load_prompts(path, BYTES, 64, 8, rows_for=("train", "heldout"))
+    assert sorted(map(text_of, split.train + split.heldout)) == ["q", "q", "r", "r"]
+    assert split.report[1:] == ["dropped 2: the same row again"]
+    q_is_heldout = text_of(split.heldout[0]) == "q"
+    split = load_prompts(path, BYTES, 64, 8, rows_for=("heldout",))
+    assert [len(split.train), len(split.heldout)] == [1, 2] and q_is_heldout == (text_of(split.heldout[0]) == "q")
+    assert split.report[1:] == ["dropped 2: the same prompt again", "dropped 1: the same row again"]
+
+
+def test_a_prompt_of_the_built_in_task_is_its_row():
+    split = load_prompts("atlas", get_tokenizer("atlas"), 64, 16, rows_for=("heldout",))
+    assert [prompt.row for prompt in split.heldout] == [{"prompt": prompt} for prompt in atlas.prompts("heldout")]
+    assert {prompt.row for prompt in split.train} == {None}
+
+
+@pytest.mark.parametrize("n, expected", [(1, [0]), (2, [0, 3]), (3, [0, 2, 4]), (6, [0, 1, 2, 3, 4, 5]),
+                                         (7, [*range(7)]), (99, [*range(7)]), (0, [])])
+def test_rows_are_spread_from_one_end_to_the_other(n, expected):
+    assert spread(list(range(7)), n) == expected and spread([], n) == []
 
 
 def test_examples_are_spread_over_the_rows_held_out_if_there_are_any():

@@ -1,20 +1,21 @@
 """Tests of experience.py's Experience: sampling, the passes of an update, and what is recomputed in them."""
 
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from data import Prompt
 from experience import Experience
 from rollout import Rollout, score_response
+from support import distributed
 from support.device import setup
 from tensors import make_gpt, random_ids
 from tiny import Config
 from tokenizer import get_tokenizer
 
 ENCODING = get_tokenizer("bytes")
-PROMPTS = [[65 + i] * (1 + i % 3) for i in range(12)]
+PROMPTS = [Prompt([65 + i] * (1 + i % 3), {"n": i}) for i in range(12)]
 
 
 @pytest.fixture
@@ -33,7 +34,8 @@ def test_the_same_purpose_samples_the_same_and_another_samples_anew(experience, 
     again, _ = experience.collect(policy, PROMPTS, experience.rng("rollout", 1))
     other, _ = experience.collect(policy, PROMPTS, experience.rng("rollout", 2))
     assert torch.equal(first.tokens, again.tokens) and not torch.equal(first.tokens, other.tokens)
-    assert [prompt for prompt, _ in texts] == [bytes(ids).decode() for ids in PROMPTS]
+    assert [prompt for prompt, *_ in texts] == [bytes(ids).decode() for ids in PROMPTS]
+    assert [row for *_, row in texts] == [{"n": i} for i in range(12)]
 
 
 def ragged():
@@ -71,8 +73,23 @@ def test_recomputed_numbers_come_back_in_the_order_of_the_rollout(experience, po
 
 def test_a_preview_has_the_score_and_the_kl_of_each_answer(experience, policy):
     reference = make_gpt(torch.float32, seed=1, vocab_size=ENCODING.n_vocab).eval()
-    scored = partial(lambda rollout, texts: rollout.response_lens.float())
+    def scored(rollout, texts):
+        return rollout.response_lens.float(), {"reward_half": rollout.response_lens / 2}
     rows = experience.preview(policy, reference, scored, PROMPTS[:3], "samples")
-    assert [prompt for prompt, *_ in rows] == ["A", "BB", "CCC"] and len({kl for *_, kl in rows}) == 3
+    assert [row["prompt"] for row in rows] == ["A", "BB", "CCC"] and len({row["kl"] for row in rows}) == 3
+    assert all(row["score"] == row["tokens"] == 2 * row["reward_half"] for row in rows)
+    assert all(row["ended"] for row in rows if row["tokens"] < 5)
     same = experience.preview(policy, policy, scored, PROMPTS[:3], "samples")
-    assert [row[:3] for row in same] == [row[:3] for row in rows] and [kl for *_, kl in same] == [0, 0, 0]
+    assert same == [row | {"kl": 0} for row in rows]
+
+
+def test_a_preview_needs_no_more_memory_than_a_rollout(experience, policy, monkeypatch):
+    """Many prompts are answered a batch at a time, each once, also where processes need more rows to get as many."""
+    monkeypatch.setattr(distributed, "fill_up", lambda rows: rows + rows[:1])
+    asked, collect = [], experience.collect
+    monkeypatch.setattr(experience, "collect", lambda policy, prompts, rng: (
+        asked.append(len(prompts)), collect(policy, prompts, rng))[1])
+    scored = lambda rollout, texts: (rollout.response_lens.float(), {})  # noqa: E731
+    rows = experience.preview(policy, policy, scored, PROMPTS * 2 + PROMPTS[:5], "samples")
+    assert asked == [13, 13, 6]
+    assert [row["prompt"] for row in rows] == [bytes(ids).decode() for ids in PROMPTS * 2 + PROMPTS[:5]]

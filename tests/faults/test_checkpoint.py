@@ -496,7 +496,7 @@ def test_an_exception_leaves_the_last_iteration_behind(stepped, tmp_path, capsys
 @pytest.mark.parametrize("ends", ["1 / 0", "exit()"])
 def test_a_reward_function_that_raises_loses_no_iteration(ends, fresh, tmp_path):
     """The run that is resumed from there with a mended function equals one that was never interrupted."""
-    body = "calls = []\ndef f(prompts, responses):\n    calls.append(1)\n{}" \
+    body = "calls = []\ndef f(prompts, responses):\n    calls.extend([1] * (len(prompts) == 12))\n{}" \
            "    return [float(response.count('e')) for response in responses]\n"
     for name, bug in (("a", ""), ("b", f"    if len(calls) == 3:\n        {ends}\n")):
         (tmp_path / name).mkdir()
@@ -513,16 +513,17 @@ def test_a_reward_function_that_raises_loses_no_iteration(ends, fresh, tmp_path)
 
 
 def test_a_look_at_samples_ends_no_run(fresh, tmp_path, capsys):
-    """A reward function that fails on the few questions of samples and tables changes nothing but what is shown."""
+    """A reward function that fails on held-out questions changes nothing but what is shown of them."""
     body = "def f(prompts, responses):\n{}    return [float(response.count('e')) for response in responses]\n"
     runs = {}
     for name, bug in (("whole", ""), ("fails", "    if len(prompts) < 12:\n        raise KeyError('odd')\n")):
         (tmp_path / f"{name}.py").write_text(body.format(bug))
         runs[name] = folder = fresh("ppo")
         run("ppo", folder, reward=f"{tmp_path}/{name}.py:f", max_iters=2, sample_interval=1)
-        assert capsys.readouterr().out.count("note: no samples are shown: the reward function raised") == 2 * bool(bug)
+        notes = capsys.readouterr().out.count("note: no samples are shown: the reward function f raised")
+        assert notes == 3 * bool(bug)  # at both iterations and for the table
     assert digest(weights(runs["whole"], "ppo")) == digest(weights(runs["fails"], "ppo"))
-    assert metrics(runs["whole"], "ppo") == metrics(runs["fails"], "ppo")
+    assert metrics(runs["whole"], "ppo", "score_heldout", "kl_heldout") == metrics(runs["fails"], "ppo")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -569,7 +570,8 @@ def test_an_out_dir_that_cannot_be_written_is_refused(modes, says):
 
 
 def test_a_metrics_file_and_a_lock_that_are_folders_are_refused(tmp_path):
-    for name, says in (("metrics.jsonl", "cannot be read"), (".lock", r"cannot be written \(Is a directory\)")):
+    for name, says in (("metrics.jsonl", "cannot be read"), ("samples.jsonl", "cannot be read"),
+                       (".lock", r"cannot be written \(Is a directory\)")):
         (tmp_path / name).mkdir()
         with pytest.raises(UserError, match=f"{name} {says}"):
             save_run(tmp_path, 1)

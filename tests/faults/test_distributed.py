@@ -501,7 +501,7 @@ def test_an_error_in_one_process_is_told_by_that_one_and_ends_all(world, torchru
     body = "[float('nan') if __import__('os').environ['LOCAL_RANK'] == '1' else 1.0 for r in responses]"
     run = torchrun("ppo", world("ppo"), reward=reward_file(tmp_path, body))
     out, err = run.communicate(timeout=300)
-    assert run.returncode != 0 and "process 1: the reward function returned nan for the prompt" in err
+    assert run.returncode != 0 and "process 1: the reward function f returned nan for the prompt" in err
     assert "process 0: another process is gone or cannot be reached" in err
 
 
@@ -509,5 +509,5 @@ def test_an_error_in_one_process_is_told_by_that_one_and_ends_all(world, torchru
 def test_an_error_that_only_speaks_of_gloo_is_no_lost_process(world, torchrun, tmp_path):
     run = torchrun("ppo", world("ppo"), reward=reward_file(tmp_path, "{}['gloomy']"))
     out, err = run.communicate(timeout=300)
-    assert run.returncode != 0 and "the reward function raised KeyError('gloomy') for the prompt" in err
+    assert run.returncode != 0 and "the reward function f raised KeyError('gloomy') for the prompt" in err
     assert "reward.py\", line 2, in f" in err and "another process is gone" not in err

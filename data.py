@@ -7,6 +7,9 @@ A row of the user's file becomes a record of ids. A file of pairs serves all thr
     {"prompt", "response"}, or {"text"}, whose prompt is empty                      Demonstration
     {"prompt"}                                                                      Prompt
 
+Each of these texts may be a list of messages {"role", "content"} instead, {"messages"} is a demonstration, and chosen
+and rejected may be whole conversations. `chat` renders messages; a text is never wrapped.
+
 Text is used as given: nothing is stripped, added or cropped. Other keys are kept for reward functions that take rows
 and ignored otherwise. A row that cannot be
 read stops the run with `file:line: reason`, or is counted with skip_bad; a row that reads well but cannot be
@@ -27,7 +30,7 @@ import numpy as np
 import torch
 
 import atlas
-from tokenizer import DataError, encode_prompt, encode_response, read_lines
+from tokenizer import ROLES, DataError, encode_prompt, encode_response, read_lines, render_messages
 from tokenizer import get_tokenizer as get_tokenizer  # offered here, too: other code finds it under both names
 
 
@@ -46,8 +49,9 @@ class Unusable(Exception):
 
 
 class Row(NamedTuple):
-    """The texts of a row: two responses (chosen, rejected), one, or none."""
-    prompt: str
+    """The texts of a row: two responses (chosen, rejected), one, or none. The prompt is a text, or the messages
+    ((role, content), ...) of a conversation."""
+    prompt: str | tuple
     responses: tuple = ()
     problem: str = ""  # makes the row unusable in every stage
     has_prompt: bool = True  # False for {"text"}
@@ -56,7 +60,7 @@ class Row(NamedTuple):
     @property
     def key(self):
         """The split goes by it: rows with the same prompt must fall on the same side."""
-        return self.prompt or "".join(self.responses[:1])
+        return (self.prompt if isinstance(self.prompt, str) else json.dumps(self.prompt)) or "".join(self.responses[:1])
 
 
 def read_rows(path, skip_bad=False, convert=dict):
@@ -104,22 +108,29 @@ def text_at(row, key):
     """row[key]; BadRow unless it is there and is a text that a tokenizer can take."""
     if key not in row:
         raise missing(row, key)
-    text = row[key]
+    return checked_text(row[key], f'"{key}"')
+
+
+def checked_text(text, where):
     if not isinstance(text, str):
-        shape, code = other_shape(row) if is_chat(text) else ("", None)
-        raise BadRow(f'"{key}" must be a string, not {type(text).__name__}{shape and f" ({shape})"}', code)
+        raise BadRow(f"{where} must be a string, not {type(text).__name__}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise BadRow(f'"{key}" has a lone surrogate, half of a character') from None
+        raise BadRow(f"{where} has a lone surrogate, half of a character") from None
     if len(text) >= 1_000_000:  # a run of this many blanks makes tiktoken panic, past any `except Exception`
-        raise BadRow(f'"{key}" has {len(text):,} characters; the limit is 999,999')
+        raise BadRow(f"{where} has {len(text):,} characters; the limit is 999,999")
     return text
 
 
-def to_row(row, n_responses):
+def to_row(row, n_responses, chat="none"):
     """The dict of one row -> Row with at least n_responses. Raises BadRow. A row reads the same in every
     stage, down to texts that the stage has no use for, so that all stages split a file alike."""
+    if messages := [key for key in ("messages", "prompt", "chosen", "rejected", "response")
+                    if isinstance(row.get(key), list)]:
+        if chat == "none":
+            raise BadRow(f'"{messages[0]}" is a list of messages, which --chat=none refuses')
+        return messages_to_row(row, n_responses)
     if "chosen" in row or "rejected" in row:
         chosen, rejected = text_at(row, "chosen"), text_at(row, "rejected")
         if "prompt" in row:
@@ -133,6 +144,46 @@ def to_row(row, n_responses):
         return Row("", (text_at(row, "text"),), has_prompt=False)
     prompt = text_at(row, "prompt")
     return Row(prompt, (text_at(row, "response"),)) if n_responses or "response" in row else Row(prompt)
+
+
+def messages_to_row(row, n_responses):
+    """The dict of a row with lists of messages -> Row. Raises BadRow."""
+    prompt = row.get("prompt") and (conversation_at(row, "prompt") if isinstance(row["prompt"], list)
+                                    else text_at(row, "prompt"))
+    keys = ["chosen", "rejected"] if "chosen" in row or "rejected" in row else \
+        ["messages"] if "prompt" not in row else ["response"] if n_responses or "response" in row else []
+    if n_responses == 2 and len(keys) < 2:
+        raise missing(row, "chosen")
+    prompts, responses = [], []
+    for key in keys:
+        *before, (role, response) = conversation_at(row, key) if isinstance(row.get(key), list) else \
+            [("assistant", text_at(row, key))]
+        if role != "assistant":
+            raise BadRow(f'"{key}" must end with a message of the assistant, not of "{role}"')
+        prompts.append(tuple(before) or prompt)  # an answer alone follows the row's prompt
+        responses.append(response)
+    first = prompts[0] if prompts else prompt
+    if not first:
+        raise missing(row, "prompt")
+    if first[-1][0] == "assistant":
+        raise BadRow("the prompt ends with a message of the assistant, which nothing answers")
+    # A "prompt" beside whole conversations is their beginning, or the text of its last message
+    same = len(set(prompts)) < 2 and prompt in (None, first, first[-1][1])
+    return Row(first, tuple(responses), "" if same else "the prompts differ")
+
+
+def conversation_at(row, key):
+    """((role, content), ...) of a list of messages. Raises BadRow."""
+    if not row[key]:
+        raise BadRow(f'"{key}" has no messages')
+    for number, message in enumerate(row[key], 1):
+        where = f'message {number} of "{key}"'
+        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+            raise BadRow(f'{where} must be an object with "role" and "content"')
+        if message["role"] not in ROLES:
+            raise BadRow(f"{where} has the role {json.dumps(message['role'])}; known are {', '.join(ROLES)}")
+        checked_text(message["content"], f'"content" of {where}')
+    return tuple((message["role"], message["content"]) for message in row[key])
 
 
 def transcripts_to_row(chosen, rejected):
@@ -166,7 +217,6 @@ PANDAS = "pandas.{}(FILE).to_json(NEW, orient='records', lines=True)  # pip inst
 TEXT = "OPEN(FILE, 'rt', encoding='utf-8-sig')"
 ROWS = "r in map(json.loads, filter(bytes.strip, OPEN(FILE, 'rb')))"
 SEVERAL_LINES = f"r in json.loads('[' + {TEXT}.read().replace('}}\\n{{', '}},\\n{{') + ']')"
-FLAT = "''.join(f\"\\n\\n{{m['role'].title()}}: {{m['content']}}\" for m in {})"  # chat messages as a transcript
 PROMPTS = "prompt", "instruction", "question", "query", "input"
 RESPONSES = "response", "completion", "output", "answer", "target"
 RANKED = "answers", "responses", "completions"
@@ -213,25 +263,11 @@ def missing(row, key):
     return BadRow(f'missing key "{key}" ({shape})', code)
 
 
-def is_chat(value):
-    return isinstance(value, list) and any(isinstance(m, dict) and {"role", "content"} <= set(m) for m in value[-1:])
-
-
 def other_shape(row):
     """(name, code) of a row that says under other keys what ours say; code is None for one that we do not know."""
     def code(loop="", **texts):
         return WRITE.format("{" + ", ".join(f"{key!r}: {text}" for key, text in texts.items()) + "}", ROWS + loop)
 
-    if chat := [key for key in row if is_chat(row[key])]:
-        name = "chat messages are not supported yet: make text of them"
-        joined = "(" + " + ".join(f"r[{key!r}]" for key in chat) + ")"
-        if "chosen" in chat:
-            before = "r['prompt'] + " if "prompt" in chat else ""
-            return name, code(**{key: FLAT.format(f"({before}r[{key!r}])") for key in ("chosen", "rejected")})
-        if row[chat[-1]][-1]["role"] == "user":
-            return name, code(prompt=FLAT.format(joined) + " + '\\n\\nAssistant:'")
-        return name, code(prompt=FLAT.format(f"{joined}[:-1]") + " + '\\n\\nAssistant:'",
-                          response=f"' ' + {joined}[-1]['content']")
     prompt, response, ranked = (next((key for key in keys if isinstance(row.get(key), kind) and row[key] != []), None)
                                 for keys, kind in ((PROMPTS, str), (RESPONSES, str), (RANKED, list)))
     text = f"r[{prompt!r}]" + (" + '\\n'" if prompt != "prompt" else "")
@@ -309,39 +345,47 @@ def spread(rows, n):
     return [rows[i * len(rows) // n] for i in range(n)] if n < len(rows) else list(rows)
 
 
-def load_demonstrations(data, encoding, block_size, skip_bad=False, seed=0, n=10_000):
+def encode_row_prompt(encoding, prompt, chat):
+    """Ids of a Row's prompt: a text as it stands, messages as `chat` renders them."""
+    if isinstance(prompt, str):
+        return encode_prompt(encoding, prompt)
+    return render_messages(encoding, [{"role": role, "content": content} for role, content in prompt], chat)
+
+
+def load_demonstrations(data, encoding, block_size, skip_bad=False, seed=0, n=10_000, chat="none"):
     """Split of Demonstrations. From "atlas": n drawn with `seed`, and right answers to the held-out
     questions. From a file: its responses, the chosen ones if it holds pairs. Raises DataError."""
     def record(row):
-        prompt, response = encode_prompt(encoding, row.prompt), encode_response(encoding, row.responses[0])
+        prompt = encode_row_prompt(encoding, row.prompt, chat)
+        response = encode_response(encoding, row.responses[0])
         check_length(len(prompt) + len(response), block_size)
         return Demonstration(prompt, response)
 
     if data != "atlas":
-        return load_file(data, 1, skip_bad, record)
+        return load_file(data, 1, skip_bad, record, chat)
     rng = np.random.default_rng(seed)
     train = [Row(prompt, (response,)) for prompt, response in atlas.demonstrations(n, rng)]
     heldout = [Row(prompt, (atlas.answer(prompt, "right", rng),)) for prompt in atlas.prompts("heldout")]
     return make_split(data, train, heldout, [], record)
 
 
-def load_comparisons(data, encoding, block_size, skip_bad=False):
+def load_comparisons(data, encoding, block_size, skip_bad=False, chat="none"):
     """Split of Comparisons with one pair each, from a file of pairs or transcripts. Raises DataError, for
     "atlas" too: what is compared there are samples of the SFT policy."""
     def record(row):
         if row.responses[0] == row.responses[1]:
             raise Unusable("chosen equal to rejected")
-        prompt = encode_prompt(encoding, row.prompt)
+        prompt = encode_row_prompt(encoding, row.prompt, chat)
         responses = [encode_response(encoding, response) for response in row.responses]
         check_length(len(prompt) + max(map(len, responses)), block_size)
         return Comparison(prompt, responses, [(0, 1)])
 
     if data == "atlas":
         raise DataError("atlas stores no comparisons: let train_rm.py make them, or give a file of pairs")
-    return load_file(data, 2, skip_bad, record)
+    return load_file(data, 2, skip_bad, record, chat)
 
 
-def load_prompts(data, encoding, block_size, max_new_tokens, skip_bad=False, rows_for=()):
+def load_prompts(data, encoding, block_size, max_new_tokens, skip_bad=False, rows_for=(), chat="none"):
     """Split of Prompts from "atlas" or a file with any kind of rows but {"text"}. A prompt must leave room for
     max_new_tokens and for the EOS that a cut answer is given before the reward model reads it.
 
@@ -353,7 +397,7 @@ def load_prompts(data, encoding, block_size, max_new_tokens, skip_bad=False, row
     def record(row):
         if not row.has_prompt:
             raise Unusable('a "text" without a "prompt"')
-        prompt = encode_prompt(encoding, row.prompt)
+        prompt = encode_row_prompt(encoding, row.prompt, chat)
         check_length(len(prompt) + max_new_tokens + 1, block_size, f"with max_new_tokens={max_new_tokens} and an EOS ")
         key = row.prompt if row.source is None else \
             hashlib.sha256(json.dumps(row.source, sort_keys=True).encode()).digest()
@@ -363,18 +407,18 @@ def load_prompts(data, encoding, block_size, max_new_tokens, skip_bad=False, row
         return Prompt(prompt, row.source)
 
     if data != "atlas":
-        return load_file(data, 0, skip_bad, record, rows_for)
+        return load_file(data, 0, skip_bad, record, chat, rows_for)
     train, heldout = ([Row(prompt, source={"prompt": prompt} if side in rows_for else None)
                        for prompt in atlas.prompts(side)] for side in ("train", "heldout"))
     return make_split(data, train, heldout, [], record)
 
 
-def default_max_new_tokens(data, encoding, block_size, skip_bad=False):
+def default_max_new_tokens(data, encoding, block_size, skip_bad=False, chat="none"):
     """How long an answer may be, in tokens with EOS: 16 for "atlas"; for a file the 95 % quantile of its responses, at
     most half of block_size, which is also the choice without any responses, up to 64. Raises DataError."""
     if data == "atlas":
         return 16
-    rows = [row.responses for row in read_rows(data, skip_bad, lambda row: to_row(row, 0))[0]
+    rows = [row.responses for row in read_rows(data, skip_bad, lambda row: to_row(row, 0, chat))[0]
             if row.has_prompt and row.responses]
     step = math.ceil(len(rows) * max(map(len, rows), default=0) / 10_000) or 1  # encodes at most 10,000, evenly spread
     lengths = [len(encode_response(encoding, response)) for responses in rows[::step] for response in responses]
@@ -387,11 +431,11 @@ def check_length(length, block_size, what=""):
         raise Unusable(f"{what}longer than block_size={block_size}")
 
 
-def load_file(path, n_responses, skip_bad, record, rows_for=()):
+def load_file(path, n_responses, skip_bad, record, chat, rows_for=()):
     """Splits the rows of a file before any is dropped, so that the stages agree on who is held out. The sides that
     rows_for names keep the row as the file has it."""
     def convert(source):
-        row = to_row(source, n_responses)
+        row = to_row(source, n_responses, chat)
         return row._replace(source=source) if rows_for else row
 
     rows, bad = read_rows(path, skip_bad, convert)
@@ -399,7 +443,7 @@ def load_file(path, n_responses, skip_bad, record, rows_for=()):
     if rows_for and "train" not in rows_for:
         train = [row._replace(source=None) for row in train]
     split = make_split(path, train, heldout, bad, record)
-    split.report.extend(shared_mistakes(rows))
+    split.report.extend(shared_mistakes([row for row in rows if isinstance(row.prompt, str)]))
     return split
 
 

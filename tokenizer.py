@@ -1,26 +1,33 @@
 """
-Text <-> ids: the built-in vocabularies, tiktoken's encodings, prompts and responses as ids, and tokenizer.json.
+Text <-> ids: the built-in vocabularies, tiktoken's encodings, a model's tokenizer.json in and out, chat messages.
 
-Text is encoded as given: nothing is stripped or added, and a special token's name in a user's text is text. EOS ends
-every response and, where a prompt is empty, starts it.
+Text is encoded as given: nothing is stripped, and a special token's name in a user's text is text. EOS ends every
+response and, where a prompt is empty, starts it.
 """
 
 import base64
 import difflib
 import gzip
 import hashlib
+import json
 import math
 import re
+import unicodedata
 import zlib
 from pathlib import Path
 
 import tiktoken
+import torch
 
 import atlas
 
 
 class DataError(ValueError):
     """A problem with the user's data or tokenizer, in one sentence: what is wrong, where, what to do."""
+
+
+class NoToken(DataError):
+    """A text that a tokenizer has no tokens for."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -32,9 +39,15 @@ GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++
 
 def get_tokenizer(name):
     """The tiktoken.Encoding called `name`: "atlas"; "bytes" (256 byte tokens and EOT); an encoding that
-    tiktoken knows, such as "gpt2"; or a path to a `.tiktoken` ranks file. Its eot_token is <|endoftext|>.
+    tiktoken knows, such as "gpt2"; a path to a `.tiktoken` ranks file; or a model's tokenizer.json, the folder that
+    holds it, or the public name of a model that was downloaded. Its eot_token is the EOS that ends responses.
     Raises DataError if the name is unknown, the encoding cannot be fetched or the file is malformed."""
     name, known = str(name), tiktoken.list_encoding_names()
+    for folder in (Path(name), hub_folder(name)):
+        if name not in known and (folder / "tokenizer.json").is_file():
+            return read_tokenizer_json(folder / "tokenizer.json")
+    if name.endswith(".json"):
+        return read_tokenizer_json(Path(name))
     if name == "atlas":
         encoding = atlas.tokenizer()
     elif name == "bytes":
@@ -52,21 +65,30 @@ def get_tokenizer(name):
     else:
         close = difflib.get_close_matches(name.lower(), ["atlas", "bytes", *known], n=1)
         raise DataError(f"unknown tokenizer {name!r}{f' (did you mean {close[0]}?)' if close else ''}: "
-                        f"give atlas, bytes, a path that ends in .tiktoken, or one of {', '.join(known)}")
+                        "give atlas, bytes, a path that ends in .tiktoken, a folder with a tokenizer.json, or one of "
+                        + ", ".join(known))
     if EOT not in encoding.special_tokens_set:
         raise DataError(f"tokenizer {name} has no {EOT}, which ends every response: choose another")
     return encoding
 
 
-def run_tokenizer(flag, data, saved=None):
-    """(encoding, its tokenizer_id) of a run: --tokenizer if given, else the one `saved` in a checkpoint, else
-    atlas for atlas and gpt2 for files. Raises DataError if the checkpoint was trained with another one."""
+def run_tokenizer(flag, data, saved=None, chat=None):
+    """(encoding, its tokenizer_id) of a run: --tokenizer and --chat if given, else those `saved` in a checkpoint, else
+    atlas for atlas and gpt2 for files. Raises DataError if the checkpoint was trained with others."""
     name = flag or (saved["source"] if saved else "atlas" if data == "atlas" else "gpt2")
     encoding = get_tokenizer(name)
-    if saved and tokenizer_id(encoding, name)["sha256"] != saved["sha256"]:
-        raise DataError(f"tokenizer {name} ({encoding.n_vocab:,} ids) is not the one of the checkpoint "
-                        f"({saved['name']}, {saved['n_vocab']:,} ids): leave --tokenizer out, or retrain")
-    return encoding, tokenizer_id(encoding, name)
+    identity = tokenizer_id(encoding, name, chat or (saved and saved["chat"]))
+    for field in ("sha256", "eos", "bos") if saved else ():
+        if identity[field] != saved.get(field):
+            what = "" if field == "sha256" else f": {field} is {identity[field]} and was {saved.get(field)}"
+            raise DataError(f"tokenizer {name} ({encoding.n_vocab:,} ids) is not the one of the checkpoint "
+                            f"({saved['name']}, {saved['n_vocab']:,} ids){what}: leave --tokenizer out, or retrain")
+    if saved and identity["chat"] != saved["chat"]:
+        raise DataError(f"--chat={chat} is not the rendering of the checkpoint, {saved['chat']}: leave --chat out, or "
+                        "retrain")
+    if identity["chat"] not in (*renderers(encoding), "none"):
+        raise DataError(f"--chat={chat} needs special tokens that {name} does not have: give plain or none")
+    return encoding, identity
 
 
 def read_ranks(path):
@@ -94,10 +116,11 @@ def read_ranks(path):
                              special_tokens={EOT: n})
 
 
-def tokenizer_id(encoding, source=None):
+def tokenizer_id(encoding, source=None, chat=None):
     """A tokenizer's identity in a checkpoint, plain values: name (for people), source (the flag, where to find it
-    again; default the name), n_vocab, sha256 of the vocabulary, eos (the ids that end a response), special_tokens
-    {text: id}, and chat (how messages are rendered). The hash takes each token, length first, in the order of ids."""
+    again; default the name), n_vocab, sha256 of the vocabulary, eos (the ids that end a response), bos and pad (an id
+    or None), special_tokens {text: id}, and chat (how messages are rendered; default: by the special tokens). The hash
+    takes each token, length first, in the order of ids."""
     digest = hashlib.sha256()
     for token in range(encoding.n_vocab):
         try:
@@ -107,7 +130,8 @@ def tokenizer_id(encoding, source=None):
             digest.update(b"\xff" * 4)
     special = {text: encoding.encode_single_token(text) for text in sorted(encoding.special_tokens_set)}
     return {"name": encoding.name, "source": source or encoding.name, "n_vocab": encoding.n_vocab,
-            "sha256": digest.hexdigest(), "eos": [encoding.eot_token], "special_tokens": special, "chat": "plain"}
+            "sha256": digest.hexdigest(), "eos": eos_ids(encoding), "bos": getattr(encoding, "bos", None),
+            "pad": getattr(encoding, "pad", None), "special_tokens": special, "chat": chat or renderers(encoding)[0]}
 
 
 def read_lines(path):
@@ -128,9 +152,9 @@ def read_lines(path):
 # texts as ids, ids as text
 
 def encode_prompt(encoding, text):
-    """Ids of a prompt; an empty one becomes [EOS], which starts a text too, as in GPT-2's training.
-    encode_ordinary, because "<|endoftext|>" in a user's text is text."""
-    return encoding.encode_ordinary(text) or [encoding.eot_token]
+    """Ids of a prompt, after the BOS of a model that has one; an empty one becomes [EOS], which starts a text too, as
+    in GPT-2's training. encode_ordinary, because "<|endoftext|>" in a user's text is text."""
+    return bos_ids(encoding) + encoding.encode_ordinary(text) or [encoding.eot_token]
 
 
 def encode_response(encoding, text):
@@ -139,9 +163,12 @@ def encode_response(encoding, text):
 
 
 def decode(encoding, ids):
-    """The text of ids. EOS is left out, and an id that the encoding does not have (cl100k_base skips some, and an
-    untrained policy may sample one) becomes the replacement character instead of an exception."""
-    pieces = [token_bytes(encoding, token) for token in ids if token != encoding.eot_token]
+    """The text of ids. EOS at the end is left out, and an id that the encoding does not have (cl100k_base skips some, a
+    model may have more rows than its tokenizer) becomes the replacement character instead of an exception."""
+    ids = list(ids)
+    while ids and ids[-1] in eos_ids(encoding):
+        ids.pop()
+    pieces = [token_bytes(encoding, token) for token in ids]
     return b"".join(pieces).decode("utf-8", errors="replace")
 
 
@@ -153,6 +180,218 @@ def token_bytes(encoding, token):
         return "\ufffd".encode()
 
 
+def eos_ids(encoding):
+    """The ids that end a response. The first is written and pads; a model may end with any of them."""
+    return getattr(encoding, "eos", None) or [encoding.eot_token]
+
+
+def bos_ids(encoding):
+    """[id of the token that begins every text], or [] for a tokenizer without one."""
+    return [bos] if (bos := getattr(encoding, "bos", None)) is not None else []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# chat messages as ids
+
+ROLES = "system", "user", "assistant"
+CHATS = {  # (a message, the beginning of the answer); <|words|> are special tokens
+    "chatml": ("<|im_start|>{role}\n{content}<|im_end|>\n", "<|im_start|>assistant\n"),
+    "llama3": ("<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>",
+               "<|start_header_id|>assistant<|end_header_id|>\n\n"),
+    "plain": ("{Role}:\n{content}\n\n", "Assistant:\n")}
+SPECIAL = re.compile(r"(<\|\w+\|>)")
+
+
+def renderers(encoding):
+    """The renderings of messages that an encoding has the special tokens for, the one to choose first."""
+    return [chat for chat, (message, _) in CHATS.items()
+            if set(SPECIAL.findall(message)) <= encoding.special_tokens_set]
+
+
+def render_messages(encoding, messages, chat):
+    """Ids of a prompt: messages [{"role", "content"}] and the beginning of the assistant's answer, as `chat` has them:
+    "chatml" (SmolLM2, Qwen), "llama3", or "plain", roles as text. Special tokens are ids, and a content is ordinary
+    text whatever it contains. No system message is added that nobody wrote; SmolLM2's and Llama 3's own templates add
+    one.
+
+    Raises DataError for an unknown role, a last message of the assistant, or a rendering that the encoding lacks."""
+    if chat not in renderers(encoding):
+        raise DataError(f"--chat={chat} cannot render messages with tokenizer {encoding.name}: give "
+                        + " or ".join(renderers(encoding)))
+    roles = [message["role"] for message in messages]
+    if not roles or not set(roles) <= set(ROLES) or roles[-1] == "assistant":
+        raise DataError(f"messages with the roles {roles} cannot be rendered: give {', '.join(ROLES)}, and a last one "
+                        "that is not of the assistant")
+    message, answer = CHATS[chat]
+    ids, text = bos_ids(encoding), ""
+    for template, filled in [*((message, m) for m in messages), (answer, {"role": "", "content": ""})]:
+        for piece in SPECIAL.split(template):
+            if SPECIAL.fullmatch(piece):
+                ids += encoding.encode_ordinary(text) + [encoding.encode_single_token(piece)]
+                text = ""
+            else:
+                text += piece.format(role=filled["role"], Role=filled["role"].title(), content=filled["content"])
+    return ids + encoding.encode_ordinary(text)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a model's tokenizer.json as an encoding
+
+class PretrainedEncoding(tiktoken.Encoding):
+    """The encoding of a model's own files: eos (the ids that end a response, the first of which is written), bos (the
+    id in front of every text, or None), pad (an id or None), nfc (whether text is normalised), chat_template (Jinja, or
+    None) and contents (of tokenizer.json)."""
+
+    def __init__(self, name, pattern, ranks, special_tokens, **attributes):
+        super().__init__(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
+        missing = bytes(byte for byte in range(256) if bytes([byte]) not in ranks)
+        self.missing = missing and re.compile(b"[" + re.escape(missing) + b"]")
+        vars(self).update(attributes)
+
+    @property
+    def eot_token(self):
+        return self.eos[0]
+
+    def encode_ordinary(self, text):
+        """Ids of a text. Raises NoToken, where tiktoken would panic, for a byte that has no token."""
+        text = unicodedata.normalize("NFC", text) if self.nfc else text
+        if self.missing and (found := self.missing.search(raw := text.encode("utf-8", "replace"))):
+            character = text[len(raw[:found.start()].decode("utf-8", "ignore"))]
+            raise NoToken(f"tokenizer {self.name} has no token for {character!r}: leave such texts out")
+        return super().encode_ordinary(text)
+
+
+def hub_folder(name):
+    """Where the files of a public model are kept once they were downloaded."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / name
+
+
+# GPT-2's pattern after every digit was cut off. Blanks before a digit end a piece there, and so stay together.
+DIGITS_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++|\s+(?![^\s\p{N}])|\s"
+
+
+def read_tokenizer_json(file):
+    """PretrainedEncoding of a tokenizer.json and the files beside it. It gives the very ids of `tokenizers`: what
+    tiktoken cannot do alike is a DataError that names it."""
+    def refuse_unless(fits, what):
+        if not fits:
+            raise DataError(f"{file}: {what}: give another --tokenizer")
+
+    try:
+        raw = file.read_bytes()
+        contents = json.loads(raw)
+        model, added = contents["model"], contents.get("added_tokens") or []
+        refuse_unless(model.get("type", "BPE") == "BPE", f"a model of type {model.get('type')} is not byte-level BPE")
+        refuse_unless(not model.get("byte_fallback"), "byte_fallback is sentencepiece's, only byte-level BPE is known")
+        for field in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+            refuse_unless(not model.get(field), f"{field}={model.get(field)!r} is not supported")
+        for token in added:
+            refuse_unless(not any(token.get(field) for field in ("lstrip", "rstrip", "single_word")),
+                          f"the added token {token['content']!r} takes in its surroundings, which is not supported")
+        steps = flatten(contents.get("normalizer"), "normalizers")
+        refuse_unless(all(step == {"type": "NFC"} for step in steps), f"the normalizer {steps} is not supported")
+        pattern = split_pattern(flatten(contents.get("pre_tokenizer"), "pretokenizers"))
+        refuse_unless(pattern, f"the pre_tokenizer {contents.get('pre_tokenizer')} is not supported")
+        bos = begin_token(flatten(contents.get("post_processor"), "processors"))
+        refuse_unless(bos is not False, f"the post_processor {contents['post_processor']} is not supported")
+        special = {token["content"]: token["id"] for token in added}
+        printed = {token: rank for token, rank in model["vocab"].items() if token not in special}
+        foreign = next((token for token in printed if not set(token) <= BYTES.keys()), None)
+        refuse_unless(foreign is None, f"the token {foreign!r} is not made of bytes in GPT-2's alphabet")
+        ranks = {unprintable(token): rank for token, rank in printed.items()}
+        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        merges = [(unprintable(a), unprintable(b)) for a, b in merges]
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror or error}: give a file that can be read") from None
+    except DataError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{file} is not a tokenizer.json ({type(error).__name__}: {error}): fetch it again") from None
+    seen = Path(torch.hub.get_dir()) / "checked_tokenizers" / hashlib.sha256(raw).hexdigest()
+    if not seen.exists():
+        refuse_unless(merges_by_rank(ranks, merges, model.get("ignore_merges")), "its merges are not in the order of "
+                      "its ids, so tiktoken would give other ids")
+        try:
+            seen.parent.mkdir(parents=True, exist_ok=True)
+            seen.touch()
+        except OSError:  # a folder that cannot be written: it is checked again next time
+            pass
+    return PretrainedEncoding(file.resolve().parent.name, pattern, ranks, special, bos=special.get(bos),
+                              nfc=bool(steps), contents=contents, **beside(file, special))
+
+
+def flatten(step, key):
+    """The steps of a Sequence, or the only one, or none."""
+    return [] if step is None else step[key] if step["type"] == "Sequence" else [step]
+
+
+def split_pattern(steps):
+    """The regular expression that cuts a text into pieces as the steps of a pre_tokenizer do; None for unknown ones."""
+    *before, last = steps or [{}]
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
+        return None
+    if last.get("use_regex", True):
+        return GPT2_SPLIT if not before else DIGITS_SPLIT if before == [{"type": "Digits", "individual_digits": True}] \
+            else None
+    if [step["type"] for step in before] != ["Split"] or before[0]["behavior"] != "Isolated" or before[0]["invert"]:
+        return None
+    return before[0]["pattern"].get("Regex")
+
+
+def begin_token(steps):
+    """The special token that a post_processor puts before a text, None if there is none; False for another one."""
+    for step in steps:
+        if step["type"] == "TemplateProcessing":
+            *before, text = step["single"]
+            if "Sequence" not in text or len(before) > 1:
+                return False
+            return before[0]["SpecialToken"]["id"] if before else None
+        if step["type"] != "ByteLevel":
+            return False
+    return None
+
+
+def merges_by_rank(ranks, merges, ignore_merges):
+    """Whether merging by rank, as tiktoken does, gives what merging by the list gives. It does if the first merges that
+    make each token stand in the order of ids, and each token's bytes by themselves end in the two parts that its merge
+    joins: a stretch of text is merged as if it stood alone until a merge crosses its ends. With ignore_merges both look
+    a whole piece up first, so a token that no merge makes does no harm."""
+    first = {}
+    for a, b in merges:
+        first.setdefault(a + b, [a, b])
+    made = [ranks.get(token, -1) for token in first]
+    if made != sorted(made) or made[:1] == [-1]:
+        return False
+    parts = {token: last_merge(token, ranks) for token in ranks if len(token) > 1}
+    return all(pair == first.get(token) or pair is None and ignore_merges for token, pair in parts.items())
+
+
+def beside(file, special):
+    """{eos, pad, chat_template} by the files beside a tokenizer.json. Raises DataError if none names an EOS."""
+    def fields(name):
+        path = file.parent / name
+        try:
+            return json.loads(path.read_bytes()) if path.is_file() else {}
+        except ValueError:
+            raise DataError(f"{path} is not JSON: is it half a download?") from None
+
+    tokenizer, generation, config = map(fields, ("tokenizer_config.json", "generation_config.json", "config.json"))
+
+    def named(name):  # "<|im_end|>", or an object that has it as its content
+        text = tokenizer.get(name)
+        return special.get(text["content"] if isinstance(text, dict) else text)
+
+    eos = generation.get("eos_token_id", config.get("eos_token_id"))
+    eos = [named("eos_token")] if eos is None else eos if isinstance(eos, list) else [eos]
+    eos = [special.get(EOT)] if eos == [None] else sorted(eos, key=lambda token: token != named("eos_token"))
+    if None in eos:
+        raise DataError(f"{file.parent}: no file names an EOS, which ends every response: give a tokenizer_config.json "
+                        "with eos_token")
+    pad, template = named("pad_token"), file.parent / "chat_template.jinja"
+    return {"eos": eos, "pad": generation.get("pad_token_id") if pad is None else pad,
+            "chat_template": template.read_text("utf-8") if template.is_file() else tokenizer.get("chat_template")}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # an encoding as the tokenizer.json of Hugging Face's `tokenizers`
 
@@ -161,6 +400,8 @@ def tokenizer_json(encoding):
     vocabulary is in GPT-2's alphabet of one printable character per byte.
 
     Raises DataError if a special token is spelled like an ordinary one."""
+    if isinstance(encoding, PretrainedEncoding):
+        return encoding.contents
     ranks = {token: encoding.encode_single_token(token) for token in encoding.token_byte_values()}
     special = {text: encoding.encode_single_token(text) for text in sorted(encoding.special_tokens_set)}
     pairs = [last_merge(token, ranks) for token in sorted(ranks, key=ranks.get)]
@@ -201,6 +442,7 @@ def last_merge(token, ranks):
 # Bytes that are no visible character become the characters from U+0100 on, in their order.
 HIDDEN = [byte for byte in range(256) if not 33 <= byte <= 126 and not 161 <= byte <= 255 or byte == 173]
 ALPHABET = {byte: 256 + i for i, byte in enumerate(HIDDEN)}
+BYTES = {chr(ALPHABET.get(byte, byte)): byte for byte in range(256)}
 
 
 def printable(token):
@@ -208,20 +450,13 @@ def printable(token):
     return token.decode("latin-1").translate(ALPHABET)
 
 
+def unprintable(text):
+    """The bytes of a text in GPT-2's alphabet."""
+    return bytes(BYTES[character] for character in text)
+
+
 def oniguruma(pattern):
     """A split pattern in the dialect of `tokenizers`. (?s:.) is unknown there. {1,3}+ would not be possessive but
     repeated, and before the end of an alternative the plain {1,3} matches the same."""
     return re.sub(r"(\{\d+,\d*\})\+(?=\||$)", r"\1", pattern.replace("(?s:.)", r"[\s\S]"))
 
-
-def hub_folder(name):
-    import torch
-    return Path(torch.hub.get_dir()) / "checkpoints" / name
-
-
-def eos_ids(encoding):
-    return [encoding.eot_token]
-
-
-class PretrainedEncoding(tiktoken.Encoding):
-    pass

@@ -70,8 +70,10 @@ def load_data(config, encoding, block_size):
     """The Split of comparisons, None for atlas, whose comparisons are sampled; and the prompts whose answers calibrate
     the score. Raises DataError."""
     resolve_max_new_tokens(config, encoding, block_size)
-    split = None if config.data == "atlas" else load_comparisons(config.data, encoding, block_size, config.skip_bad)
-    return split, load_prompts(config.data, encoding, block_size, config.max_new_tokens, config.skip_bad).train
+    split = None if config.data == "atlas" else load_comparisons(config.data, encoding, block_size, config.skip_bad,
+                                                                      config.chat)
+    return split, load_prompts(config.data, encoding, block_size, config.max_new_tokens, config.skip_bad,
+                               chat=config.chat).train
 
 
 def atlas_comparisons(experience, policy, split):
@@ -153,7 +155,8 @@ def loop(config, run):
     """The stage itself; `run` restores and saves its checkpoint."""
     device, autocast = setup(config)
     sft = load_start(config)
-    encoding, tokenizer = run_tokenizer(config.tokenizer, config.data, sft["tokenizer"])
+    encoding, tokenizer = run_tokenizer(config.tokenizer, config.data, sft["tokenizer"], config.chat)
+    config.chat = tokenizer["chat"]
     block_size = sft["model_config"]["block_size"]
     resolve_lr(config, sft, 7e-4, 1e-5)
     resolve_max_new_tokens(config, encoding, block_size)

@@ -63,7 +63,7 @@ def starting_model(config, vocab_size):
 
 def load_data(config, encoding, block_size):
     """The Split of demonstrations. Raises DataError."""
-    return load_demonstrations(config.data, encoding, block_size, config.skip_bad, config.seed)
+    return load_demonstrations(config.data, encoding, block_size, config.skip_bad, config.seed, chat=config.chat)
 
 
 @torch.no_grad()
@@ -93,7 +93,8 @@ def loop(config, run):
     """The stage itself; `run` restores and saves its checkpoint."""
     device, autocast = setup(config)
     start = run.saved or (read_start(config) if config.init_from else None)
-    encoding, tokenizer = run_tokenizer(config.tokenizer, config.data, start and start["tokenizer"])
+    encoding, tokenizer = run_tokenizer(config.tokenizer, config.data, start and start["tokenizer"], config.chat)
+    config.chat = tokenizer["chat"]
     resolve_lr(config, start, 1.5e-3, 1e-5)
 
     if run.saved:

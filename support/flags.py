@@ -40,6 +40,7 @@ class Flags:
     # data and files
     data: str = "atlas"                 # atlas (built in), or a .jsonl / .jsonl.gz file
     tokenizer: Optional[str] = None     # atlas, bytes, a tiktoken name or a .tiktoken file; default: atlas or gpt2
+    chat: Optional[str] = None          # chatml|llama3|plain|none: renders messages; default: by the tokenizer's tokens
     out_dir: Optional[str] = None       # checkpoints and metrics.jsonl go here; default: out/<data>
     init_from: Optional[str] = None     # where the weights start from
     skip_bad: bool = False              # count rows of --data that cannot be read instead of stopping at the first
@@ -72,9 +73,9 @@ class Flags:
     fsdp: bool = False                  # under torchrun: shard parameters and AdamW's moments over the processes
 
     # Flags that train_ppo.py passes to the earlier stages it runs. Other flags keep those stages' own defaults.
-    INHERITED: ClassVar[tuple] = ("data", "tokenizer", "out_dir", "seed", "device", "dtype", "fsdp", "recompute",
-                                  "arch", "n_layer", "n_head", "n_embd", "block_size", "skip_bad", "max_new_tokens",
-                                  "temperature", "tensorboard", "wandb")
+    INHERITED: ClassVar[tuple] = ("data", "tokenizer", "chat", "out_dir", "seed", "device", "dtype", "fsdp",
+                                  "recompute", "arch", "n_layer", "n_head", "n_embd", "block_size", "skip_bad",
+                                  "max_new_tokens", "temperature", "tensorboard", "wandb")
 
     given: ClassVar[frozenset] = frozenset()  # the names of the flags that the command line gave
 

@@ -24,11 +24,13 @@ def prepare(config, rows_for=(), **trainers):
     the sides in rows_for carry their row."""
     own_sft = config.folder / "sft.pt"  # unfinished or not, it says which tokenizer and sizes the run has
     sft = read_start(config) if config.init_from else load_checkpoint(own_sft, "sft") if own_sft.exists() else None
-    encoding, tokenizer = run_tokenizer(config.tokenizer, config.data, sft and sft["tokenizer"])
+    encoding, tokenizer = run_tokenizer(config.tokenizer, config.data, sft and sft["tokenizer"], config.chat)
+    config.chat = tokenizer["chat"]
     block_size = resolve_sizes(config, sft and sft["model_config"])["block_size"]
     with progress(f"reading {config.data}"):
         resolve_max_new_tokens(config, encoding, block_size)
-        split = load_prompts(config.data, encoding, block_size, config.max_new_tokens, config.skip_bad, rows_for)
+        split = load_prompts(config.data, encoding, block_size, config.max_new_tokens, config.skip_bad, rows_for,
+                             config.chat)
     require(split.heldout or not config.eval, f"--eval is measured on held-out prompts, and {config.data} has none: "
             "give two different prompts or more, or leave the flag out")
     rows_per_pass(config, encoding)  # for its UserError, before earlier stages train
@@ -41,7 +43,8 @@ def prepare(config, rows_for=(), **trainers):
 def resolve_max_new_tokens(config, encoding, block_size):
     """Fills in the default of --max_new_tokens, which depends on the data, and prints it."""
     if config.max_new_tokens is None:
-        config.max_new_tokens = default_max_new_tokens(config.data, encoding, block_size, config.skip_bad)
+        config.max_new_tokens = default_max_new_tokens(config.data, encoding, block_size, config.skip_bad,
+                                                       config.chat)
         if config.data != "atlas":
             print(f"--max_new_tokens={config.max_new_tokens} by default: 95 % of the responses in {config.data} fit "
                   "(64 where there are none), and at most half of --block_size")
@@ -151,7 +154,7 @@ def read_start(config):
         has_own = (folder / "tokenizer.json").exists() and path not in GPT2_NAMES
         source = config.tokenizer or (str(path) if has_own else "gpt2" if gpt2 else None)
         require(source, f"--init_from={path} has no tokenizer.json: give --tokenizer")
-        start["tokenizer"] = tokenizer_id(get_tokenizer(source), source)
+        start["tokenizer"] = tokenizer_id(get_tokenizer(source), source, config.chat)
         check_vocabulary(path, start)
     start["model_config"]["block_size"] = resolve_sizes(config, start["model_config"])["block_size"]
     return start

@@ -198,9 +198,9 @@ def test_a_run_whose_reward_function_takes_rows_is_scored_with_them(stages, tmp_
     folder = tmp_path / "run"
     run_ppo(stages, folder, data=run_data, tokenizer="atlas", reward=f"{tmp_path / 'reward.py'}:f",
             eval=f"{tmp_path / 'reward.py'}:f")
-    for flags, score in (({"prompt": SHANGHAI}, 8), ({"prompt": SHANGHAI, "response": " China."}, 8),
+    for asked, score in (({"prompt": SHANGHAI}, 8), ({"prompt": SHANGHAI, "response": " China."}, 8),
                          ({"prompt": "Who?"}, 0), ({"data": jsonl(tmp_path, [rows[2] | {"answer": "xyz"}])}, 3)):
-        assert [r["score"] for r in look(folder, updates=1, completions=2, **flags)["responses"]] == [score]
+        assert [r["score"] for r in look(folder, updates=1, completions=2, **asked)["responses"]] == [score]
     assert [r["score"] for r in look(folder)["responses"]] == [len("Osaka")]  # which is held out
 
 

@@ -252,7 +252,8 @@ class Judge:
 
 @pytest.mark.parametrize("function, expected", [
     (lambda prompts, responses: 0, False), (lambda prompts, responses, rows: 0, True),
-    (lambda p, r, answers, /: 0, True), (lambda prompts, responses, scale=2: 0, False), (lambda prompts, responses, rows=None: 0, True),
+    (lambda p, r, answers, /: 0, True),
+    (lambda prompts, responses, scale=2: 0, False), (lambda prompts, responses, rows=None: 0, True),
     (lambda *args: 0, False), (lambda prompts, *rest: 0, False), (lambda p, r, *rest, rows=None: 0, False),
     (Judge(), True), (Judge().__call__, True), (functools.partial(lambda scale, p, r: 0, 2), False),
     (functools.wraps(Judge().__call__)(lambda *args: 0), True), (operator.itemgetter(0), False), (max, False)],

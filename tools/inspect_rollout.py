@@ -319,8 +319,8 @@ def asked_rows(options, sides):
 
 
 def encode_samples(sides, path):
-    """[(prompt, [response])], lists of ids, of the last look in a samples.jsonl. A response that was cut has no EOS. The
-    ids are those of the text, and the policy may have sampled others for it."""
+    """[(prompt, [response])], lists of ids, of the last look in a samples.jsonl. A response that was cut has no EOS.
+    The ids are those of the text, and the policy may have sampled others for it."""
     samples = metrics.whole_lines(Path(path), "iter")
     require(samples, f"--samples={path} has no samples: name the samples.jsonl of a PPO run")
     samples = [sample for sample in samples if sample["iter"] == samples[-1]["iter"]]

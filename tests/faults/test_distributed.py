@@ -178,7 +178,8 @@ def test_each_process_sees_the_rows_of_its_prompts(world, in_processes, tmp_path
     flags = {"max_iters": 1, "reward": f"{tmp_path / 'mine.py'}:f", "eval": f"{tmp_path / 'mine.py'}:f"}
     folders = [world("ppo") for _ in range(3)]
     for folder in folders:
-        write_jsonl(folder / "pairs.jsonl", [row | {"n": i} for i, row in enumerate(pairs() + pairs(100) + pairs(200))])
+        rows = pairs() + pairs(100) + pairs(200)
+        write_jsonl(folder / "pairs.jsonl", [row | {"n": i} for i, row in enumerate(rows)])
     (_, _, alone), = in_processes(1, gradients_of, folders[0], flags)
     assert alone["eval_n"] + alone["eval_long"] == pytest.approx(alone["eval"]) and alone["reward_n"] > 0
     for n, folder in zip((2, 4), folders[1:]):

@@ -1,11 +1,11 @@
 """
 Reward functions to copy and change, for --reward and --eval of train_ppo.py.
 
-    python train_ppo.py --data=sums.jsonl --reward=examples/rewards.py:format_and_answer --eval=examples/rewards.py:exact
+    python train_ppo.py --data=sums.jsonl --reward=examples/rewards.py:graded --eval=examples/rewards.py:exact
 
-A function gets lists of equally many prompts, responses and, if it takes three, rows: the dicts of the data file. Here a
-row is {"prompt": "12 + 30 = ", "answer": "42"}. It returns a number for each response, or {part: such numbers}, whose
-sum is the score. Rows are the same dicts each time, so leave them as they are.
+A function gets lists of equally many prompts, responses and, if it takes three, rows: the dicts of the data file. In
+sums.jsonl a row is {"prompt": "12 + 30 = ", "answer": "42"}. It returns a number for each response, or {part: such
+numbers}, whose sum is the score. Rows are the same dicts each time, so leave them as they are.
 """
 
 import re
@@ -23,8 +23,8 @@ def length_ramp(prompts, responses):
     return [max(0.0, 1 - abs(len(response) - LENGTH) / LENGTH) for response in responses]
 
 
-def format_and_answer(prompts, responses, rows):
-    """A little for a response that is one number and nothing else, and the rest for the right one. A reward that comes in
-    steps gives a policy something to learn before it is ever right."""
+def graded(prompts, responses, rows):
+    """A little for a response that is one number and nothing else, and the rest for the right one. A reward that comes
+    in steps gives a policy something to learn before it is ever right."""
     return {"format": [0.2 * bool(re.fullmatch(r"\s*-?\d+\s*", response)) for response in responses],
             "correct": [0.8 * right for right in exact(prompts, responses, rows)]}

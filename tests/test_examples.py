@@ -11,7 +11,7 @@ def test_exact_match_and_its_parts_by_hand():
     rows = [{"answer": "42"}, {"answer": 42}, {"answer": "42"}, {"answer": "x"}]
     responses = [" 42", "42\n", "43", "x"]
     assert rewards.exact([""] * 4, responses, rows) == [1, 1, 0, 1]
-    parts = rewards.format_and_answer([""] * 4, responses, rows)
+    parts = rewards.graded([""] * 4, responses, rows)
     assert parts == {"format": [0.2, 0.2, 0.2, 0], "correct": [0.8, 0.8, 0, 0.8]}
 
 
@@ -20,7 +20,7 @@ def test_the_ramp_by_hand():
     assert rewards.length_ramp([""] * 5, responses) == [0, 0.25, 1, 0.5, 0]
 
 
-@pytest.mark.parametrize("name", ["exact", "length_ramp", "format_and_answer"])
+@pytest.mark.parametrize("name", ["exact", "length_ramp", "graded"])
 def test_an_example_is_a_reward_and_an_evaluation(name, world):
     folder = world("ppo")
     write_jsonl(folder / "pairs.jsonl", [{"prompt": f"{i} + 1 = ", "answer": str(i + 1)} for i in range(40)])
@@ -28,4 +28,4 @@ def test_an_example_is_a_reward_and_an_evaluation(name, world):
     run("ppo", folder, max_iters=1, reward=spec, eval=spec)
     row, = metrics(folder, "ppo")
     assert row["eval"] == pytest.approx(row["score_heldout"])
-    assert ("reward_correct" in row) == ("eval_correct" in row) == (name == "format_and_answer")
+    assert ("reward_correct" in row) == ("eval_correct" in row) == (name == "graded")

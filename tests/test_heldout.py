@@ -123,8 +123,8 @@ def test_an_error_of_the_evaluation_ends_the_run_and_loses_no_iteration(world, t
     folder, whole = world("ppo"), world("ppo")
     body = "CALLS = []\ndef g(prompts, responses):\n    CALLS.append(1)\n    return [{}] * len(prompts)\n"
     (tmp_path / "judge.py").write_text(body.format("float('nan') if len(CALLS) > 1 else 1.0"))
-    with pytest.raises(UserError, match=r"^the eval function g returned nan for the prompt '.*' and the response '.*': it "
-                                        "must be a finite number$"):
+    with pytest.raises(UserError, match=r"^the eval function g returned nan for the prompt '.*' and the response '.*': "
+                                        "it must be a finite number$"):
         run("ppo", folder, eval=f"{tmp_path / 'judge.py'}:g", sample_interval=2, max_iters=4)
     assert load_checkpoint(folder / "ppo.pt", "ppo")["iter"] == 1
     (tmp_path / "judge.py").write_text(body.format(1.0))

@@ -188,6 +188,33 @@ def test_a_run_with_a_reward_function_is_scored_by_it(stages, tmp_path):
     assert view["responses"][0]["score"] == 8
 
 
+def test_a_run_whose_reward_function_takes_rows_is_scored_with_them(stages, tmp_path):
+    """With the run's own row for a prompt of the run, and with the file's for a file."""
+    rows = [{"prompt": f"Where is {city}?", "answer": city} for city in ("Lima", "Cusco", "Shanghai", "Osaka")]
+    run_data = str(tmp_path / "data.jsonl")
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "reward.py").write_text("def f(prompts, responses, rows):\n"
+                                        "    return [len(row.get('answer', '')) for row in rows]\n")
+    folder = tmp_path / "run"
+    run_ppo(stages, folder, data=run_data, tokenizer="atlas", reward=f"{tmp_path / 'reward.py'}:f",
+            eval=f"{tmp_path / 'reward.py'}:f")
+    for asked, score in (({"prompt": SHANGHAI}, 8), ({"prompt": SHANGHAI, "response": " China."}, 8),
+                         ({"prompt": "Who?"}, 0), ({"data": jsonl(tmp_path, [rows[2] | {"answer": "xyz"}])}, 3)):
+        assert [r["score"] for r in look(folder, updates=1, completions=2, **asked)["responses"]] == [score]
+    assert [r["score"] for r in look(folder)["responses"]] == [len("Osaka")]  # which is held out
+
+
+def test_the_samples_of_a_run_are_shown_as_they_were_scored(trained):
+    """Those of the last look. A text whose usual tokens are not those that were sampled may score otherwise."""
+    samples = [json.loads(line) for line in (trained / "samples.jsonl").read_text().splitlines()]
+    samples = [sample for sample in samples if sample["iter"] == 2]
+    assert len(samples) == 16 and len({sample["ended"] for sample in samples}) == 2
+    responses = look(trained, samples=str(trained / "samples.jsonl"))["responses"]
+    assert [r["ended"] for r in responses] == [sample["ended"] for sample in samples]
+    same = [(r, sample) for r, sample in zip(responses, samples) if len(r["tokens"]) == sample["tokens"]]
+    assert len(same) > 8 and all(r["score"] == pytest.approx(sample["score"], abs=1e-4) for r, sample in same)
+
+
 def test_a_number_is_the_same_whatever_else_is_shown(trained, tmp_path):
     row = {"prompt": SHANGHAI, "response": " Shanghai is in China."}
     others = [{"prompt": SHANGHAI, "response": " delicious" * n} for n in range(1, 41)]
@@ -321,6 +348,8 @@ def test_a_page_needs_no_other_file_and_no_text_can_end_its_data(trained, tmp_pa
     ({"checkpoint": "nowhere.pt"}, "nowhere.pt is not there: train it first"),
     ({"prompt": None}, "--response answers a --prompt: give both"),
     ({"data": "rows.jsonl"}, "--prompt and --data both say what to show"),
+    ({"samples": "samples.jsonl"}, "--prompt and --samples both say what to show"),
+    ({"samples": "nowhere.jsonl", "prompt": None, "response": None}, "--samples=nowhere.jsonl has no samples: name"),
     ({"response": " Lima" * 130}, "but the model reads block_size=128: shorten them"),
     ({"prompt": "\ud800"}, '"prompt" has a lone surrogate'),
     ({"n": 0}, "--n=0 must lie in"),

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from paths import ROOT
@@ -78,6 +79,41 @@ def test_the_band_reaches_from_the_lowest_to_the_highest_run(tmp_path):
     assert iterations == [1, 2]
     assert [curve.round(9).tolist() for curve in curves] == [[0.3, 0.3], [0.1, 0.2], [0.5, 0.4]]
     assert plot.mean_and_band(runs, "utility") is None
+
+
+def test_the_band_of_an_evaluation_in_a_lone_run_is_its_standard_error():
+    run = {"eval": ([1, 5], [0.5, 0.75]), "eval_se": ([1, 5], [0.25, 0.125])}
+    run = {name: tuple(map(np.array, columns)) for name, columns in run.items()}
+    assert [list(column) for column in plot.mean_and_band([run], "eval")] == [[1, 5], [0.5, 0.75], [0.25, 0.625],
+                                                                               [0.75, 0.875]]
+    lowest, highest = plot.mean_and_band([run, run], "eval")[2:]
+    assert [*lowest] == [*highest] == [0.5, 0.75]  # of several runs it is what they have
+
+
+def test_each_part_of_a_score_has_a_panel_of_its_own():
+    runs = [{"reward_format": 0, "score": 0, "eval_se": 0}, {"eval_right": 0, "eval": 0, "reward": 0}]
+    panels = plot.panels_of(runs)
+    assert [*panels] == [*plot.PANELS, "eval_right", "reward_format"]
+    assert panels["reward_format"][0] == "reward, part format"
+
+
+def test_samples_are_drawn_with_the_median_of_each_look(tmp_path, monkeypatch):
+    plt, drawn = pytest.importorskip("matplotlib.pyplot"), {}
+    rows = [{"iter": i, "prompt": "p", "response": "r", "score": s, "kl": 0.0, "tokens": s, "ended": True}
+            for i, scores in ((1, (1, 2, 9)), (4, (3, 5))) for s in scores]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"iter": 5, "pro')
+    close = plt.close
+
+    def look(figure):
+        drawn.update({axis.get_title(): [line.get_xydata().tolist() for line in axis.lines] for axis in figure.axes})
+        close(figure)
+    monkeypatch.setattr(plt, "close", look)
+    plot.draw_samples(tmp_path, tmp_path / "samples.png")
+    looks, medians = [[[1, 1], [1, 2], [1, 9]], [[4, 3], [4, 5]]], [[1, 2], [4, 4]]
+    assert drawn["score of each sample, and the median"] == [*looks, medians]
+    assert len(drawn) == 3 and (tmp_path / "samples.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UserError, match="nowhere.samples.jsonl has no samples: give the out_dir of a PPO run"):
+        plot.draw_samples(tmp_path / "nowhere", "a.png")
 
 
 def test_the_healthy_range_is_the_one_that_the_rules_warn_outside_of():

@@ -84,6 +84,7 @@ ROWS = {
                     "max_new_tokens": (4, "screen", {}), "temperature": (0.5, "screen", {})},
     "ppo": COMMON | {
         "rm": ("{folder}/other_rm.pt", "metrics", {}), "reward": ("{folder}/reward.py:f", "metrics", {}),
+        "eval": ("{folder}/reward.py:f", "metrics", {}),
         "samples_per_prompt": (2, "metrics", {}),
         "advantage": ("group", "metrics", {"samples_per_prompt": 2}),
         "minibatches": (3, "metrics", {}),

@@ -441,7 +441,7 @@ def test_a_run_that_is_resumed_equals_one_that_was_never_stopped(run):
     _, rows, whole = run("whole", max_iters=4)
     run("parts", max_iters=2)
     final, parts_rows, parts = run("parts", max_iters=4, resume=True)
-    clocks = {"seconds", "sec_rollout", "sec_score", "sec_update", "gold_heldout"}
+    clocks = {"seconds", "sec_rollout", "sec_score", "sec_update", "gold_heldout", "score_heldout", "kl_heldout"}
     assert [{k: v for k, v in row.items() if k not in clocks} for row in rows] == \
            [{k: v for k, v in row.items() if k not in clocks} for row in parts_rows]
     for module in ("model", "critic"):

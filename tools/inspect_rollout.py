@@ -299,10 +299,8 @@ def asked_rows(options, sides):
     given = [name for name in ("prompt", "data", "samples") if getattr(options, name) is not None]
     require(len(given) < 2, f"--{' and --'.join(given)} both say what to show: give one")
     if options.samples:
-        samples = metrics.whole_lines(Path(options.samples), "iter")
-        require(samples, f"--samples={options.samples} has no samples: name the samples.jsonl of a PPO run")
-        rows = [data.Row(row["prompt"], (row["response"],)) for row in samples if row["iter"] == samples[-1]["iter"]]
-    elif options.data:
+        return encode_samples(sides, options.samples)
+    if options.data:
         rows, _ = data.read_rows(options.data, convert=lambda row: data.to_row(row, 0)._replace(source=row))
         if len(rows) > MAX_ROWS:
             print(f"note: {options.data} has {len(rows):,} rows, and the first {MAX_ROWS} are shown")
@@ -318,6 +316,17 @@ def asked_rows(options, sides):
         rows = [data.Row(*SHANGHAI)] if sides[0].config.data == "atlas" else []
         return encode(sides, rows) + asked
     return encode(sides, rows)
+
+
+def encode_samples(sides, path):
+    """[(prompt, [response])], lists of ids, of the last look in a samples.jsonl. A response that was cut has no EOS.
+    The ids are those of the text, and the policy may have sampled others for it."""
+    samples = metrics.whole_lines(Path(path), "iter")
+    require(samples, f"--samples={path} has no samples: name the samples.jsonl of a PPO run")
+    samples = [sample for sample in samples if sample["iter"] == samples[-1]["iter"]]
+    asked = encode(sides, [data.Row(sample["prompt"], (sample["response"],)) for sample in samples])
+    return [(prompt, [response if sample["ended"] else response[:-1]])
+            for sample, (prompt, (response,)) in zip(samples, asked)]
 
 
 def encode(sides, rows):

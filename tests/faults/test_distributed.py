@@ -30,7 +30,7 @@ from rollout import Rollout
 from support import device, distributed, optimizer
 from support.checkpoint import digest, load_checkpoint
 from support.flags import UserError
-from tiny import CLOCKS, SIZES, STAGES, metrics, reward_file, settings, weights
+from tiny import CLOCKS, SIZES, STAGES, metrics, pairs, reward_file, settings, weights, write_jsonl
 
 # A server that has imported everything and computed nothing: its children start at once, and no thread of this process
 # is forked with them.
@@ -168,6 +168,24 @@ def test_the_first_update_does_not_depend_on_the_number_of_processes(flags, worl
             assert_close(advantages[0], alone[1][0], atol=1e-6)
             assert len(steps) == len(alone[0]) and row["ratio_first"] == 0
             assert_close(row, alone[2], atol=1e-4)  # after several steps of AdamW, which rescales the last digits
+
+
+def test_each_process_sees_the_rows_of_its_prompts(world, in_processes, tmp_path):
+    """Parts, rows and the evaluation are those of one process, though 4 do not divide the 6 held-out prompts."""
+    (tmp_path / "mine.py").write_text("def f(prompts, responses, rows):\n"
+                                      "    assert [row['prompt'] for row in rows] == prompts\n"
+                                      "    return {'n': [row['n'] for row in rows], 'long': list(map(len, responses))}\n")
+    flags = {"max_iters": 1, "reward": f"{tmp_path / 'mine.py'}:f", "eval": f"{tmp_path / 'mine.py'}:f"}
+    folders = [world("ppo") for _ in range(3)]
+    for folder in folders:
+        rows = pairs() + pairs(100) + pairs(200)
+        write_jsonl(folder / "pairs.jsonl", [row | {"n": i} for i, row in enumerate(rows)])
+    (_, _, alone), = in_processes(1, gradients_of, folders[0], flags)
+    assert alone["eval_n"] + alone["eval_long"] == pytest.approx(alone["eval"]) and alone["reward_n"] > 0
+    for n, folder in zip((2, 4), folders[1:]):
+        for _, _, row in in_processes(n, gradients_of, folder, flags):
+            assert_close(row, alone, atol=1e-4)
+        assert (folder / "samples.jsonl").read_text().count('"iter": 1') == 6  # by the first process alone
 
 
 @pytest.mark.slow

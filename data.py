@@ -126,8 +126,8 @@ def checked_text(text, where):
 def to_row(row, n_responses, chat="none"):
     """The dict of one row -> Row with at least n_responses. Raises BadRow. A row reads the same in every
     stage, down to texts that the stage has no use for, so that all stages split a file alike."""
-    if messages := [key for key in ("messages", "prompt", "chosen", "rejected", "response")
-                    if isinstance(row.get(key), list)]:
+    messages = [key for key in ("messages", "prompt", "chosen", "rejected", "response") if is_messages(row.get(key))]
+    if messages:
         if chat == "none":
             raise BadRow(f'"{messages[0]}" is a list of messages, which --chat=none refuses')
         return messages_to_row(row, n_responses)
@@ -146,29 +146,34 @@ def to_row(row, n_responses, chat="none"):
     return Row(prompt, (text_at(row, "response"),)) if n_responses or "response" in row else Row(prompt)
 
 
+def is_messages(value):
+    return isinstance(value, list) and all(isinstance(message, dict) for message in value)
+
+
 def messages_to_row(row, n_responses):
     """The dict of a row with lists of messages -> Row. Raises BadRow."""
-    prompt = row.get("prompt") and (conversation_at(row, "prompt") if isinstance(row["prompt"], list)
-                                    else text_at(row, "prompt"))
+    prompt = None if "prompt" not in row else \
+        conversation_at(row, "prompt") if is_messages(row["prompt"]) else text_at(row, "prompt")
     keys = ["chosen", "rejected"] if "chosen" in row or "rejected" in row else \
         ["messages"] if "prompt" not in row else ["response"] if n_responses or "response" in row else []
     if n_responses == 2 and len(keys) < 2:
         raise missing(row, "chosen")
     prompts, responses = [], []
     for key in keys:
-        *before, (role, response) = conversation_at(row, key) if isinstance(row.get(key), list) else \
+        *before, (role, response) = conversation_at(row, key) if is_messages(row.get(key)) else \
             [("assistant", text_at(row, key))]
         if role != "assistant":
             raise BadRow(f'"{key}" must end with a message of the assistant, not of "{role}"')
         prompts.append(tuple(before) or prompt)  # an answer alone follows the row's prompt
         responses.append(response)
     first = prompts[0] if prompts else prompt
-    if not first:
+    if first is None:
         raise missing(row, "prompt")
-    if first[-1][0] == "assistant":
+    role, asked = ("user", first) if isinstance(first, str) else first[-1]
+    if role == "assistant":
         raise BadRow("the prompt ends with a message of the assistant, which nothing answers")
     # A "prompt" beside whole conversations is their beginning, or the text of its last message
-    same = len(set(prompts)) < 2 and prompt in (None, first, first[-1][1])
+    same = len(set(prompts)) < 2 and prompt in (None, first, asked)
     return Row(first, tuple(responses), "" if same else "the prompts differ")
 
 
@@ -178,8 +183,8 @@ def conversation_at(row, key):
         raise BadRow(f'"{key}" has no messages')
     for number, message in enumerate(row[key], 1):
         where = f'message {number} of "{key}"'
-        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-            raise BadRow(f'{where} must be an object with "role" and "content"')
+        if not {"role", "content"} <= set(message):
+            raise BadRow(f'{where} has no "role" or no "content"')
         if message["role"] not in ROLES:
             raise BadRow(f"{where} has the role {json.dumps(message['role'])}; known are {', '.join(ROLES)}")
         checked_text(message["content"], f'"content" of {where}')

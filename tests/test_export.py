@@ -153,7 +153,7 @@ def test_the_folder_of_a_policy_holds_its_policy_and_not_its_critic(world, tmp_p
     run("ppo", folder, critic="separate")
     exported(folder / "ppo.pt", tmp_path / "hf")
     assert {path.name for path in (tmp_path / "hf").iterdir()} == {
-        "config.json", "generation_config.json", "pytorch_model.bin", "tokenizer.json", "tokenizer_config.json"}
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     saved, back = weights(folder, "ppo")["model"], from_pretrained(tmp_path / "hf").state_dict()
     assert all(torch.equal(back[name], value) for name, value in saved.items() if not name.startswith("value_head"))
     config = json.loads((tmp_path / "hf/config.json").read_text())

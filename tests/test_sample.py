@@ -34,7 +34,7 @@ def test_two_checkpoints_answer_side_by_side_with_the_same_random_numbers(sft, c
 
 def test_a_character_of_several_tokens_is_printed_whole(sft, capsys, monkeypatch):
     """The two bytes of é come as two tokens: printed one by one they would be two broken characters."""
-    _, encoding = sample.load(sft, torch.device("cpu"))
+    _, encoding, _ = sample.load(sft, torch.device("cpu"))
     ids = [*encoding.encode_ordinary("caf"), *"é".encode(), encoding.eot_token]
     monkeypatch.setattr(sample, "sample_tokens", lambda *args, **kwargs: ((torch.tensor([i]), None, None) for i in ids))
     assert ask(capsys, checkpoint=sft, prompt="x") == " café\n"

@@ -205,11 +205,6 @@ def test_a_bad_row_later_in_a_file_is_no_format(tmp_path):
             load_demonstrations(write(path, broken, ROWS[0]), BYTES, 256)
 
 
-def messages(*texts):
-    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
-
-
-HUMAN = "\n\nUser: {}\n\nAssistant:"
 PAIRS = [("q\n", "a", "b"), ("q\n", "a", "c"), ("q\n", "b", "c")]  # in any order
 SHAPES = [
     ({"instruction": "Add", "input": "1 2", "output": "3"}, "an Alpaca row", [("Add\n1 2\n", "3")]),
@@ -227,16 +222,6 @@ SHAPES = [
      'a ranking .* the lowest "rankings" first', PAIRS),
     ({"prompt": "q\n", "responses": ["c", "a", "b"], "scores": [0.5, 9, 0.5]},
      'a ranking .* the highest "scores" first', [("q\n", "a", "c"), ("q\n", "a", "b")]),  # equal scores make no pair
-    ({"messages": messages("hi", "yes?", "so", "no")}, "chat messages are not supported yet",
-     [("\n\nUser: hi\n\nAssistant: yes?" + HUMAN.format("so"), " no")]),
-    ({"prompt": messages("hi"), "completion": messages("x", "yes")[1:]}, "chat messages are not supported yet",
-     [(HUMAN.format("hi"), " yes")]),
-    ({"prompt": messages("hi"), "chosen": messages("x", "yes")[1:], "rejected": messages("x", "no")[1:]},
-     "chat messages are not supported yet", [(HUMAN.format("hi"), " yes", " no")]),
-    ({"prompt": "hi", "chosen": messages("hi", "yes"), "rejected": messages("hi", "no")},
-     "chat messages are not supported yet", [(HUMAN.format("hi"), " yes", " no")]),
-    ({"chosen": messages("hi", "yes"), "rejected": messages("hi", "no")},
-     "chat messages are not supported yet", [(HUMAN.format("hi"), " yes", " no")]),
 ]
 
 
@@ -253,12 +238,6 @@ def test_another_shape_is_named_with_the_code_that_converts_it(tmp_path, row, wh
     assert sorted((row.prompt, *row.responses) for row in new) == sorted(expected * 2)
     split = load_demonstrations(write(path, row, ROWS[0]), BYTES, 256, skip_bad=True)
     assert len(split.train) == 1 and "Two lines" not in split.report[1] and "\n" not in split.report[1]
-
-
-def test_chat_prompts_alone_are_converted_for_ppo(tmp_path):
-    with pytest.raises(DataError, match="chat messages are not supported yet") as error:
-        load_prompts(write(tmp_path / "x.jsonl", {"prompt": messages("hi")}), BYTES, 256, 8)
-    assert read_rows(convert(error, tmp_path))[0] == [{"prompt": HUMAN.format("hi")}]
 
 
 @pytest.mark.parametrize("row", [{"prompt": "q", "response": "a"}, {"prompt": "q", "completion": "a"}, {"text": "a"}])

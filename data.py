@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 import atlas
-from tokenizer import ROLES, DataError, encode_prompt, encode_response, read_lines, render_messages
+from tokenizer import ROLES, DataError, NoToken, encode_prompt, encode_response, read_lines, render_messages
 from tokenizer import get_tokenizer as get_tokenizer  # offered here, too: other code finds it under both names
 
 
@@ -464,6 +464,8 @@ def make_split(data, train_rows, heldout_rows, bad, record):
                 yield record(row)
             except Unusable as reason:
                 dropped[str(reason)] += 1
+            except NoToken:
+                dropped["a character that the tokenizer has no token for"] += 1
 
     train, heldout = list(records(train_rows)), list(records(heldout_rows))
     losses = [f"dropped {count:,}: {reason}" for reason, count in sorted(dropped.items())]

@@ -363,7 +363,7 @@ def merges_by_rank(ranks, merges, ignore_merges):
     if made != sorted(made) or made[:1] == [-1]:
         return False
     parts = {token: last_merge(token, ranks) for token in ranks if len(token) > 1}
-    return all(pair == first.get(token) or pair is None and ignore_merges for token, pair in parts.items())
+    return all(pair == first.get(token) if pair else ignore_merges for token, pair in parts.items())
 
 
 def beside(file, special):

@@ -31,7 +31,7 @@ def randomize(module, seed=0):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in module.named_parameters():
-            is_gain = "ln_" in name and name.endswith("weight")
+            is_gain = p.dim() == 1 and name.endswith("weight")
             p.copy_(is_gain + 0.25 * torch.randn(p.shape, generator=generator))
     return module
 

@@ -11,6 +11,7 @@ import torch
 import pretrained
 from model import GPTConfig
 from pretrained import from_pretrained, save_pretrained
+from support.weights import read_safetensors
 from tensors import BLOCK, V, gap, make_gpt, random_ids, randomize
 from tokenizer import tokenizer_json
 
@@ -22,9 +23,19 @@ ENCODING = tiktoken.Encoding("letters", pat_str=".", mergeable_ranks={bytes([65 
 @pytest.fixture
 def folder(tmp_path):
     """A checkpoint folder of our own making, and the model in it."""
-    gpt = make_gpt(torch.float32)
-    save_pretrained(gpt, ENCODING, tmp_path / "hf")
-    return tmp_path / "hf", gpt
+    gpt, path = make_gpt(torch.float32), tmp_path / "hf"
+    save_pretrained(gpt, ENCODING, path)
+    return path, gpt
+
+
+@pytest.fixture
+def bin_folder(folder):
+    """The same with its weights in pytorch_model.bin."""
+    path, gpt = folder
+    torch.save({name: w.clone() for name, w in read_safetensors(path / "model.safetensors").items()},
+               path / "pytorch_model.bin")
+    (path / "model.safetensors").unlink()
+    return path, gpt
 
 
 def same_trunk(a, b):

@@ -1327,11 +1327,12 @@ def test_t57b_beside_a_critic_or_a_kl_drawing_again_has_another_objective():
 #
 # zero_outside: x * mask instead of where -> T3 T5 T6 T7 ...
 # masked_mean: over slots, not over True -> T3 T4 T6 T7 ...; over rows, not over tokens -> T3 T4 T6 T7 ...; mean of
-#     the rows' means -> T7 T44 T45 T46
-# whiten: unbiased variance -> T44; the mean stays -> T44; shift_mean inverted -> T44; variance, not its root -> T44
+#     the rows' means -> T7 T44 T45 T46 T53a T53c T53d T53e
+# whiten: unbiased variance -> T44; the mean stays -> T44 T53d T54; shift_mean inverted -> T44; variance, not its
+#     root -> T44 T53d T54
 # explained_variance: squared error instead of variance -> T45; divided by Var(values) -> T45
-# kl_estimate: k1 turned round -> T29 T30 T32 T33 ...; k2 without its half -> T33 T36d; k3 inverted -> T33 T34 T35; k3
-#     without + k -> T33 T34 T35
+# kl_estimate: k1 turned round -> T29 T30 T32 T33 ...; k2 without its half -> T33 T36d; k3 inverted -> T33 T34 T35 T55;
+#     k3 without + k -> T33 T34 T35 T55
 # shape_rewards: sign of the KL -> T29 T30 T36a T36b ...; k2 in the reward -> T29 T30 T36a T36b ...; k3 in the
 #     reward -> T30 T36a T36b T36c ...; score one token after the last -> T3 T8 T29 T30 ...; score one token
 #     early -> T3 T8 T10 T29 ...; score in the last column -> T3 T8 T29 T30 ...; score on every
@@ -1344,7 +1345,7 @@ def test_t57b_beside_a_critic_or_a_kl_drawing_again_has_another_objective():
 #     out -> T13 T14 T15 T17 ...; gamma left out before A_{t+1} -> T16 T17; lambda on the TD
 #     error -> T13 T14 T15 T17 ...; bootstraps from V after the last token -> T11 T12 T13 T15 ...; returns without +
 #     values -> T18 T47; values not detached -> T50b
-# group_advantages: the own score in the mean -> T43; divided by k -> T37 T43; groups of the whole batch -> T43
+# group_advantages: the own score in the mean -> T43 T57a; divided by k -> T37 T43; groups of the whole batch -> T43
 # log_ratio: turned round -> T20 T21a T22 T23 ...; logprobs detached -> T21a T21b T22 T24 ...; clamped at
 #     0.2 -> T20 T24 T25b T26a ...; old_logprobs not detached -> T50a
 # ratio_stats: approx_kl of the other direction -> T35; approx_kl by k2 -> T35; ratio_max is the minimum -> T21a T35;
@@ -1388,4 +1389,7 @@ def test_t57b_beside_a_critic_or_a_kl_drawing_again_has_another_objective():
 # not clipped; T43 <- group_advantages: groups of the whole batch; T44 <- whiten: shift_mean inverted; T45 <-
 # explained_variance: divided by Var(values); T46 <- masked_mean: mean of the rows' means; T48 <- surrogate_loss: clip
 # is cpi; T49 <- value_loss: clipped only; T50a <- cpi_loss: advantages not detached; T50b <- gae: values not
-# detached; T52 <- best_of_n_kl (experiments/overoptimization.py): n + 1
+# detached; T52 <- best_of_n_kl (experiments/overoptimization.py): n + 1; T53a T53c <- masked_mean: mean of the rows'
+# means; T53b T56 <- reinforce_loss: probability instead of log; T53d T54 <- whiten: the mean stays; T53e <- the loop's
+# token_fraction renamed; T55 <- kl_estimate: k3 inverted; T57a <- group_advantages: the own score in the mean; T57b <-
+# enumerate_batches (tests/enumerable.py): each order once

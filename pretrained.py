@@ -204,7 +204,8 @@ def read_config(folder):
         config = GPTConfig(**family.kind | sizes)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file} is no config.json of a {family.architecture} ({error})") from error
-    return config if "tied" in sizes else replace(config, tied="lm_head.weight" not in names_in(folder))
+    # Where it does not say, a GPT-2 is tied, and others have an lm_head if they are not
+    return config if "tied" in sizes else replace(config, tied=family is GPT2 or "lm_head.weight" not in names_in(folder))
 
 
 def config_from_shapes(weights, file):

@@ -85,7 +85,7 @@ def read_safetensors(file):
         if name == "__metadata__":
             continue
         (begin, end), dtype, shape = entry["data_offsets"], DTYPES[entry["dtype"]], entry["shape"]
-        if end - begin != math.prod(shape) * dtype.itemsize or start + end > len(content):
+        if not 0 <= begin <= end <= len(content) - start or end - begin != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"{name} does not fit")
         raw = torch.frombuffer(content, dtype=torch.uint8, count=end - begin, offset=start + begin) if end > begin \
             else torch.empty(0, dtype=torch.uint8)

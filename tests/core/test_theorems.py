@@ -15,7 +15,9 @@ with `per_response`, `gradients` and `step` below. What stands beyond a response
 """
 
 import math
+import re
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,16 +25,18 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.functional import hessian, jacobian
 
-from enumerable import EOS, enumerate_responses
+from enumerable import EOS, enumerate_batches, enumerate_responses
 from experiments.overoptimization import best_of_n_kl
 from experiments.rungs import OBJECTIVES, PenaltyController, surrogate_loss, token_advantages
 from model import GPTConfig
+from paths import ROOT
 from ppo import (KLController, cpi_loss, explained_variance, gae, group_advantages, kl_estimate, kl_penalty_loss,
                  log_ratio, masked_mean, policy_loss, ratio_stats, reinforce_loss, reward_to_go, shape_rewards,
                  value_loss, whiten)
 from reward_model import RewardModel, bradley_terry_loss
 from rollout import generate, score_response
 from tensors import randn
+from train_ppo import loop
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1086,16 +1090,249 @@ def test_t52_the_kl_of_best_of_n_is_below_its_formula():
         assert 0 < best_of_n_kl(reference, n) < formula
         assert abs(best_of_n_kl(np.full(100_000, 1e-5), n) - formula) < 1e-3
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# T53: which mean over tokens is the gradient of J
+
+CENTRED = padded((SCORES - P_OLD @ SCORES).unsqueeze(1).expand(N, R))  # what each token weighs: score - E[score]
+J_SCORES, MEAN_LEN = gradient(lambda theta: P(theta) @ SCORES, OLD), mean(LENS.double())
+
+
+def minibatch_step(loss, size, weights=CENTRED):
+    """(128,): minus the gradient of the loss of a whole minibatch, expected over all minibatches of that size."""
+    rows, probs = enumerate_batches(P_OLD, size)
+
+    def expected(theta):
+        x = logprobs(theta)
+        return probs @ torch.vmap(lambda batch: loss(x[batch], weights[batch], MASK[batch])[0])(rows)
+
+    return -gradient(expected, OLD)
+
+
+def constant_loss(logprobs, weights, mask):
+    """The sum over tokens / R tokens for each response, whatever its length."""
+    return reinforce_loss(logprobs, weights, mask)[0] * mask.sum() / mask.numel(), {}
+
+
+def response_loss(logprobs, weights, mask):
+    """The mean over responses of each one's mean over tokens."""
+    each = torch.vmap(lambda *row: reinforce_loss(*(x.unsqueeze(0) for x in row))[0])(logprobs, weights, mask)
+    return each.mean(), {}
+
+
+def token_mean_factor(size):
+    """B E[1 / (n + lengths of B - 1 others)] of each response (40,), for minibatches of any size B."""
+    lengths, others = torch.zeros(R + 1).double().index_add(0, LENS, P_OLD).numpy(), np.ones(1)
+    for _ in range(size - 1):
+        others = np.convolve(others, lengths)
+    return torch.tensor([size * (others / (n + np.arange(len(others)))).sum() for n in LENS.tolist()])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_t53a_a_constant_divisor_is_the_gradient_of_j_and_no_other_is(size):
+    """For minibatches of any size: grad J / R. With the other two the cosine is below 1."""
+    assert rel(minibatch_step(constant_loss, size), J_SCORES / R) <= 1e-10
+    for loss in response_loss, reinforce_loss:
+        assert cosine(minibatch_step(loss, size), J_SCORES) < 0.99
+
+
+def test_t53b_the_mean_per_response_maximises_the_score_per_token():
+    """grad E[(score - b) / n], for minibatches of any size, with a cosine of 0.82 to grad E[score]. b matters."""
+    def per_token(b):
+        return gradient(lambda theta: P(theta) @ ((SCORES - b) / LENS), OLD)
+
+    for size in 1, 2, 3:
+        assert rel(minibatch_step(response_loss, size), per_token(P_OLD @ SCORES)) <= 1e-10
+    assert rel(minibatch_step(reinforce_loss, 1), per_token(P_OLD @ SCORES)) <= 1e-10  # the token mean of one response
+    assert round(cosine(per_token(P_OLD @ SCORES), J_SCORES), 2) == 0.82
+    assert rel(minibatch_step(response_loss, 1, CENTRED + 5), per_token(P_OLD @ SCORES - 5)) <= 1e-10
+    assert round(cosine(per_token(P_OLD @ SCORES - 5), J_SCORES), 2) == 0.31  # nearly all are good: shorter is better
+    assert rel(minibatch_step(constant_loss, 1, CENTRED + 5), J_SCORES / R) <= 1e-10
+
+
+def test_t53c_the_token_mean_of_a_minibatch_is_off_by_one_over_its_size():
+    """grad E[(score - b) v(n)] with the factor v above. The docs' numbers, and B * bias -> (IV.5)."""
+    each, cv = gradients(reinforce_loss, OLD, CENTRED), variance(LENS.double().unsqueeze(1)) ** 0.5 / MEAN_LEN
+    for size in 1, 2, 3:
+        step = mean(token_mean_factor(size).unsqueeze(1) * each)
+        assert rel(minibatch_step(reinforce_loss, size), step) <= 1e-10
+    rows, probs = enumerate_batches(P_OLD, 3)
+    assert gap(probs.sum(), 1.0) <= 1e-12 and gap(probs @ LENS[rows].double().sum(1), 3 * MEAN_LEN) <= 1e-12
+
+    bias = {}
+    for size, relative, angle in [(1, 1, 0.18), (2, 0.37, 0.038), (4, 0.15, 0.0076), (16, 0.034, 4e-4),
+                                  (64, 0.0082, 2.4e-5), (256, 0.002, 1.5e-6)]:
+        step = MEAN_LEN * mean(token_mean_factor(size).unsqueeze(1) * each)
+        bias[size] = step - J_SCORES
+        assert float(f"{rel(step, J_SCORES):.2g}") == relative and float(f"{1 - cosine(step, J_SCORES):.2g}") == angle
+        assert bias[size].norm() <= cv / size ** 0.5 * (variance(each) / size) ** 0.5
+    limit = cv ** 2 * J_SCORES - mean((LENS / MEAN_LEN - 1).unsqueeze(1) * each)
+    assert rel(256 * bias[256], limit) < 0.01
+    assert float(f"{bias[64].norm() / (variance(each) / 64) ** 0.5:.2g}") == 0.012  # of a standard error
+
+    to_come = to_go(SHAPED(SCORES, kl_coef=0))
+    each = gradients(reinforce_loss, OLD, given(NODE, to_come) - given(STATE, to_come))
+    for size, relative in (1, 0.95), (64, 0.007):
+        step = MEAN_LEN * mean(token_mean_factor(size).unsqueeze(1) * each)
+        assert float(f"{rel(step, J_SCORES):.2g}") == relative
+
+
+def test_t53d_whitening_over_the_minibatch_itself_is_off_by_more():
+    """Its m and s hold the responses' own advantages. The docs' cosines of three responses, divided both ways."""
+    def whitened(loss):
+        return lambda logprobs, weights, mask: loss(logprobs, whiten(weights, mask), mask)
+
+    losses = reinforce_loss, whitened(reinforce_loss), whitened(constant_loss)
+    two, three = ([cosine(minibatch_step(loss, size), J_SCORES) for loss in losses] for size in (2, 3))
+    assert [round(value, 3) for value in three] == [0.985, 0.928, 0.977]
+    assert all(1 - b < 0.6 * (1 - a) for a, b in zip(two, three))  # it falls with the size
+
+
+def test_t53e_the_recipes_make_the_loop_divide_otherwise():
+    """The docs' two lines, on one of two minibatches, in micro-batches of 7, and in the loop's own names."""
+    page = (ROOT / "docs/derivation.md").read_text()
+    by_length, by_responses = re.findall("^(?:advantages|pg_loss) = .*$", page, re.MULTILINE)
+    names = {name for line in (by_length, by_responses) for name in compile(line, "", "exec").co_names}
+    assert names - {"sum", "minibatches"} <= {*loop.__code__.co_varnames, *loop.__code__.co_cellvars}
+    minibatch = torch.arange(N)[::2]
+
+    def divided(lines, theta):
+        state = {"config": SimpleNamespace(minibatches=2), "mask": MASK, "B": N, "advantages": CENTRED}
+        loss = 0.0
+        for line in lines[:-1]:
+            exec(line, state)
+        for rows in minibatch.split(7):
+            x, fraction = logprobs(theta)[rows], MASK[rows].sum() / MASK[minibatch].sum()
+            pg_loss, _ = policy_loss(x, OLD_LOGPROBS[rows], state["advantages"][rows], MASK[rows], clip=0.2)
+            state |= {"rows": rows, "token_fraction": fraction, "pg_loss": pg_loss}
+            exec(lines[-1], state)
+            loss = loss + state["pg_loss"] * fraction
+        return loss
+
+    for lines, divisor, loss in (([by_responses], R, constant_loss), ([by_length, by_responses], 1, response_loss)):
+        expected = gradient(lambda theta: loss(logprobs(theta)[minibatch], CENTRED[minibatch], MASK[minibatch])[0], OLD)
+        assert rel(gradient(partial(divided, lines), OLD) / divisor, expected) <= 1e-10
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# T54 to T57: small errors of the field
+
+def test_t54_the_policy_loss_starts_at_0_whatever_there_is_to_learn():
+    """Whitened advantages have mean 0 and every ratio is 1: 0 for any scores, and for their opposite. The gradient is
+    not 0, and a step of h along it lowers the loss by h times its squared length."""
+    for scores in SCORES, -SCORES, 100 * SCORES:
+        advantages = whiten(reward_to_go(SHAPED(scores, kl_coef=BETA), MASK, gamma=1), MASK)
+
+        def loss(theta):
+            return policy_loss(logprobs(theta), OLD_LOGPROBS, advantages, MASK, clip=0.2)[0]
+
+        slope = gradient(loss, OLD)
+        assert abs(loss(OLD)) <= 1e-12 and slope.norm() > 0.1
+        assert rel(slope, gradient(lambda theta: reinforce_loss(logprobs(theta), advantages, MASK)[0], OLD)) <= 1e-10
+        assert loss(OLD - 1e-4 * slope) / (1e-4 * slope @ slope) == pytest.approx(-1, abs=1e-2)
+
+
+def test_t55_k3_upside_down_estimates_chi_squared_minus_the_kl():
+    """E[e^k - 1 - k] = chi^2(pi || ref) - KL(pi || ref), state by state; as a loss it pulls by half of grad chi^2."""
+    def chi2_of_states(theta):
+        return padded((2 * all_logprobs(theta) - all_logprobs(REF)).exp().sum(2) - 1)
+
+    turned = kl_estimate(REF_LOGPROBS, OLD_LOGPROBS, "k3")
+    assert gap(given(STATE, turned), chi2_of_states(OLD) - kl_of_states(OLD)) <= 1e-12
+
+    def turned_loss(x, ref, mask):
+        return kl_loss(ref, x, mask, "k3")
+
+    half = 0.5 * gradient(lambda theta: mean(total(chi2_of_states(theta))), OLD)
+    assert rel(-step(turned_loss, OLD, REF_LOGPROBS), half) <= 1e-10
+
+    p, q = (torch.tensor(x, dtype=torch.float64) for x in ([0.9, 0.1], [0.01, 0.99]))  # the docs' example
+    right, wrong = (p @ kl_estimate(*pair, "k3") for pair in ((p.log(), q.log()), (q.log(), p.log())))
+    assert f"{right:.2f} {wrong:.1f}" == "3.82 76.2"
+
+
+def test_t56_another_sampler_costs_no_more_than_its_gap():
+    """Responses of a sampler that is not quite pi_old: |E[gradient] - grad J| <= (e^(n gap) - 1) E|gradient|. Weighing
+    each response by its ratio is exact; each token by its own leaves the sampler's states."""
+    each, exact, errors = gradients(reinforce_loss, OLD, A_OLD), gradient(J, OLD), []
+    for h in 1e-1, 1e-3, 1e-5:
+        sampler = OLD + h * (NEW - OLD)
+        log_r = OLD_LOGPROBS - exact_logprobs(sampler)
+        errors.append((P(sampler) @ each - exact).norm())
+        assert errors[-1] <= torch.expm1(R * log_r[MASK].abs().max()) * mean(each.norm(dim=1))
+        assert rel(P(sampler) @ (total(log_r).exp().unsqueeze(1) * each), exact) <= 1e-10
+        by_token = P(sampler) @ gradients(reinforce_loss, OLD, log_r.exp() * A_OLD)
+        assert 0.01 * errors[-1] < (by_token - exact).norm() < 0.9 * errors[-1]
+    assert all(90 < larger / smaller < 110 for larger, smaller in zip(errors, errors[1:]))
+
+
+# Four prompts, one token each, and which answers to them are right: all of them, and with probability 0.95, 0.29, 0.09.
+RIGHT = (randn(V, N, seed=60) > torch.tensor([[-9], [-0.5], [0.5], [1.5]])).double()
+
+
+def answers(prompt, theta):
+    """log pi (40, R) of the responses to a prompt."""
+    return padded(score_response(Policy(theta), F.pad(TOKENS, (1, 0), value=prompt), PROMPT_LENS, R)[0])
+
+
+def share_and_step(k, kl_coef=0.0, critic=False, everything=False):
+    """Share of the groups of k that have a right answer and a wrong one, and the expected gradient of such a group: the
+    mean over its responses of advantage * grad log pi. The KL is in the reward."""
+    share, step = 0.0, 0.0
+    for prompt, right in enumerate(RIGHT):
+        old, ref = total(answers(prompt, OLD)), total(answers(prompt, REF))
+        rows, probs = enumerate_batches(old.exp(), k)
+        mixed = right[rows].amax(1) > right[rows].amin(1)
+        probs = (probs * (mixed | everything) / V).unsqueeze(1)
+        returns = (right - kl_coef * (old - ref))[rows]
+        others = group_advantages(returns.flatten(), k, torch.ones(rows.numel(), 1, dtype=torch.bool)).view(-1, k)
+        advantages = returns - old.exp() @ (right - kl_coef * (old - ref)) if critic else others
+        weights = torch.zeros(N).double().index_add(0, rows.flatten(), (probs * advantages / k).flatten())
+        share += probs.sum()
+        step += gradient(lambda theta: weights @ total(answers(prompt, theta)), OLD)
+    return share, step / share
+
+
+def of_prompts(f):
+    """Gradient of the mean over prompts of f(probability of a right answer, KL to the reference)."""
+    def objective(theta):
+        rows = [(total(answers(prompt, theta)), total(answers(prompt, REF))) for prompt in range(V)]
+        return sum(f(p.exp() @ right, p.exp() @ (p - ref)) for (p, ref), right in zip(rows, RIGHT)) / V
+
+    return gradient(objective, OLD)
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_t57a_drawing_again_for_equal_scores_is_a_step_size_without_a_kl(k):
+    """Leave-one-out advantages are 0 in the groups that are left out: grad J / share of the others, not another J."""
+    share, kept = share_and_step(k)
+    assert share < 0.3 and rel(share * kept, of_prompts(lambda p, kl: p)) <= 1e-10
+    # With a KL in the reward the groups that are left out had a gradient, too.
+    exact = of_prompts(lambda p, kl: p - 0.2 * kl)
+    assert rel(share_and_step(k, 0.2, everything=True)[1], exact) <= 1e-10
+    assert rel(share * share_and_step(k, 0.2)[1], exact) > 0.2
+
+
+def test_t57b_beside_a_critic_or_a_kl_drawing_again_has_another_objective():
+    """With V(x) for a baseline and groups of 2: the mean of p - p^2 + 2 p^3 / 3 over prompts. The docs' numbers."""
+    (share, kept), exact = share_and_step(2, critic=True), of_prompts(lambda p, kl: p)
+    assert rel(share * kept, of_prompts(lambda p, kl: p - p ** 2 + 2 * p ** 3 / 3)) <= 1e-10
+    assert [round(x, 2) for x in (share.item(), cosine(kept, exact), rel(share * kept, exact))] == [0.17, 0.99, 0.37]
+    _, kept = share_and_step(2, kl_coef=0.2)
+    assert round(cosine(kept, of_prompts(lambda p, kl: p - 0.2 * kl)), 2) == 0.76
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Break -> the tests that it turns red, the first four of them. Each break was made alone, in a copy of its module.
 #
 # zero_outside: x * mask instead of where -> T3 T5 T6 T7 ...
 # masked_mean: over slots, not over True -> T3 T4 T6 T7 ...; over rows, not over tokens -> T3 T4 T6 T7 ...; mean of
-#     the rows' means -> T7 T44 T45 T46
-# whiten: unbiased variance -> T44; the mean stays -> T44; shift_mean inverted -> T44; variance, not its root -> T44
+#     the rows' means -> T7 T44 T45 T46 T53a T53c T53d T53e
+# whiten: unbiased variance -> T44; the mean stays -> T44 T53d T54; shift_mean inverted -> T44; variance, not its
+#     root -> T44 T53d T54
 # explained_variance: squared error instead of variance -> T45; divided by Var(values) -> T45
-# kl_estimate: k1 turned round -> T29 T30 T32 T33 ...; k2 without its half -> T33 T36d; k3 inverted -> T33 T34 T35; k3
-#     without + k -> T33 T34 T35
+# kl_estimate: k1 turned round -> T29 T30 T32 T33 ...; k2 without its half -> T33 T36d; k3 inverted -> T33 T34 T35 T55;
+#     k3 without + k -> T33 T34 T35 T55
 # shape_rewards: sign of the KL -> T29 T30 T36a T36b ...; k2 in the reward -> T29 T30 T36a T36b ...; k3 in the
 #     reward -> T30 T36a T36b T36c ...; score one token after the last -> T3 T8 T29 T30 ...; score one token
 #     early -> T3 T8 T10 T29 ...; score in the last column -> T3 T8 T29 T30 ...; score on every
@@ -1108,7 +1345,7 @@ def test_t52_the_kl_of_best_of_n_is_below_its_formula():
 #     out -> T13 T14 T15 T17 ...; gamma left out before A_{t+1} -> T16 T17; lambda on the TD
 #     error -> T13 T14 T15 T17 ...; bootstraps from V after the last token -> T11 T12 T13 T15 ...; returns without +
 #     values -> T18 T47; values not detached -> T50b
-# group_advantages: the own score in the mean -> T43; divided by k -> T37 T43; groups of the whole batch -> T43
+# group_advantages: the own score in the mean -> T43 T57a; divided by k -> T37 T43; groups of the whole batch -> T43
 # log_ratio: turned round -> T20 T21a T22 T23 ...; logprobs detached -> T21a T21b T22 T24 ...; clamped at
 #     0.2 -> T20 T24 T25b T26a ...; old_logprobs not detached -> T50a
 # ratio_stats: approx_kl of the other direction -> T35; approx_kl by k2 -> T35; ratio_max is the minimum -> T21a T35;
@@ -1152,4 +1389,7 @@ def test_t52_the_kl_of_best_of_n_is_below_its_formula():
 # not clipped; T43 <- group_advantages: groups of the whole batch; T44 <- whiten: shift_mean inverted; T45 <-
 # explained_variance: divided by Var(values); T46 <- masked_mean: mean of the rows' means; T48 <- surrogate_loss: clip
 # is cpi; T49 <- value_loss: clipped only; T50a <- cpi_loss: advantages not detached; T50b <- gae: values not
-# detached; T52 <- best_of_n_kl (experiments/overoptimization.py): n + 1
+# detached; T52 <- best_of_n_kl (experiments/overoptimization.py): n + 1; T53a T53c <- masked_mean: mean of the rows'
+# means; T53b T56 <- reinforce_loss: probability instead of log; T53d T54 <- whiten: the mean stays; T53e <- the loop's
+# token_fraction renamed; T55 <- kl_estimate: k3 inverted; T57a <- group_advantages: the own score in the mean; T57b <-
+# enumerate_batches (tests/enumerable.py): each order once

@@ -74,9 +74,9 @@ def test_looking_does_not_change_the_run(world, tmp_path):
 @pytest.mark.parametrize("name", ["pairs", "atlas"])
 def test_without_an_evaluation_the_heldout_score_and_kl_are_logged(name, world):
     folder = world("ppo", name)
-    run("ppo", folder, max_iters=4, sample_interval=2)
+    run("ppo", folder, max_iters=4, sample_interval=3)
     for row in metrics(folder, "ppo"):
-        looked = row["iter"] in (1, 2, 4)
+        looked = row["iter"] in (1, 3, 4)
         assert ("score_heldout" in row) == ("kl_heldout" in row) == looked and "eval" not in row
         assert ("gold_heldout" in row) == (looked and name == "atlas")
 
@@ -116,6 +116,13 @@ def test_an_evaluation_needs_heldout_prompts(world, tmp_path):
 def test_the_reward_model_is_no_evaluation(world):
     with pytest.raises(UserError, match="--eval=rm: the reward model's score on held-out prompts is always logged"):
         run("ppo", world("ppo"), eval="rm")
+
+
+def test_a_resumed_run_may_be_evaluated_in_another_way(world, tmp_path):
+    folder = world("ppo")
+    for n, body in enumerate((None, "[1.5] * len(prompts)", "[2.5] * len(prompts)"), 1):
+        run("ppo", folder, max_iters=n, resume=n > 1, eval=body and eval_file(tmp_path, body))
+    assert [row.get("eval") for row in metrics(folder, "ppo")] == [None, 1.5, 2.5]
 
 
 def test_an_error_of_the_evaluation_ends_the_run_and_loses_no_iteration(world, tmp_path):

@@ -70,7 +70,7 @@ def test_every_metric_of_a_ppo_iteration_is_explained():
     metrics = ("score kl reward entropy policy_loss value_loss approx_kl clip_frac ratio_mean ratio_max "
                "explained_variance response_len eos_rate kl_coef lr grad_norm sec_rollout sec_score sec_update "
                "tokens_per_s ratio_first logprob_gap logprob_gap_max skipped_steps gold gold_heldout utility "
-               "penalty").split()
+               "penalty reward_<part> score_heldout kl_heldout eval eval_se eval_<part>").split()
     assert not [name for name in metrics if f"`{name}`" not in table]
 
 

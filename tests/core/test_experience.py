@@ -78,7 +78,9 @@ def test_a_preview_has_the_score_and_the_kl_of_each_answer(experience, policy):
     rows = experience.preview(policy, reference, scored, PROMPTS[:3], "samples")
     assert [row["prompt"] for row in rows] == ["A", "BB", "CCC"] and len({row["kl"] for row in rows}) == 3
     assert all(row["score"] == row["tokens"] == 2 * row["reward_half"] for row in rows)
-    assert all(row["ended"] for row in rows if row["tokens"] < 5)
+    rollout, _ = experience.collect(policy, PROMPTS[:3], experience.rng("samples"))
+    assert [row["tokens"] for row in rows] == rollout.response_lens.tolist()
+    assert [row["ended"] for row in rows] == rollout.has_eos(ENCODING.eot_token).tolist()
     same = experience.preview(policy, policy, scored, PROMPTS[:3], "samples")
     assert same == [row | {"kl": 0} for row in rows]
 

@@ -39,7 +39,8 @@ class Experience:
 
     def __init__(self, config, encoding, device, autocast, micro_batch_size):
         self.config, self.encoding, self.device, self.autocast = config, encoding, device, autocast
-        self.eos, self.micro_batch_size = eos_ids(encoding), micro_batch_size
+        ids = eos_ids(encoding)
+        self.eos, self.pad, self.micro_batch_size = ids if len(ids) > 1 else ids[0], ids[0], micro_batch_size
         self.score_response = autocast()(maybe_compile(partial(score_response, temperature=config.temperature),
                                                        config.compile))
         self.score_values = autocast()(maybe_compile(score_values, config.compile))
@@ -52,11 +53,11 @@ class Experience:
 
     def sample(self, policy, prompts, rng):
         """Rollout of the policy on prompts, lists of ids. All processes must get as many (distributed.fill_up)."""
-        tokens, prompt_lens = (x.to(self.device) for x in collate_prompts(distributed.shard(prompts), self.eos[0]))
+        tokens, prompt_lens = (x.to(self.device) for x in collate_prompts(distributed.shard(prompts), self.pad))
         with self.autocast(), distributed.unsharded(policy):
             rollout = generate(policy, tokens, prompt_lens, self.config.max_new_tokens, eos=self.eos,
                                temperature=self.config.temperature, generator=rng)
-        return distributed.gather(rollout, tokens=self.eos[0])
+        return distributed.gather(rollout, tokens=self.pad)
 
     def collect(self, policy, prompts, rng):
         """Rollout of the policy on Prompts, and its texts [(prompt, response, row)], row as in the Prompt."""

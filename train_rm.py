@@ -31,7 +31,7 @@ from support.flags import Flags, require, run_script
 from support.metrics import Metrics, print_report, progress
 from support.optimizer import Optimizer, update_average
 from support.stages import load_policy, load_start, resolve_lr, resolve_max_new_tokens
-from tokenizer import DataError, decode, encode_prompt, encode_response, run_tokenizer
+from tokenizer import DataError, decode, encode_prompt, encode_response, eos_ids, run_tokenizer
 
 EVAL_ROWS = 512         # one evaluation reads at most this many held-out comparisons
 CANDIDATES = 24         # atlas: answers per prompt; with 12, the model remembers the labeller's noise instead
@@ -63,7 +63,8 @@ def sample(experience, policy, prompts, purpose):
             some = prompts[i:i + SAMPLE_ROWS]
             rollout = experience.sample(policy, distributed.fill_up(some), rng)
             responses += [response for _, response in rollout.ids()][:len(some)]
-    return [response if response[-1] in experience.eos else response + experience.eos[:1] for response in responses]
+    ends = eos_ids(experience.encoding)
+    return [response if response[-1] in ends else [*response, experience.pad] for response in responses]
 
 
 def load_data(config, encoding, block_size):
@@ -125,7 +126,7 @@ def calibrate(experience, model, policy, prompts):
     some = BatchOrder([1] * len(prompts), CALIBRATION_ROWS, experience.config.seed).order(0)
     answers = sample(experience, policy, [prompts[i] for i in some], "calibration")
     rows = [prompts[i] + answer for i, answer in zip(some, answers)]
-    tokens, lens = (x.to(experience.device) for x in pad(rows, experience.eos[0]))
+    tokens, lens = (x.to(experience.device) for x in pad(rows, experience.pad))
     with experience.autocast():
         raw = torch.cat([model(*part) for part in zip(*(x.split(SCORE_ROWS) for x in (tokens, lens)))])
     model.calibrate(raw)

@@ -209,7 +209,7 @@ def updated_policy(side, rollouts):
 
 def rollout_of(side, rows):
     """(the Rollout that rows [(Prompt, response)] of ids would be, the forward passes over it)."""
-    batch = data.collate_demonstrations([data.Demonstration(*row) for row in rows], side.experience.eos[0])
+    batch = data.collate_demonstrations([data.Demonstration(*row) for row in rows], side.experience.pad)
     tokens, prompt_lens, response_lens, mask = (x.to(side.experience.device) for x in batch)
     unsampled = torch.zeros(mask.shape, device=mask.device)
     rollout = Rollout(tokens, prompt_lens, response_lens, mask, logprobs=unsampled, values=unsampled)

@@ -198,9 +198,11 @@ def test_a_finished_reward_model_is_calibrated_on_the_sft_policy(world):
 @pytest.mark.parametrize("flags", [
     {}, {"micro_batch_size": 1}, {"micro_batch_size": 2}, {"micro_batch_size": 3}, {"critic": "shared"},
     {"minibatches": 1, "epochs": 1}, {"temperature": 0.7},
-    {"minibatches": 4, "critic": "shared", "micro_batch_size": 1}, *LADDER], ids=str)
+    {"minibatches": 4, "critic": "shared", "micro_batch_size": 1}, {"world": "llama"},
+    {"world": "llama", "critic": "shared", "micro_batch_size": 2}, *LADDER], ids=str)
 def test_the_first_ratio_is_exactly_1_in_every_iteration(flags, world):
-    folder = world("ppo")
+    flags = dict(flags)
+    folder = world("ppo", flags.pop("world", "pairs"))
     run("ppo", folder, **flags)
     rows = metrics(folder, "ppo")
     assert [row["ratio_first"] for row in rows] == [0.0] * 3
@@ -284,12 +286,14 @@ def test_no_gradient_weight_or_metric_depends_on_the_micro_batch(stage, splits, 
 
 
 @pytest.mark.parametrize("stage, flags", [("sft", {"dropout": 0.2}), ("rm", {}), ("ppo", {}),
-                                          ("ppo", {"critic": "shared"}), ("ppo", {"dtype": "bfloat16"})], ids=str)
+                                          ("ppo", {"critic": "shared"}), ("ppo", {"dtype": "bfloat16"}),
+                                          ("ppo", {"world": "llama"})], ids=str)
 def test_recomputed_activations_change_no_bit_of_a_run(stage, flags, world, monkeypatch):
     """They are recomputed in every module that is trained."""
-    again, finals = Spy(monkeypatch, "checkpoint", model), []
+    again, finals, flags = Spy(monkeypatch, "checkpoint", model), [], dict(flags)
+    kind = flags.pop("world", "pairs")
     for recompute in (False, True):
-        folder = world(stage)
+        folder = world(stage, kind)
         assert not again.calls
         run(stage, folder, recompute=recompute, **flags)
         finals.append((digest(weights(folder, stage)), metrics(folder, stage)))
@@ -852,6 +856,7 @@ def test_train_returns_its_last_line(stage, names, world):
 
 RESUMED = {"sft": dict(dropout=0.2, lr_decay_iters=20),  # dropout draws from torch's global generator
            "rm": {},
+           "sft, llama": dict(init_from="llama"), "rm, llama": {}, "ppo, llama": dict(sample_interval=1),
            "ppo": dict(kl_target=0.01, epochs=2, minibatches=3, sample_interval=1),
            "ppo, kl_penalty": dict(objective="kl_penalty", penalty_target=1e-9, lr=1e-2, sample_interval=1)}
 
@@ -860,9 +865,11 @@ RESUMED = {"sft": dict(dropout=0.2, lr_decay_iters=20),  # dropout draws from to
 def test_three_iterations_and_three_resumed_equal_six_to_the_last_bit(case, world):
     """A second run of six equals the first, too. Weights, AdamW's moments, the KL coefficient, generators, and every
     logged number but the clocks."""
-    stage = case.split(",")[0]
-    whole, again, parts = world(stage), world(stage), world(stage)
+    stage, kind = case.split(",")[0], "llama" if "llama" in case else "pairs"
+    whole, again, parts = (world(stage, kind) for _ in range(3))
     flags = RESUMED[case] | {"log_interval": 1}
+    if "init_from" in flags:
+        flags["init_from"] = str(whole / "llama")
     run(stage, whole, max_iters=6, **flags), run(stage, again, max_iters=6, **flags)
     run(stage, parts, max_iters=3, **flags)
     torch.rand(5)  # a new process would not have this generator's state

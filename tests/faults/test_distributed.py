@@ -154,16 +154,17 @@ def gradients_of(folder, flags):
     {},
     pytest.param({"micro_batch_size": 1, "critic": "shared", "kl_in": "loss", "ent_coef": 0.01, "value_clip": 0.1},
                  marks=pytest.mark.slow),
-    pytest.param({"advantage": "group", "samples_per_prompt": 4}, marks=pytest.mark.slow)],
-    ids=["default", "shared", "group"])
+    pytest.param({"advantage": "group", "samples_per_prompt": 4}, marks=pytest.mark.slow), {"world": "llama"}],
+    ids=["default", "shared", "group", "llama"])
 def test_the_first_update_does_not_depend_on_the_number_of_processes(flags, world, in_processes, tmp_path):
     """Gradients, advantages and metrics of the same rollouts, whose responses differ in length."""
     reward = reward_file(tmp_path, "[len(r) * 0.5 + r.count('e') for r in responses]")
     flags = {"max_iters": 2, "reward": reward} | flags
-    alone, = in_processes(1, gradients_of, world("ppo"), flags)
+    kind = flags.pop("world", "pairs")
+    alone, = in_processes(1, gradients_of, world("ppo", kind), flags)
     assert alone[2]["ratio_first"] == 0 and len(alone[0]) > 2
     for n in (2, 4):
-        for steps, advantages, row in in_processes(n, gradients_of, world("ppo"), flags):
+        for steps, advantages, row in in_processes(n, gradients_of, world("ppo", kind), flags):
             assert_close(steps[0], alone[0][0], atol=1e-6)
             assert_close(advantages[0], alone[1][0], atol=1e-6)
             assert len(steps) == len(alone[0]) and row["ratio_first"] == 0
@@ -344,10 +345,12 @@ def train_sharded(stage, folder, flags):
     ("sft", {"log_interval": 1}), ("rm", {"log_interval": 1, "micro_batch_size": 1}),
     pytest.param("ppo", {"sample_interval": 1, "micro_batch_size": 1, "target_kl": 1e-4, "epochs": 4},
                  marks=pytest.mark.slow),
-    ("ppo", {"critic": "shared"}), pytest.param("ppo", {"recompute": True}, marks=pytest.mark.slow)],
-    ids=["sft", "rm", "ppo", "shared", "recompute"])
+    ("ppo", {"critic": "shared"}), pytest.param("ppo", {"recompute": True}, marks=pytest.mark.slow),
+    ("ppo", {"world": "llama"})], ids=["sft", "rm", "ppo", "shared", "recompute", "llama"])
 def test_sharded_models_train_alike_and_hold_half_each(stage, flags, world, in_processes):
-    plain, sharded, flags = world(stage), world(stage), flags | {"lr": 1e-4}
+    flags = flags | {"lr": 1e-4}
+    kind = flags.pop("world", "pairs")
+    plain, sharded = world(stage, kind), world(stage, kind)
     (whole, n), _ = in_processes(2, train_sharded, stage, plain, flags)
     for saved, m in in_processes(2, train_sharded, stage, sharded, flags | {"fsdp": True}):
         assert_close(saved, whole, atol=1e-5)

@@ -20,7 +20,7 @@ import torch
 import atlas
 from data import BatchOrder, Demonstration, collate_demonstrations, load_demonstrations
 from model import GPT, GPTConfig
-from pretrained import LLAMA
+from pretrained import LLAMA, is_pretrained
 from ppo import masked_mean
 from rollout import score_response
 from support import distributed
@@ -85,6 +85,8 @@ def knows_country(model, encoding, device):
 def train(config):
     """Runs the stage, writes out_dir/sft.pt and returns its final metrics."""
     config.check()
+    require(config.init_from is None or is_pretrained(config.init_from), f"--init_from={config.init_from} is neither a "
+            "folder nor a file of pretrained weights, nor a public name: give one, or leave it out")
     with open_run(config.replace(), "sft") as run:
         return loop(run.config, run)
 

@@ -26,6 +26,8 @@ from tools import bench
 
 SIZE = bench.Size(n_layer=2, n_head=2, n_embd=32, vocab_size=300, batch_size=8, prompt_len=5, response_len=6, epochs=2,
                   minibatches=2)
+LLAMA = replace(SIZE, n_head=4, n_embd=64, kind=bench.PRESETS["qwen-0.6b"].kind | dict(n_kv_head=2, head_dim=12,
+                                                                                       mlp_dim=96))
 FLAGS = {name: getattr(SIZE, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size", "batch_size", "prompt_len",
                                                 "response_len", "epochs", "minibatches")}
 
@@ -37,27 +39,30 @@ def counted(function):
     return counter.get_total_flops()
 
 
-def test_forward_flops_are_those_that_torch_counts():
+@pytest.mark.parametrize("size", [SIZE, LLAMA], ids=["gpt2", "llama"])
+def test_forward_flops_are_those_that_torch_counts(size):
     tokens, lens = torch.zeros(8, 11, dtype=torch.long), torch.full((8,), 5)
-    model = GPT(SIZE.model)
+    model = GPT(size.model)
     with torch.no_grad():
         measured = counted(lambda: score_response(model, tokens, lens, 6))
-    value_head = 2 * 8 * 6 * SIZE.n_embd
+    value_head = 2 * 8 * 6 * size.n_embd
     # This kernel multiplies the masked half of attention as well, which `pairs` leaves out elsewhere.
-    assert measured == bench.forward_flops(SIZE, 8 * 11, 8 * 11 * 11, 8 * 6) + value_head
+    assert measured == bench.forward_flops(size, 8 * 11, 8 * 11 * 11, 8 * 6) + value_head
 
 
-def test_a_rollout_costs_what_work_says():
-    model = GPT(SIZE.model)
+@pytest.mark.parametrize("size", [SIZE, LLAMA], ids=["gpt2", "llama"])
+def test_a_rollout_costs_what_work_says(size):
+    model = GPT(size.model)
     prompts = torch.zeros(8, 5, dtype=torch.long)
     measured = counted(lambda: generate(model, prompts, torch.full((8,), 5), 6, eos=-1))
-    pieces = bench.work(SIZE, "shared", 4)["rollout"][:-1]  # the last one is the reward model
+    pieces = bench.work(size, "shared", 4)["rollout"][:-1]  # the last one is the reward model
     assert len(pieces) == 6 and sum(piece.flops for piece in pieces) == pytest.approx(measured, rel=0.02)
 
 
-@pytest.mark.parametrize("critic", ["shared", "separate"])
-def test_a_whole_iteration_of_the_loop_costs_what_work_says(critic, tmp_path):
-    bench.write_inputs(tmp_path, SIZE)
+@pytest.mark.parametrize("size, critic", [(SIZE, "shared"), (SIZE, "separate"), (LLAMA, "none"), (LLAMA, "separate")],
+                         ids=str)
+def test_a_whole_iteration_of_the_loop_costs_what_work_says(size, critic, tmp_path):
+    bench.write_inputs(tmp_path, size)
     totals = []
 
     def after(row):
@@ -66,14 +71,25 @@ def test_a_whole_iteration_of_the_loop_costs_what_work_says(critic, tmp_path):
             raise bench.Enough
 
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        bench.run_iterations(bench.train_config(tmp_path, SIZE, device="cpu", dtype="float32", critic=critic), after)
-    expected = sum(piece.flops for pieces in bench.work(SIZE, critic, 4).values() for piece in pieces)
+        bench.run_iterations(bench.train_config(tmp_path, size, device="cpu", dtype="float32", critic=critic), after)
+    expected = sum(piece.flops for pieces in bench.work(size, critic, 4).values() for piece in pieces)
     # The counter sees both halves of attention.
     assert totals[1] - totals[0] == pytest.approx(expected, rel=0.03)
 
 
-def test_n_params_are_those_of_the_model():
-    assert bench.n_params(SIZE) == GPT(SIZE.model).n_params
+@pytest.mark.parametrize("name, millions", [("gpt2", 124.4), ("smollm2", 134.5), ("qwen-0.6b", 596.0),
+                                            ("llama-1b", 1235.8)])
+def test_n_params_are_those_that_the_models_are_known_by(name, millions):
+    positions = 0 if bench.PRESETS[name].kind else 1024 - 97  # GPT-2's own table of positions is longer
+    assert bench.n_params(bench.PRESETS[name]) / 1e6 + positions * 768 / 1e6 == pytest.approx(millions, abs=0.1)
+
+
+def test_a_kv_cache_holds_the_heads_of_keys_and_values():
+    cache = KVCache(LLAMA.model, 8, 11, "cpu", torch.float32)
+    held = sum(x.numel() * 4 for x in (*cache.k, *cache.v))
+    decode = bench.work(LLAMA, "none", 4)["rollout"][1:-1]
+    assert decode[1].bytes - decode[0].bytes == held / 11
+    assert bench.estimate(LLAMA, "shared", 2, False)["KV cache"] == held
 
 
 def test_the_floor_of_a_piece_is_the_larger_of_arithmetic_and_traffic():
@@ -97,9 +113,10 @@ def test_the_bytes_of_an_iteration_are_weights_cache_and_optimizer():
     assert bench.work(size, "separate", 4)["update"][1].bytes == 2 * steps[0].bytes
 
 
-def test_inputs_have_prompts_of_one_length_and_no_early_end(tmp_path):
+@pytest.mark.parametrize("size", [SIZE, LLAMA], ids=["gpt2", "llama"])
+def test_inputs_have_prompts_of_one_length_and_no_early_end(size, tmp_path):
     """The policy gives EOS a logit so low that every response has its full length."""
-    bench.write_inputs(tmp_path, SIZE)
+    bench.write_inputs(tmp_path, size)
     sft = load_checkpoint(tmp_path / "sft.pt", "sft")
     encoding, _ = tokenizer.run_tokenizer(None, None, sft["tokenizer"])
     split = data.load_prompts(str(tmp_path / "prompts.jsonl"), encoding, 12, 6)
@@ -107,7 +124,8 @@ def test_inputs_have_prompts_of_one_length_and_no_early_end(tmp_path):
     assert len(split.train) >= SIZE.batch_size
     policy = stages.load_policy(sft, "cpu")
     with torch.no_grad():
-        logits = policy.policy_head(policy(torch.randint(300, (64, 11))))
+        logits = policy.policy_head(policy(torch.randint(299, (64, 11))))  # of any text before EOS
+    logits = logits - logits[..., :-1].mean(-1, keepdim=True)  # the softmax does not see a common shift
     assert logits[..., encoding.eot_token].max() < -25 and logits[..., :-1].abs().max() < 5
 
 
@@ -126,7 +144,8 @@ def test_json_is_one_line_with_the_promised_keys_and_types(quick, capsys):
     row = json.loads(line)
     assert {name: type(value) for name, value in row.items()} == {
         "preset": str, "device": str, "dtype": str, "sec_rollout": float, "sec_score": float, "sec_update": float,
-        "sec_iter": float, "floor_sec": float, "tokens_per_s": float, "mfu": float, "peak_memory_gb": float}
+        "sec_iter": float, "floor_sec": float, "tokens_per_s": float, "mfu": float, "update_mfu": float,
+        "decoding": float, "peak_memory_gb": float}
     assert row["dtype"] == "float32" and "1 threads" in row["device"]
     assert 0 < row["mfu"] < 1 and 0 < row["floor_sec"] < row["sec_iter"]
     assert row["sec_rollout"] + row["sec_score"] + row["sec_update"] <= row["sec_iter"] * 1.2

@@ -64,7 +64,7 @@ COMMON = {  # flag: (another value, what must differ, what else holds for both r
     "batch_size": (6, "metrics", {}), "micro_batch_size": (5, "refused", {}), "lr": (1e-4, "metrics", {}),
     "recompute": (True, "screen", {}), "lr_decay_iters": (4, "metrics", {}), "grad_clip": (1e-9, "metrics", {}),
     "max_bad_steps": (1, "refused", {"nan": True}),
-    "arch": ("llama", "refused", {}),
+    "arch": ("llama", "refused", {}), "chat": ("llama3", "refused", {}),
     "n_layer": (2, "refused", {}), "n_head": (4, "refused", {}), "n_embd": (64, "refused", {}),
     "block_size": (80, "refused", {}),
     "log_interval": (1, "screen", {}), "save_interval": (1, "saves", {}), "resume": (True, "refused", {}),

@@ -4,6 +4,7 @@ How long one PPO iteration takes, stage by stage, and how long it would take at 
     python -m tools.bench                                  the tiny preset, as a table
     python -m tools.bench --preset=small --dtype=bfloat16  bfloat16 autocast
     python -m tools.bench --preset=gpt2 --json             one line of JSON
+    python -m tools.bench --preset=smollm2 --critic=none   SmolLM2-135M's shape; also qwen-0.6b and llama-1b
     python -m tools.bench --profile=trace.json.gz          a torch.profiler trace of one iteration, for ui.perfetto.dev
     python -m tools.bench --estimate                       memory of GPT-2 small to XL, computed and not measured
 
@@ -29,7 +30,7 @@ import sys
 import tempfile
 import time
 import weakref
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple, Optional
@@ -43,6 +44,7 @@ from torch.utils._pytree import tree_leaves
 
 import train_ppo
 from model import GPT, GPTConfig
+from pretrained import LLAMA, QWEN3
 from reward_model import RewardModel
 from rollout import score_response, score_values
 from support import metrics
@@ -64,29 +66,43 @@ class Size:
     response_len: int
     epochs: int = 4
     minibatches: int = 4
+    kind: Optional[dict] = None  # fields of GPTConfig that are not GPT-2's
 
     @property
     def model(self):
         # One position more, for the EOS that the reward model is shown after a response without one.
         return GPTConfig(block_size=self.prompt_len + self.response_len + 1, vocab_size=self.vocab_size,
-                         n_layer=self.n_layer, n_head=self.n_head, n_embd=self.n_embd)
+                         n_layer=self.n_layer, n_head=self.n_head, n_embd=self.n_embd, **self.kind or {})
+
+    @property
+    def layer(self):
+        """(inputs, outputs) of a layer's four matrix products."""
+        c = self.model
+        return [(c.n_embd, (c.n_head + 2 * c.n_kv_head) * c.head_dim), (c.n_head * c.head_dim, c.n_embd),
+                (c.n_embd, c.mlp_dim * (1 + (c.mlp == "swiglu"))), (c.mlp_dim, c.n_embd)]
 
 
 PRESETS = {"tiny": Size(4, 4, 128, 512, 256, 16, 32), "small": Size(6, 6, 384, 8192, 64, 64, 64),
-           "gpt2": Size(12, 12, 768, 50257, 8, 64, 32, 1, 1)}
-ON_GPU = {"gpt2": Size(12, 12, 768, 50257, 512, 64, 128)}
+           "gpt2": Size(12, 12, 768, 50257, 8, 64, 32, 1, 1),
+           "smollm2": Size(30, 9, 576, 49152, 16, 16, 16, 1, 2, LLAMA.kind | dict(n_kv_head=3, mlp_dim=1536)),
+           "qwen-0.6b": Size(28, 16, 1024, 151936, 16, 16, 16, 1, 2, QWEN3.kind | dict(n_kv_head=8, head_dim=128,
+                                                                                       mlp_dim=3072)),
+           "llama-1b": Size(16, 32, 2048, 128256, 16, 16, 16, 1, 2, LLAMA.kind | dict(n_kv_head=8, mlp_dim=8192))}
+ON_GPU = {"gpt2": Size(12, 12, 768, 50257, 512, 64, 128)} | {
+    name: replace(PRESETS[name], batch_size=256, prompt_len=128, response_len=256, minibatches=4)
+    for name in ("smollm2", "qwen-0.6b", "llama-1b")}
 GPT2_FAMILY = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280),
                "gpt2-xl": (48, 25, 1600)}
 
 
 @dataclass
 class Config:
-    preset: str = "tiny"                # tiny|small|gpt2: the flags from n_layer on change a preset
+    preset: str = "tiny"                # tiny|small|gpt2|smollm2|qwen-0.6b|llama-1b: flags from n_layer on change it
     device: str = "auto"                # auto|cpu|cuda: auto takes cuda if there is one
     dtype: str = "auto"                 # auto|float32|bfloat16: autocast; auto is bfloat16 on cuda, float32 on cpu
     compile: bool = False               # torch.compile the training passes; give it more warm-up
     recompute: bool = False             # activation checkpointing, in --estimate as well
-    critic: str = "shared"              # shared|separate: shared with the policy's trunk, or a model by itself
+    critic: str = "shared"              # shared|separate|none: none is the group baseline, 4 responses to a prompt
     iters: int = 5                      # [1, inf) iterations that the medians are over
     warmup: int = 1                     # [0, inf) iterations before those
     json: bool = False                  # one line of JSON instead of the table
@@ -106,7 +122,7 @@ class Config:
     def size(self):
         preset = ON_GPU.get(self.preset) if pick_device(self).type == "cuda" else None
         preset = asdict(preset or PRESETS[self.preset])
-        size = Size(**preset | {name: getattr(self, name) for name in preset if getattr(self, name) is not None})
+        size = Size(**preset | {name: getattr(self, name) for name in preset if getattr(self, name, None) is not None})
         require(size.n_embd % size.n_head == 0, f"--n_embd={size.n_embd} must be a multiple of "
                                                        f"--n_head={size.n_head}")
         return size
@@ -129,10 +145,13 @@ def write_inputs(folder, size):
     torch.manual_seed(0)
     policy = GPT(size.model)
     with torch.no_grad():
-        # A LayerNorm's output sums to 0 before its bias. With a bias of 1 everywhere it sums to C, and this embedding
-        # turns the sum into an EOS logit of -30 in every state: responses have their full length.
-        policy.trunk.ln_f.bias.fill_(1.0)
-        policy.trunk.wte.weight[-1] = -30.0 / size.n_embd
+        # EOS gets a logit so low in every state that responses have their full length.
+        if size.kind:  # one channel of the stream dwarfs the others, and RMSNorm makes sqrt(C) of it: EOS points away
+            policy.trunk.wte.weight[:, 0] = 8.0
+            policy.trunk.wte.weight[-1, 0] = -8.0
+        else:  # a LayerNorm's output sums to 0 before its bias, and to C with a bias of 1 everywhere
+            policy.trunk.ln_f.bias.fill_(1.0)
+            policy.trunk.wte.weight[-1] = -30.0 / size.n_embd
     _, tokenizer = run_tokenizer(str(folder / "tokens.tiktoken"), None)
     fields = {"model_config": asdict(size.model), "tokenizer": tokenizer, "finished": True}
     save_checkpoint(folder / "sft.pt", fields | {"stage": "sft", "model": policy.state_dict()})
@@ -148,7 +167,8 @@ def train_config(folder, size, **flags):
         "data": str(folder / "prompts.jsonl"), "init_from": str(folder / "sft.pt"), "rm": str(folder / "rm.pt"),
         "out_dir": str(folder), "batch_size": size.batch_size, "max_new_tokens": size.response_len, "lr": 1e-6,
         "epochs": size.epochs, "minibatches": size.minibatches, "max_iters": 10**6, "save_interval": 10**6,
-        "sample_interval": 10**6, "log_interval": 10**6} | flags)
+        "sample_interval": 10**6, "log_interval": 10**6} | flags | (
+            {"critic": None, "advantage": "group", "samples_per_prompt": 4} if flags.get("critic") == "none" else {}))
 
 
 class Enough(Exception):
@@ -237,9 +257,9 @@ def fastest(fn, device, seconds=0.3):
 def matrix_rate(size, rows, dtype, device):
     """(FLOP/s, the setting it was reached at): the fastest product that a pass over `rows` sequences has. float32 is
     tried with each library that torch.set_float32_matmul_precision leads to, if the result there is float32's."""
-    C, tokens = size.n_embd, rows * (size.prompt_len + size.response_len)
-    shapes = [(tokens, C, 3 * C), (tokens, C, 4 * C), (tokens, 4 * C, C),
-              (rows * size.response_len, C, size.vocab_size)]
+    tokens = rows * (size.prompt_len + size.response_len)
+    shapes = [(tokens, *product) for product in size.layer] + [
+        (rows * size.response_len, size.n_embd, size.vocab_size)]
     settings = ("highest", "medium") if device.type == "cpu" else ("high",)
     before, best = torch.get_float32_matmul_precision(), (0.0, "")
     try:
@@ -277,23 +297,29 @@ class Piece(NamedTuple):
 
 
 def n_params(size):
-    C, L = size.n_embd, size.n_layer
-    return (size.vocab_size + size.model.block_size) * C + L * (12 * C * C + 13 * C) + 2 * C + C + 1
+    with torch.device("meta"):
+        return GPT(size.model).n_params
+
+
+def layer_weights(size):
+    """Weights of a layer's matrices."""
+    return sum(n * m for n, m in size.layer)
 
 
 def forward_flops(size, tokens, pairs, logits):
     """FLOPs of a forward pass over `tokens`, in which attention looks at `pairs` of positions and the policy head is
     asked at `logits` positions. Matrix products only, 2 FLOPs for each multiplication and addition."""
-    C, L = size.n_embd, size.n_layer
-    return 24 * L * C * C * tokens + 4 * L * C * pairs + 2 * C * size.vocab_size * logits
+    c = size.model
+    return 2 * c.n_layer * layer_weights(size) * tokens + 4 * c.n_layer * c.n_head * c.head_dim * pairs \
+        + 2 * c.n_embd * c.vocab_size * logits
 
 
 def work(size, critic, width):
     """{stage: [Piece]} of one iteration. `width` is the bytes of a number in the products: 4 or 2."""
-    B, P, R, C = size.batch_size, size.prompt_len, size.response_len, size.n_embd
+    B, P, R, c = size.batch_size, size.prompt_len, size.response_len, size.model
     T, critics = P + R, int(critic == "separate")
-    weights = width * (12 * size.n_layer * C * C + size.vocab_size * C)
-    kv = width * 2 * size.n_layer * C * B  # per position
+    weights = width * (size.n_layer * layer_weights(size) + size.vocab_size * size.n_embd)
+    kv = width * 2 * size.n_layer * c.n_kv_head * c.head_dim * B  # per position
     trunk, scored_tokens = (forward_flops(size, B * n, B * n * (n + 1) / 2, 0) for n in (T, T + 1))
     scored = forward_flops(size, B * T, B * T * (T + 1) / 2, B * R)
     prefill = Piece(forward_flops(size, B * P, B * P * (P + 1) / 2, B), weights, weights)
@@ -360,7 +386,8 @@ def estimate(size, critic, micro, bf16, recompute=False):
     the update exclude each other: the larger one counts."""
     N, T = n_params(size), size.prompt_len + size.response_len
     trained = 1 + int(critic == "separate")
-    kv = 2 * size.n_layer * size.n_embd * T * size.batch_size * (2 if bf16 else 4)
+    heads = size.model.n_kv_head * size.model.head_dim
+    kv = 2 * size.n_layer * heads * T * size.batch_size * (2 if bf16 else 4)
     items = {"weights": 4 * N * trained, "gradients": 4 * N * trained, "AdamW": 8 * N * trained,
              "reference": 4 * N, "reward model": 4 * N}
     return items | {"KV cache": kv, "training pass": pass_bytes(size, micro, bf16, critic == "separate", recompute)}
@@ -403,7 +430,9 @@ def bench(config):
     tokens = median(row["response_len"] for row in rows) * size.batch_size
     return {"size": size, "device": device, "dtype": "bfloat16" if bf16 else "float32", "rows": rows, "tokens": tokens,
             "rate": rate, "setting": setting, "bandwidths": bandwidths, "seconds": seconds, "floors": floors,
-            "mfu": flops / seconds["iter"] / rate, "peak": peak, "summary": summary}
+            "mfu": flops / seconds["iter"] / rate, "peak": peak, "summary": summary,
+            "update_mfu": sum(piece.flops for piece in pieces["update"]) / seconds["update"] / rate,
+            "decoding": floor_seconds(pieces["rollout"][1:-1], rate, bandwidth_at) / seconds["rollout"]}
 
 
 def json_line(config, result):
@@ -411,7 +440,8 @@ def json_line(config, result):
     return json.dumps({"preset": config.preset, "device": machine(result["device"]), "dtype": result["dtype"],
                        **seconds, "floor_sec": round(result["floors"]["iter"], 4),
                        "tokens_per_s": round(result["tokens"] / result["seconds"]["iter"], 1),
-                       "mfu": round(result["mfu"], 4), "peak_memory_gb": round(result["peak"] / 1e9, 3)})
+                       "mfu": round(result["mfu"], 4), "update_mfu": round(result["update_mfu"], 4),
+                       "decoding": round(result["decoding"], 4), "peak_memory_gb": round(result["peak"] / 1e9, 3)})
 
 
 def print_table(config, result):
@@ -431,7 +461,8 @@ def print_table(config, result):
         values = [row[name] for row in result["rows"]]
         print(f"{stage:<10}{seconds[stage]:>9.3f}{min(values):>9.3f}{max(values):>9.3f}"
               f"{result['tokens'] / seconds[stage]:>10,.0f}{floors[stage]:>9.3f}{seconds[stage] / floors[stage]:>7.2f}")
-    print(f"\nMFU {result['mfu']:.1%} of the measured rate, peak memory {result['peak'] / 1e9:.2f} GB"
+    print(f"\nMFU {result['mfu']:.1%} of the measured rate, the update's {result['update_mfu']:.1%}; decoding at least "
+          f"{result['decoding']:.1%} of its bound; peak memory {result['peak'] / 1e9:.2f} GB"
           + (" of the whole process" if device.type == "cpu" else ""))
 
 

@@ -14,7 +14,7 @@ Text is used as given: nothing is stripped, added or cropped. Other keys are kep
 and ignored otherwise. A row that cannot be
 read stops the run with `file:line: reason`, or is counted with skip_bad; a row that reads well but cannot be
 used is dropped and counted. A mistake that nearly every row shares is reported, and another format is refused with
-the Python that converts it. This is no streaming loader, chat template or packer: a file is read once, whole.
+the Python that converts it. This is no streaming loader and no packer: a file is read once, whole.
 """
 
 import hashlib

@@ -205,7 +205,8 @@ def read_config(folder):
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file} is no config.json of a {family.architecture} ({error})") from error
     # Where it does not say, a GPT-2 is tied, and others have an lm_head if they are not
-    return config if "tied" in sizes else replace(config, tied=family is GPT2 or "lm_head.weight" not in names_in(folder))
+    tied = sizes.get("tied", family is GPT2 or "lm_head.weight" not in names_in(folder))
+    return replace(config, tied=tied)
 
 
 def config_from_shapes(weights, file):

@@ -45,7 +45,7 @@ from tokenizer import DataError
 @dataclass
 class Config(Flags):
     # models
-    init_from: Optional[str] = None  # the SFT checkpoint, start and reference of the policy; default: out_dir/sft.pt
+    init_from: Optional[str] = None  # an SFT checkpoint or pretrained weights, reference as well; default: sft.pt
     rm: Optional[str] = None         # the reward model's checkpoint; default: out_dir/rm.pt
     reward: str = "rm"               # rm, or path/to/file.py:function, f(prompts, responses[, rows]) -> list of floats
     eval: Optional[str] = None       # such a function, measured on held-out prompts and never trained on

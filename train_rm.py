@@ -43,7 +43,7 @@ SCORE_ROWS = 64         # of those, rows per forward pass
 @dataclass
 class Config(Flags):
     # this stage
-    init_from: Optional[str] = None  # the SFT checkpoint whose trunk it starts from; default: out_dir/sft.pt
+    init_from: Optional[str] = None  # an SFT checkpoint or pretrained weights; default: out_dir/sft.pt
     max_iters: int = 600             # [1, inf) optimizer steps; stop before held-out loss turns up
     batch_size: int = 16             # [1, inf) comparisons per step; on atlas each holds --candidates answers
     lr: Optional[float] = None       # [0, inf) default: 7e-4, for width 128; 1e-5 from pretrained weights

@@ -8,7 +8,7 @@ the reference that its KL is measured against.
     python train_sft.py --resume --max_iters=2000                continue from out_dir/sft.pt
 
 The loss is the mean of -log pi over the response tokens of the data, EOS included; prompts are context and are not
-trained on. There is no pretraining, no packing and no chat template here.
+trained on. There is no pretraining and no packing here.
 """
 
 import copy

@@ -204,9 +204,10 @@ def read_config(folder):
         config = GPTConfig(**family.kind | sizes)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file} is no config.json of a {family.architecture} ({error})") from error
-    # Where it does not say, a GPT-2 is tied, and others have an lm_head if they are not
-    tied = sizes.get("tied", family is GPT2 or "lm_head.weight" not in names_in(folder))
-    return replace(config, tied=tied)
+    # Where it does not say, a GPT-2 is tied, and another model has an lm_head if it is not
+    if "tied" in sizes:
+        return config
+    return replace(config, tied=family is GPT2 or "lm_head.weight" not in names_in(folder))
 
 
 def config_from_shapes(weights, file):

@@ -39,7 +39,7 @@ class Flags:
     between them. A comment line alone is the heading of a group in --help."""
     # data and files
     data: str = "atlas"                 # atlas (built in), or a .jsonl / .jsonl.gz file
-    tokenizer: Optional[str] = None     # atlas, bytes, tiktoken's names, .tiktoken or tokenizer.json; default: the model's
+    tokenizer: Optional[str] = None     # atlas, bytes, a tiktoken name, .tiktoken or tokenizer.json; default: a model's
     chat: Optional[str] = None          # chatml|llama3|plain|none: renders messages; default: by the tokenizer's tokens
     out_dir: Optional[str] = None       # checkpoints and metrics.jsonl go here; default: out/<data>
     init_from: Optional[str] = None     # where the weights start from

@@ -9,14 +9,14 @@ model.py's trunk is what it is: a config.json that asks for anything else is ref
 import json
 import re
 import tempfile
-import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from model import GPT, GPTConfig
-from support.weights import WEIGHTS, download, names_in, read_folder, read_json, read_weights, write_safetensors
+from support.weights import (WEIGHTS, download, is_nanogpt, is_public_name, names_in, read_folder, read_json,
+                             read_weights, write_safetensors)
 from tokenizer import PretrainedEncoding, eos_ids, hub_folder, tokenizer_json
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -126,8 +126,16 @@ def local_path(path_or_name):
     if is_public_name(path_or_name):
         download(str(path_or_name), hub_folder(path_or_name))
         return hub_folder(path_or_name)
-    raise FileNotFoundError(f"{path} does not exist: give a folder with config.json and model.safetensors or "
-                            "pytorch_model.bin, a weights file, or a public name such as gpt2 or Qwen/Qwen3-0.6B")
+    raise FileNotFoundError(f"{path} does not exist: give a folder with config.json and weights, a weights file, or a "
+                            "public name such as gpt2 or Qwen/Qwen3-0.6B")
+
+
+def is_pretrained(path_or_name):
+    """Whether this names pretrained weights: a folder, a weights file, nanoGPT's checkpoint, or a public name that no
+    path has."""
+    path = Path(path_or_name)
+    return path.is_dir() or path.suffix in (".safetensors", ".bin") or is_nanogpt(path) or \
+        not path.exists() and is_public_name(path_or_name)
 
 
 def fill(config, weights, path, conv1d=True):
@@ -224,16 +232,6 @@ def config_from_shapes(weights, file):
     return GPTConfig(block_size, vocab_size, max(layers, default=0) + 1, n_embd // 64, n_embd)
 
 
-def is_nanogpt(path):
-    """Whether a file is a checkpoint of nanoGPT's train.py."""
-    if Path(path).suffix != ".pt" or not zipfile.is_zipfile(path):
-        return False
-    try:
-        return {"model", "model_args"} <= set(torch.load(path, map_location="meta", weights_only=True))
-    except Exception:  # whatever is wrong with it: the reader of checkpoints will say so
-        return False
-
-
 def read_nanogpt(path):
     """(GPTConfig, weights) of a ckpt.pt. nanoGPT's GELU is the exact one, since 2023."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -253,8 +251,7 @@ def save_pretrained(model, encoding, path):
     The folder appears complete or not at all. Raises ValueError for a model of no family or with fewer ids than the
     encoding, DataError if the encoding cannot be written, FileExistsError if `path` is there and no empty folder."""
     path, c = Path(path), replace(model.config, dropout=0.0)
-    name = family_of(c)
-    family = FAMILIES[name]
+    family = FAMILIES[name := family_of(c)]
     if name == "gpt2" and not c.bias:  # GPT-2 has biases everywhere: zeros
         c = replace(c, bias=True)
         full = GPT(c)
@@ -268,7 +265,7 @@ def save_pretrained(model, encoding, path):
 
     eos, text = eos_ids(encoding), lambda token: token if token is None else encoding.decode([token])
     pretrained = isinstance(encoding, PretrainedEncoding)
-    bos, pad = (encoding.bos, encoding.pad) if pretrained else (eos[0], eos[0])
+    bos, pad = (encoding.bos, encoding.pad) if pretrained else (eos[0], None)
     pad = eos[0] if pad is None else pad
     special = dict(bos_token_id=bos, eos_token_id=eos if len(eos) > 1 else eos[0], pad_token_id=pad)
     config = dict(model_type=name, architectures=[family.architecture], torch_dtype="float32", **special,
@@ -282,12 +279,12 @@ def save_pretrained(model, encoding, path):
     # top_k=0, because transformers takes 50 by default, which is another distribution than the one PPO trained.
     generation = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_length=c.block_size, **special)
     # The class is named, because for a GPT-2 transformers would take one with GPT-2's own split pattern. A special
-    # token's name in a text is text. Padding is on the left, where generate needs it.
+    # token's name in a text is text, but not in what a chat template writes. generate needs padding on the left.
+    chat_template = encoding.chat_template if pretrained else None
     tokenizer = dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=c.block_size, bos_token=text(bos),
-                     eos_token=text(eos[0]), pad_token=text(pad), split_special_tokens=True, padding_side="left",
-                     clean_up_tokenization_spaces=False)
-    if pretrained and encoding.chat_template:
-        tokenizer["chat_template"] = encoding.chat_template
+                     eos_token=text(eos[0]), pad_token=text(pad), split_special_tokens=not chat_template,
+                     padding_side="left", clean_up_tokenization_spaces=False)
+    tokenizer |= {"chat_template": chat_template} if chat_template else {}
     contents = {"config.json": config, "generation_config.json": generation, "tokenizer_config.json": tokenizer,
                 "tokenizer.json": tokenizer_json(encoding)}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -303,26 +300,3 @@ def save_pretrained(model, encoding, path):
         if path.exists():
             path.rmdir()  # empty; Windows renames onto no folder
         folder.rename(path)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# public names
-
-GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
-
-
-def is_public_name(path_or_name):
-    """Whether this can be a name on Hugging Face's hub: a GPT-2's, or owner/model that is no path to a file."""
-    name = str(path_or_name)
-    return name in GPT2_NAMES or bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)) and not re.search(
-        r"\.(pt|bin|safetensors|json)$", name)
-
-
-def is_pretrained(path_or_name):
-    """Whether this names pretrained weights: a folder, a weights file, nanoGPT's checkpoint, or a public name that no
-    path has."""
-    path = Path(path_or_name)
-    return path.is_dir() or path.suffix in (".safetensors", ".bin") or is_nanogpt(path) or \
-        not path.exists() and is_public_name(path_or_name)
-
-

@@ -163,12 +163,10 @@ def encode_response(encoding, text):
 
 
 def decode(encoding, ids):
-    """The text of ids. EOS at the end is left out, and an id that the encoding does not have (cl100k_base skips some, a
-    model may have more rows than its tokenizer) becomes the replacement character instead of an exception."""
-    ids = list(ids)
-    while ids and ids[-1] in eos_ids(encoding):
-        ids.pop()
-    pieces = [token_bytes(encoding, token) for token in ids]
+    """The text of ids. EOS is left out, and an id that the encoding does not have (cl100k_base skips some, a model may
+    have more rows than its tokenizer) becomes the replacement character instead of an exception."""
+    eos = eos_ids(encoding)
+    pieces = [token_bytes(encoding, token) for token in ids if token not in eos]
     return b"".join(pieces).decode("utf-8", errors="replace")
 
 

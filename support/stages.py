@@ -8,13 +8,14 @@ from typing import Optional
 
 from data import default_max_new_tokens, load_prompts
 from model import GPT, GPTConfig
-from pretrained import GPT2_NAMES, config_of, from_pretrained, is_pretrained, local_path
+from pretrained import config_of, from_pretrained, is_pretrained, local_path
 from reward_model import RewardModel
 from support import distributed
 from support.checkpoint import digest, file_sha256, load_checkpoint, load_finished
 from support.device import describe, micro_batch_size
 from support.flags import UserError, require, resolve_sizes
 from support.metrics import print_report, progress
+from support.weights import GPT2_NAMES
 from tokenizer import get_tokenizer, run_tokenizer, tokenizer_id
 
 

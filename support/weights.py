@@ -7,6 +7,7 @@ Read with torch alone; a tensor of safetensors, or of a .bin that is a zip file,
 import json
 import math
 import mmap
+import re
 import tempfile
 import zipfile
 from pathlib import Path
@@ -104,6 +105,29 @@ def write_safetensors(weights, file):
         opened.write(len(text).to_bytes(8, "little") + text)
         for w in weights.values():
             opened.write(w.float().cpu().contiguous().numpy().data)
+
+
+def is_nanogpt(path):
+    """Whether a file is a checkpoint of nanoGPT's train.py."""
+    if Path(path).suffix != ".pt" or not zipfile.is_zipfile(path):
+        return False
+    try:
+        return {"model", "model_args"} <= set(torch.load(path, map_location="meta", weights_only=True))
+    except Exception:  # whatever is wrong with it: the reader of checkpoints will say so
+        return False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# public names
+
+GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
+
+
+def is_public_name(path_or_name):
+    """Whether this can be a name on Hugging Face's hub: a GPT-2's, or owner/model that is no path to a file."""
+    name = str(path_or_name)
+    return name in GPT2_NAMES or bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)) and not re.search(
+        r"\.(pt|bin|safetensors|json)$", name)
 
 
 def download(name, folder):

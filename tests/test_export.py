@@ -34,7 +34,7 @@ def both(sft, tmp_path):
     """A policy and its encoding, and what transformers makes of them: (GPT, encoding, model, tokenizer)."""
     transformers = pytest.importorskip("transformers")
     folder = exported(sft, tmp_path / "hf")
-    return (*sample.load(sft, "cpu"), transformers.AutoModelForCausalLM.from_pretrained(folder),
+    return (*sample.load(sft, "cpu")[:2], transformers.AutoModelForCausalLM.from_pretrained(folder),
             transformers.AutoTokenizer.from_pretrained(folder))
 
 

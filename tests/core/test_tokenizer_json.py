@@ -14,7 +14,9 @@ import tokenizer
 from data import load_prompts
 from files import gpt2, write
 from hostile import encode_by_file, hostile_texts
+from model import GPT, GPTConfig
 from paths import ROOT
+from pretrained import LLAMA, save_pretrained
 from tokenizer import (DataError, NoToken, PretrainedEncoding, decode, encode_prompt, encode_response, get_tokenizer,
                        render_messages, renderers, run_tokenizer, tokenizer_id, tokenizer_json)
 
@@ -132,6 +134,21 @@ def test_a_rendered_conversation_is_the_one_of_the_chat_template():
     # without a system message theirs adds one
     assert len(theirs.apply_chat_template(messages[1:], add_generation_prompt=True)["input_ids"]) > len(
         render_messages(encoding, messages[1:], "chatml")) + 15
+
+
+@needs_smollm2
+def test_an_exported_tokenizer_has_the_models_ids_and_chat(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    encoding = get_tokenizer(SMOLLM2)
+    model = GPT(GPTConfig(64, encoding.n_vocab, 1, 1, 8, **LLAMA.kind))
+    save_pretrained(model, encoding, tmp_path / "hf")
+    theirs, back = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf"), get_tokenizer(tmp_path / "hf")
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    ids = render_messages(encoding, messages, "chatml")
+    assert theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"] == ids
+    assert render_messages(back, messages, "chatml") == ids
+    assert tokenizer_id(back, "x")["eos"] == [2] == [theirs.eos_token_id] and theirs.pad_token_id == back.pad == 2
+    assert theirs.encode("What is 1,234?") == encoding.encode_ordinary("What is 1,234?")
 
 
 @pytest.mark.parametrize("spelling", ["lists", "strings"])

@@ -4,9 +4,9 @@ PPO on a chat model that people know: SmolLM2-135M-Instruct learns to answer sum
     python -m experiments.smollm2 --model=SmolLM2-135M-Instruct          a folder, or a public name
 
 The reward is verifiable: 1 if the last number of the answer is the sum, which stands in a column of the data, and
-eos_penalty less if the answer does not end. There is no reward model. All weights are trained, in float32, on one thread
-a run. Runs differ in the seed and in the method: `group` compares 4 answers to each of 4 questions, `critic` gives 16
-questions one answer each and trains a second copy of the model as critic. Both see 16 answers an iteration.
+eos_penalty less if the answer does not end. There is no reward model. All weights are trained, in float32, on one
+thread a run. Runs differ in the seed and in the method: `group` compares 4 answers to each of 4 questions, `critic`
+gives 16 questions one answer each and trains a second copy of the model as critic. Both see 16 answers an iteration.
 
 Held-out questions share no pair of numbers with those of training, swapped pairs included. Each is answered several
 times before and after, at the temperature of the training, and once greedily. A run's checkpoint is deleted when it has
@@ -152,7 +152,7 @@ def collect(folder, runs):
     results = {"before": [json.loads((folder / "before" / "result.json").read_text())]}
     for method, _, name in runs:
         run = read_run(folder / name, "ppo")
-        curves = {metric: np.round(run[metric][1], 4).tolist() for metric in ("score", "kl", "response_len", "eos_rate")}
+        curves = {metric: np.round(run[metric][1], 4).tolist() for metric in ("score", "kl", "response_len")}
         found = {key: value for file in ("result", "cost")
                  for key, value in json.loads((folder / name / f"{file}.json").read_text()).items()}
         results.setdefault(method, []).append(found | {"curves": curves})

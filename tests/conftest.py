@@ -20,16 +20,16 @@ torch.set_num_threads(1)  # with more, sums are taken in another order and the l
 
 @pytest.fixture(scope="session")
 def worlds(tmp_path_factory):
-    """Folders with finished sft.pt and rm.pt, on pairs, on atlas, and on pairs from a pretrained Llama; tests write into
-    copies of them."""
+    """Folders with finished sft.pt and rm.pt, on pairs, on atlas, and on pairs from a pretrained Llama; tests write
+    into copies of them."""
     folders = {}
     for name in ("pairs", "atlas", "llama"):
         folders[name] = folder = tmp_path_factory.mktemp(name)
         (folder / "atlas").touch() if name == "atlas" else write_jsonl(folder / "pairs.jsonl", pairs())
         if name == "llama":
             torch.manual_seed(0)
-            llama = GPT(GPTConfig(vocab_size=260, n_kv_head=1, head_dim=12, mlp_dim=40, tied=False, **LLAMA.kind, **SIZES))
-            save_pretrained(llama, get_tokenizer("bytes"), folder / "llama")
+            kind = LLAMA.kind | dict(vocab_size=260, n_kv_head=1, head_dim=12, mlp_dim=40, tied=False)
+            save_pretrained(GPT(GPTConfig(**kind, **SIZES)), get_tokenizer("bytes"), folder / "llama")
         start = {"init_from": str(folder / "llama")} if name == "llama" else {}
         run("sft", folder, max_iters=30 if name == "atlas" else 60, **start)
         run("rm", folder)

@@ -116,6 +116,41 @@ def test_ppo_starts_from_a_pretrained_folder_without_any_sft_stage(world, tmp_pa
         run("ppo", folder, reward=reward, overwrite=True, **flags | {"tokenizer": "atlas"})
 
 
+def test_a_run_from_pretrained_weights_has_lower_learning_rates(world, tmp_path, capsys, monkeypatch):
+    """Also where the weights of its sft.pt were, and they are said."""
+    shrink(monkeypatch)
+    folder = world("sft", "llama")
+    start, reward = str(folder / "llama"), reward_file(tmp_path, "[float(len(r)) for r in responses]")
+    for stage, flags, lr in (("sft", {"init_from": start}, 1e-5), ("rm", {}, 1e-5), ("ppo", {}, 5e-6)):
+        run(stage, folder, lr=None, **flags)
+        assert metrics(folder, stage)[-1]["lr"] == lr
+        assert f"--lr={lr:g} by default, as the run starts from pretrained weights" in capsys.readouterr().out
+    run("ppo", folder, lr=None, init_from=start, reward=reward, overwrite=True)
+    assert metrics(folder, "ppo")[-1]["lr"] == 5e-6
+    run("ppo", folder, lr=1e-3, overwrite=True)
+    assert metrics(folder, "ppo")[-1]["lr"] == 1e-3
+    scratch = world("ppo")
+    run("ppo", scratch, lr=None)
+    assert metrics(scratch, "ppo")[-1]["lr"] == 4e-4
+
+
+def test_block_size_lowers_the_context_of_rope_and_of_nothing_else(world, tmp_path):
+    folder = world("sft", "llama")
+    run("sft", folder, init_from=str(folder / "llama"), block_size=32)
+    assert load_checkpoint(folder / "sft.pt", "sft")["model_config"]["block_size"] == 32
+    run("rm", folder)
+    run("ppo", folder, block_size=24)
+    assert load_checkpoint(folder / "ppo.pt", "ppo")["model_config"]["block_size"] == 24
+    with pytest.raises(UserError, match="--block_size=65 does not match the checkpoint's block_size=64"):
+        run("sft", folder, init_from=str(folder / "llama"), block_size=65, overwrite=True)
+    save_pretrained(GPT(GPTConfig(vocab_size=257, **SIZES)), get_tokenizer("bytes"), tmp_path / "gpt2")
+    with pytest.raises(UserError, match="--block_size=32 does not match"):
+        run("sft", folder, init_from=str(tmp_path / "gpt2"), block_size=32, overwrite=True)
+    for arch, start in (("gpt2", folder / "llama"), ("llama", tmp_path / "gpt2")):
+        with pytest.raises(UserError, match=f"--arch={arch} does not match the checkpoint"):
+            run("sft", folder, init_from=str(start), arch=arch, overwrite=True)
+
+
 def test_an_occupied_out_dir_needs_overwrite_which_replaces_ppo_alone(world):
     folder = world("ppo")
     run("ppo", folder)

@@ -106,9 +106,9 @@ def from_pretrained(path_or_name):
     Raises FileNotFoundError for what is not there, OSError for a failed download, ValueError for a checkpoint that is
     not exactly a model of one of FAMILIES."""
     path = local_path(path_or_name)
-    config = config_of(path)
-    weights = read_nanogpt(path)[1] if is_nanogpt(path) else read_folder(path) if path.is_dir() else read_weights(path)
-    return fill(config, weights, path, conv1d=not is_nanogpt(path))
+    if is_nanogpt(path):
+        return fill(*read_nanogpt(path), path, conv1d=False)
+    return fill(config_of(path), read_folder(path) if path.is_dir() else read_weights(path), path)
 
 
 def config_of(path):
@@ -131,8 +131,7 @@ def local_path(path_or_name):
 
 
 def is_pretrained(path_or_name):
-    """Whether this names pretrained weights: a folder, a weights file, nanoGPT's checkpoint, or a public name that no
-    path has."""
+    """Whether this names pretrained weights: a folder, a weights file, nanoGPT's ckpt.pt, or a public name."""
     path = Path(path_or_name)
     return path.is_dir() or path.suffix in (".safetensors", ".bin") or is_nanogpt(path) or \
         not path.exists() and is_public_name(path_or_name)
@@ -145,9 +144,9 @@ def fill(config, weights, path, conv1d=True):
     weights = {name.removeprefix("_orig_mod.").removeprefix(family.prefix): w for name, w in weights.items()}
     weights = {name: w for name, w in weights.items()
                if not name.endswith((".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq"))}
-    embedding = weights.get(family.names["wte"][0] + ".weight")
     if config.tied and "lm_head.weight" in weights:
-        if embedding is None or not torch.equal(weights.pop("lm_head.weight"), embedding):
+        head = weights.pop("lm_head.weight")
+        if not torch.equal(head, weights.get(family.names["wte"][0] + ".weight", head[:0])):
             raise ValueError(f"{path}: lm_head.weight differs from the token embedding, but config.json's "
                              "tie_word_embeddings, true or absent, says that they are one")
     with torch.device("meta"):  # random weights would be overwritten, and take longer than reading
@@ -161,7 +160,7 @@ def fill(config, weights, path, conv1d=True):
         raise ValueError(f"{path} is not a {family.architecture} of {config.n_layer} layers: {len(missing)} weights "
                          f"are missing {missing[:4]}, {len(unknown)} have no place in one {unknown[:4]}")
     for name, place in places.items():
-        w = weights[name]
+        w = weights.pop(name)  # popped, so that its part of the file leaves the memory
         if w.shape != place.shape or not w.is_floating_point():
             raise ValueError(f"{path}: {name} is {w.dtype} of shape {list(w.shape)}, but floats of shape "
                              f"{list(place.shape)} are needed")
@@ -253,10 +252,9 @@ def save_pretrained(model, encoding, path):
     path, c = Path(path), replace(model.config, dropout=0.0)
     family = FAMILIES[name := family_of(c)]
     if name == "gpt2" and not c.bias:  # GPT-2 has biases everywhere: zeros
-        c = replace(c, bias=True)
-        full = GPT(c)
-        full.load_state_dict(model.state_dict(), strict=False)
-        model = full
+        c, without = replace(c, bias=True), model
+        model = GPT(c)
+        model.load_state_dict(without.state_dict(), strict=False)
     if encoding.n_vocab > c.vocab_size:
         raise ValueError(f"the encoding has {encoding.n_vocab:,} ids and the model {c.vocab_size:,}: save it with the "
                          "encoding that it was trained with")

@@ -77,20 +77,22 @@ def read_weights(file):
 def read_safetensors(file):
     """8 bytes with the length n of the header, n bytes of JSON, then the bytes of the tensors at the header's offsets
     [the format of huggingface/safetensors]. Raises ValueError if the file does not hold all of them."""
+    weights, size = {}, file.stat().st_size
     with open(file, "rb") as opened:
-        content = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
-    start = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:start].decode("utf-8"))
-    weights = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        (begin, end), dtype, shape = entry["data_offsets"], DTYPES[entry["dtype"]], entry["shape"]
-        if not 0 <= begin <= end <= len(content) - start or end - begin != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{name} does not fit")
-        raw = torch.frombuffer(content, dtype=torch.uint8, count=end - begin, offset=start + begin) if end > begin \
-            else torch.empty(0, dtype=torch.uint8)
-        weights[name] = raw.view(dtype).view(shape)
+        start = 8 + int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(max(0, min(start, size) - 8)))
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            (begin, end), dtype, shape = entry["data_offsets"], DTYPES[entry["dtype"]], entry["shape"]
+            if not 0 <= begin <= end <= size - start or end - begin != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"{name} does not fit")
+            # A mapping of its own for each tensor, which is gone when the tensor is
+            skip = (start + begin) % mmap.ALLOCATIONGRANULARITY
+            raw = mmap.mmap(opened.fileno(), skip + end - begin, access=mmap.ACCESS_COPY,
+                            offset=start + begin - skip) if end > begin else b""
+            flat = torch.frombuffer(raw, dtype=torch.uint8, offset=skip) if raw else torch.empty(0, dtype=torch.uint8)
+            weights[name] = flat.view(dtype).view(shape)
     return weights
 
 

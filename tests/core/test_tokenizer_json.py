@@ -1,4 +1,4 @@
-"""Tests of a model's tokenizer.json as an encoding: the very ids of `tokenizers`, its EOS, its chat, what is refused."""
+"""Tests of a model's tokenizer.json as an encoding: the ids of `tokenizers`, its EOS, its chat, what is refused."""
 
 import copy
 import json
@@ -10,21 +10,22 @@ import pytest
 import tiktoken
 import torch
 
-import tokenizer
 from data import load_prompts
 from files import gpt2, write
 from hostile import encode_by_file, hostile_texts
 from model import GPT, GPTConfig
 from paths import ROOT
 from pretrained import LLAMA, save_pretrained
-from tokenizer import (DataError, NoToken, PretrainedEncoding, decode, encode_prompt, encode_response, get_tokenizer,
-                       render_messages, renderers, run_tokenizer, tokenizer_id, tokenizer_json)
+from support import tokenizer_file
+from tokenizer import (GPT2_SPLIT, DataError, NoToken, PretrainedEncoding, decode, encode_prompt, encode_response,
+                       get_tokenizer, render_messages, renderers, run_tokenizer, tokenizer_id, tokenizer_json)
 
 SMOLLM2 = Path(os.environ.get("PPO_TEST_SMOLLM2", ""))
-needs_smollm2 = pytest.mark.skipif(not (SMOLLM2 / "tokenizer.json").is_file(), reason="PPO_TEST_SMOLLM2 names no folder")
+needs_smollm2 = pytest.mark.skipif(not (SMOLLM2 / "tokenizer.json").is_file(),
+                                   reason="PPO_TEST_SMOLLM2 names no folder")
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
-LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
-                r"\s+(?!\S)|\s+")
+LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+                r"\s*[\r\n]+|\s+(?!\S)|\s+")
 QWEN_SPLIT = LLAMA3_SPLIT.replace("{1,3}", "")
 
 
@@ -38,7 +39,7 @@ def hub(tmp_path, monkeypatch):
 def tiny():
     """The contents of a small tokenizer.json: all bytes but four, two merges, three special tokens."""
     tokens = [bytes([byte]) for byte in range(256) if byte not in (0x04, 0xF1, 0xF2, 0xFF)] + [b"he", b"hel"]
-    encoding = tiktoken.Encoding("tiny", pat_str=tokenizer.GPT2_SPLIT, special_tokens={
+    encoding = tiktoken.Encoding("tiny", pat_str=GPT2_SPLIT, special_tokens={
         name: len(tokens) + i for i, name in enumerate(("<|endoftext|>", "<|im_start|>", "<|im_end|>"))},
         mergeable_ranks={token: rank for rank, token in enumerate(tokens)})
     return tokenizer_json(encoding)
@@ -66,7 +67,8 @@ def test_a_written_tokenizer_is_read_back(tmp_path, name, monkeypatch):
     for text in hostile_texts(encoding, 400):
         ids = back.encode_ordinary(text)
         assert ids == encoding.encode_ordinary(text) and decode(back, ids) == decode(encoding, ids)
-    assert (back.eot_token, back.n_vocab) == (encoding.eot_token, encoding.n_vocab) and isinstance(back, PretrainedEncoding)
+    assert (back.eot_token, back.n_vocab) == (encoding.eot_token, encoding.n_vocab)
+    assert isinstance(back, PretrainedEncoding)
     assert tokenizer_id(back)["sha256"] == tokenizer_id(encoding)["sha256"]
     assert tokenizer_json(back) == json.loads(json.dumps(tokenizer_json(encoding)))
 
@@ -179,7 +181,8 @@ def test_text_is_normalised_where_the_file_asks_for_it(tmp_path):
     assert read(tmp_path / "raw").encode_ordinary("e\u0301") != read(tmp_path / "raw").encode_ordinary("é")
     for normalizer in ({"type": "NFC"}, {"type": "Sequence", "normalizers": [{"type": "NFC"}]}):
         nfc = read(tmp_path / "nfc", contents | {"normalizer": normalizer})
-        assert nfc.encode_ordinary("e\u0301") == nfc.encode_ordinary("é") == read(tmp_path / "raw").encode_ordinary("é")
+        raw = read(tmp_path / "raw")
+        assert nfc.encode_ordinary("e\u0301") == nfc.encode_ordinary("é") == raw.encode_ordinary("é")
 
 
 @pytest.mark.parametrize("text, character", [("a\x04b", r"'\x04'"), ("né \U00040000\x04", r"'\U00040000'")])
@@ -189,8 +192,8 @@ def test_a_byte_without_a_token_is_named_and_the_row_dropped(tmp_path, text, cha
     with pytest.raises(NoToken) as error:
         encode_prompt(encoding, text)
     assert f"tokenizer x has no token for {character}" in str(error.value)
-    split = load_prompts(write(tmp_path / "rows.jsonl", {"prompt": text}, {"prompt": "ok"}, {"prompt": "fine"}), encoding,
-                         64, 8)
+    rows = write(tmp_path / "rows.jsonl", {"prompt": text}, {"prompt": "ok"}, {"prompt": "fine"})
+    split = load_prompts(rows, encoding, 64, 8)
     assert "dropped 1: a character that the tokenizer has no token for" in split.report
 
 
@@ -373,8 +376,8 @@ def test_a_name_that_was_never_downloaded_is_refused(hub):
 
 def test_the_check_of_the_merges_is_remembered(tmp_path, hub, monkeypatch):
     calls = []
-    check = tokenizer.merges_by_rank
-    monkeypatch.setattr(tokenizer, "merges_by_rank", lambda *args: calls.append(args) or check(*args))
+    check = tokenizer_file.merges_by_rank
+    monkeypatch.setattr(tokenizer_file, "merges_by_rank", lambda *args: calls.append(args) or check(*args))
     contents = tiny()
     for _ in range(2):
         read(tmp_path / "x", contents)

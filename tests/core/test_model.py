@@ -8,7 +8,7 @@ import torch
 
 import model
 from model import GPT, GPTConfig, KVCache
-from tensors import BLOCK, V, gap, make_gpt, random_ids
+from tensors import BLOCK, V, gap, make_gpt, randn, random_ids
 
 ids = partial(random_ids, V)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -124,6 +124,17 @@ def test_written_out_bfloat16_attention_is_torchs_own_up_to_rounding(length, aut
     if not causal:
         hidden = ~mask[:, 0, 0]
         assert all((x.transpose(1, 2)[hidden] == 0).all() for x in found[2:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mask", [None, torch.arange(7) < 4])
+def test_each_key_head_serves_a_group_of_query_heads(dtype, mask):
+    """Heads 0 to 2 look at key head 0, and 3 to 5 at key head 1."""
+    q, (k, v) = randn(3, 6, 7, 8, seed=1).to(dtype), (randn(3, 2, 7, 8, seed=s).to(dtype) for s in (2, 3))
+    found = model.attention(q, k, v, mask, 0.0)
+    one_by_one = [model.attention(q[:, h:h + 1], k[:, h // 3:h // 3 + 1], v[:, h // 3:h // 3 + 1], mask, 0.0)
+                  for h in range(6)]
+    assert gap(found, torch.cat(one_by_one, dim=1)) < (1e-6 if dtype == torch.float32 else 0.02)
 
 
 def test_the_written_out_attention_drops_weights_as_torchs_own_does():

@@ -191,6 +191,14 @@ def test_scores_without_a_spread_cannot_be_calibrated(scores):
     assert torch.equal(model(tokens, lens), before)
 
 
+def test_a_critic_has_no_policy_head_of_its_own():
+    model = RewardModel(GPTConfig(BLOCK, V, 1, 2, 16, tied=False, position="rope"))
+    critic = model.as_critic()
+    assert not any("lm_head" in name for name in critic.state_dict())
+    tokens, lens = torch.tensor([[1, 2, 3]]), torch.tensor([3])
+    assert critic.value_head(critic(tokens))[0, 2] == model(tokens, lens)[0]
+
+
 def test_critic_values_every_prefix_at_its_calibrated_score():
     model, tokens, _, _, _ = calibrated()
     model = model.float()

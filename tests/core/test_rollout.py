@@ -197,6 +197,18 @@ def test_record(eos):
     assert (out.logprobs[out.mask] < 0).all() and (out.values[out.mask] != 0).all()
 
 
+def test_each_of_several_eos_ends_a_response():
+    several, B = [5, 2], len(PROMPTS)
+    out = sample(gpt(), eos=several)
+    ended = out.has_eos(several)
+    for b, ((_, response), n) in enumerate(zip(out.ids(), out.response_lens.tolist())):
+        assert not set(response[:-1]) & set(several) and ended[b] == (response[-1] in several) == (n < NEW or ended[b])
+        assert (out.tokens[b, LENS[b] + n:] == 5).all()  # the first of them is the padding
+    assert len({int(out.tokens[b, out.lens[b] - 1]) for b in range(B) if ended[b]}) > 1 and not ended.all()
+    tokens, lens = out.as_ended(several)
+    assert all(tokens[b, lens[b] - 1] in several for b in range(B)) and (lens - out.lens == ~ended).all()
+
+
 def test_a_response_has_eos_if_its_own_last_token_is_eos():
     """Not if padding after it is, or an EOS in its prompt, and not only if it is shorter than the others."""
     prompts = torch.tensor([[5, 0, 0], [4, 0, 0], [1, 0, 0], [EOS, 1, 0]])

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 HERE = Path(__file__).parent
-SIZES = dict(vocab_size=37, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1,
+SIZES = dict(vocab_size=37, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              intermediate_size=20, max_position_embeddings=48, rms_norm_eps=1e-3, initializer_range=0.3)
 LLAMA3 = dict(rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=16)  # the logits are of 40 tokens, beyond the original length

@@ -127,7 +127,7 @@ def test_written_out_bfloat16_attention_is_torchs_own_up_to_rounding(length, aut
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("mask", [None, torch.arange(7) < 4])
+@pytest.mark.parametrize("mask", [None, (torch.arange(7) < 4).view(1, 1, 1, 7)], ids=["causal", "mask"])
 def test_each_key_head_serves_a_group_of_query_heads(dtype, mask):
     """Heads 0 to 2 look at key head 0, and 3 to 5 at key head 1."""
     q, (k, v) = randn(3, 6, 7, 8, seed=1).to(dtype), (randn(3, 2, 7, 8, seed=s).to(dtype) for s in (2, 3))

@@ -242,6 +242,7 @@ def parse_flags(config_class, argv=None, description=None):
         for name in names:
             kinds, default = get_args(hints[name]) or (hints[name],), fields[name].default
             domain, text = described[name]
+            kinds = kinds[:1] if isinstance(domain, tuple) and "none" in domain else kinds  # there "none" is a word
             metavar = "|".join(domain) if isinstance(domain, tuple) else kinds[0].__name__.upper()
             group.add_argument(f"--{name}", dest=name, default=argparse.SUPPRESS, metavar=metavar,
                                type=flag_type(kinds), help=text.replace("%", "%%")

@@ -218,3 +218,9 @@ def test_sizes_come_from_the_flag_the_default_or_the_checkpoint(name):
     assert resolve_sizes(Config(**{name: model[name]}), model) == {k: model[k] for k in defaults}
     with pytest.raises(UserError, match=f"--{name}=8 does not match the checkpoint's {name}={model[name]}"):
         resolve_sizes(Config(**{name: 8}), model)
+
+
+def test_none_is_a_word_where_the_domain_has_it():
+    """--chat=none refuses messages, and is not the default."""
+    assert parse_flags(train_sft.Config, ["--chat=none", "--init_from=none"]).chat == "none"
+    assert parse_flags(train_sft.Config, ["--init_from=none"]).init_from is None

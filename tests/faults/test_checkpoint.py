@@ -1037,12 +1037,13 @@ def start(stage, folder, *more, **env):
 
 @pytest.mark.slow
 def test_hash_seeds_and_ctrl_c_from_outside_change_nothing(fresh, tmp_path):
-    """The reward function holds the second iteration until the signal has been sent."""
+    """The reward function holds the second iteration until the signal has been sent. The first one calls it twice, as
+    it looks at held-out prompts."""
     (tmp_path / "reward.py").write_text(
         "import os, time\n"
         "def f(prompts, responses):\n"
         "    f.calls = getattr(f, 'calls', 0) + 1\n"
-        "    if 'HOLD' in os.environ and f.calls == 2:\n"
+        "    if 'HOLD' in os.environ and f.calls == 3:\n"
         "        print('held', flush=True)\n"
         "        while not os.path.exists(os.environ['HOLD']):\n"
         "            time.sleep(0.01)\n"

@@ -148,7 +148,7 @@ def gradient_variances(folder, seed):
     for draw in range(DRAWS):
         rollout, texts = experience.collect(policy, [prompts[i] for i in order.order(draw)],
                                             experience.rng("variance", draw))
-        scores, has_eos = experience.score_by_model(reward_model, rollout, texts), rollout.has_eos(experience.eos)
+        (scores, _), has_eos = experience.score_by_model(reward_model, rollout, texts), rollout.has_eos(experience.eos)
         passes, mask = experience.minibatch_passes(rollout), rollout.mask
         ref_logprobs, _ = experience.recompute(reference, rollout, passes)
         values = experience.recompute_values(critic, rollout, passes)

@@ -86,7 +86,10 @@ def train(folder, seed, name, **flags):
         saved, resolved = load_checkpoint(path, stage), config if name == "trpo" else config.resolved()
         sources = {"sft": load_checkpoint(config.init_from, "sft")["sha256"],
                    "rm": load_checkpoint(config.rm, "rm")["sha256"]}
-        if saved["finished"] and saved["flags"] == asdict(resolved) and saved["sources"] == sources:
+        # None stands for a default that the run has resolved and the checkpoint holds
+        asked = {name: value for name, value in asdict(resolved).items() if value is not None}
+        same = saved["flags"].keys() == asdict(resolved).keys() and asked.items() <= saved["flags"].items()
+        if saved["finished"] and same and saved["sources"] == sources:
             return
     module.train(config)
 

@@ -63,7 +63,10 @@ def train_proxy(folder, seed, rm_iters, candidates):
     path = config.folder / "rm.pt"
     saved = load_checkpoint(path, "rm") if path.exists() else None
     sft = load_checkpoint(folder / "sft.pt", "sft")["sha256"]
-    if not (saved and saved["finished"] and saved["flags"] == asdict(config) and saved["sources"]["sft"] == sft):
+    # None stands for a default that the run has resolved and the checkpoint holds
+    asked = {name: value for name, value in asdict(config).items() if value is not None}
+    same = saved and saved["finished"] and asked.items() <= saved["flags"].items()
+    if not (same and saved["sources"]["sft"] == sft):
         train_rm.train(config)
 
 

@@ -6,7 +6,7 @@ stored compact: prompt, response, padding on the right. Response-aligned tensors
 t-th sampled token and is read off the model at the position before it, prompt_lens - 1 + t.
 
 There is no top-k, no top-p and no minimum length: PPO's ratio and the KL are only right if the distribution that is
-sampled is the one that is scored. Temperature is no exception, because both sides divide the logits by it.
+sampled is the one that is scored. Temperature is no exception, because both sides divide the logits by it (cooled).
 """
 
 from dataclasses import dataclass
@@ -61,6 +61,12 @@ def is_eos(tokens, eos):
     return torch.stack([tokens == token for token in ids]).any(0)
 
 
+def cooled(hidden, temperature):
+    """hidden (..., C) / temperature. The policy head is linear without a bias, so its logits are divided with it: V
+    numbers a token, which this would otherwise read and write once more."""
+    return hidden if temperature == 1 else hidden / temperature
+
+
 @torch.no_grad()
 def sample_tokens(model, prompts, prompt_lens, max_new_tokens, *, temperature=1.0, generator=None):
     """The sampling loop: yields (token, logprob, value), each (B,), for step 0, 1, ... max_new_tokens - 1.
@@ -91,7 +97,7 @@ def sample_tokens(model, prompts, prompt_lens, max_new_tokens, *, temperature=1.
     positions = prompt_lens - 1
     hidden = hidden.gather(1, positions.view(-1, 1, 1).expand(-1, 1, hidden.size(2)))  # (B, 1, C)
     for step in range(max_new_tokens):
-        logits = upcast(model.policy_head(hidden[:, 0])) / temperature  # (B, V)
+        logits = upcast(model.policy_head(cooled(hidden[:, 0], temperature)))  # (B, V)
         logprobs = torch.log_softmax(logits, dim=-1)
         # Inverse-CDF sampling: one uniform number a row, several times cheaper than torch.multinomial. `right` finds
         # the first token whose cumulative probability exceeds u, so a token of probability 0 is never chosen.
@@ -162,7 +168,7 @@ def score_response(model, tokens, prompt_lens, R, temperature=1.0, entropy=True)
     the whole distribution in nats. Entries beyond a row's response are finite but mean nothing."""
     hidden, positions = response_states(model, tokens, prompt_lens, R)
     targets = tokens.gather(1, (positions + 1).clamp(max=tokens.size(1) - 1))  # (B, R)
-    all_logprobs = torch.log_softmax(upcast(model.policy_head(hidden)) / temperature, dim=-1)  # (B, R, V)
+    all_logprobs = torch.log_softmax(upcast(model.policy_head(cooled(hidden, temperature))), dim=-1)  # (B, R, V)
     logprobs = all_logprobs.gather(2, targets.unsqueeze(2)).squeeze(2)
     # log 0 becomes a large finite number: 0 * it is 0, where 0 * -inf would be NaN, in the gradient as well
     H = -(all_logprobs.exp() * all_logprobs.clamp(min=-1e9)).sum(-1) if entropy else None

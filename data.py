@@ -565,12 +565,12 @@ def collate_prompts(prompts, pad_id):
     return pad(prompts, pad_id)
 
 
-def length_buckets(lens, rows, size, device="cpu"):
+def length_buckets(lens, rows, size):
     """[(indices, T)]: rows (indices into lens) sorted by length and cut into passes of `size`, each with its longest
     length T, a Python int. A pass over tokens[indices, :T] computes little padding. lens and rows are on the CPU, so
-    that nothing waits for the device, which the indices go to."""
+    that nothing waits for the device."""
     rows = rows[lens[rows].argsort(stable=True)]
-    return [(i.to(device), int(lens[i].max())) for i in rows.split(size)]
+    return [(i, int(lens[i].max())) for i in rows.split(size)]
 
 
 class BatchOrder:

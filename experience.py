@@ -106,12 +106,16 @@ class Experience:
         A micro-batch is one forward pass over tokens[rows, :T], rows of similar length. token_fraction is its part of
         the minibatch's response tokens on all processes. The mean losses of the micro-batches, times token_fraction,
         add up to the minibatch's mean over tokens."""
-        lens, n_tokens = rollout.lens.cpu(), rollout.response_lens.cpu()  # so that nothing below waits for the device
+        # One copy from the device and one back: each is a wait, and nothing between them is
+        lens, n_tokens = torch.stack([rollout.lens, rollout.response_lens]).cpu()
         order = torch.arange(len(lens)) if order is None else order
         minibatches = order.split(self.config.batch_size // self.config.minibatches)
-        return [[(rows.to(self.device), T, (n_tokens[rows].sum() / n_tokens[minibatch].sum()).item())
-                 for rows, T in length_buckets(lens, distributed.shard(minibatch), self.micro_batch_size)]
-                for minibatch in minibatches]
+        buckets = [length_buckets(lens, distributed.shard(minibatch), self.micro_batch_size)
+                   for minibatch in minibatches]
+        every = [rows for bucket in buckets for rows, _ in bucket]
+        moved = iter(torch.cat(every).to(self.device).split([len(rows) for rows in every]))
+        return [[(next(moved), T, (n_tokens[rows].sum() / n_tokens[minibatch].sum()).item()) for rows, T in bucket]
+                for bucket, minibatch in zip(buckets, minibatches)]
 
     def recompute(self, model, rollout, passes, entropy=False):
         """[logprobs, values], and entropy if asked for, each (B, R), of a whole rollout under `model`. The passes are

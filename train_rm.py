@@ -208,8 +208,8 @@ def loop(config, run):
             part, stats = bradley_terry_loss(scores[chosen], scores[rejected])
             pair_fraction = len(chosen) / n_batch
             (part * pair_fraction).backward()
-            loss += part.item() * pair_fraction
-            accuracy += stats["accuracy"].item() * pair_fraction
+            loss += part.detach().double() * pair_fraction
+            accuracy += stats["accuracy"].double() * pair_fraction
         loss, accuracy = distributed.all_reduce_sum(loss, accuracy)
         lr, grad_norm = optimizer.step(iteration, loss)
         update_average(average, model, iteration)

@@ -123,7 +123,7 @@ def loop(config, run):
         """Mean -log pi over the response tokens of rows, and their number."""
         tokens, prompt_lens, _, mask = (x.to(device) for x in collate_demonstrations(rows, encoding.eot_token))
         with autocast():
-            logprobs, _, _ = score(model, tokens, prompt_lens, mask.size(1))
+            logprobs, _, _ = score(model, tokens, prompt_lens, mask.size(1), entropy=False)
         return -masked_mean(logprobs, mask), mask.sum()
 
     @torch.no_grad()
@@ -148,7 +148,7 @@ def loop(config, run):
         for i in range(0, len(rows), micro):
             part, n = loss_of(model, rows[i:i + micro])
             (part * n / tokens_per_step).backward()
-            loss += (part.detach() * n / n_tokens).item()
+            loss += (part.detach() * n / n_tokens).double()
         loss, = distributed.all_reduce_sum(loss)
         lr, grad_norm = optimizer.step(iteration, loss)
         update_average(average, model, iteration)

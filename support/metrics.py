@@ -118,7 +118,7 @@ class Metrics:
         prints the warnings of HEALTH, each once in a run."""
         now = time.time()
         row = {"stage": self.stage, "iter": iteration, "seconds": round(now - self.last, 4)}
-        row |= {name: clean(value) for name, value in metrics.items()}
+        row |= dict(zip(metrics, map(clean, distributed.numbers(metrics.values()))))
         self.last = now
         append_lines(self.path, [row])
         if samples:
@@ -197,8 +197,7 @@ def append_lines(path, rows):
 
 
 def clean(value):
-    """A Python number for JSON; None for NaN and inf, which JSON cannot say."""
-    value = value.item() if isinstance(value, torch.Tensor) else value
+    """The number for JSON; None for NaN and inf, which JSON cannot say."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

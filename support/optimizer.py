@@ -31,10 +31,11 @@ class Optimizer:
         clipping). iteration counts from 1. loss is the total whose gradients these are. Raises FloatingPointError after
         max_bad_steps steps in a row whose loss or gradient was not finite."""
         self.calls += 1
-        lr, loss = learning_rate(self.config, iteration), float(loss)
+        lr = learning_rate(self.config, iteration)
         distributed.sum_gradients(self.params)
-        norms = [distributed.full_tensors(torch.nn.utils.clip_grad_norm_(group, self.config.grad_clip)).item()
-                 for group in self.groups]
+        loss, *norms = distributed.numbers([loss] + [
+            distributed.full_tensors(torch.nn.utils.clip_grad_norm_(group, self.config.grad_clip))
+            for group in self.groups])
         if all(map(math.isfinite, [loss, *norms])):
             for group in self.adamw.param_groups:
                 group["lr"] = lr

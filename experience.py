@@ -10,7 +10,7 @@ import inspect
 import reprlib
 import sys
 import traceback
-from collections.abc import Mapping, Set, Sized
+from collections.abc import Mapping, Sequence, Set, Sized
 from functools import cache, partial
 from importlib.machinery import PathFinder
 from itertools import chain
@@ -29,6 +29,20 @@ from tokenizer import decode, eos_ids
 
 HELDOUT_PROMPTS = 256  # most prompts that a look at the held-out ones samples an answer to
 SHOWN_SAMPLES = 16     # of which samples.jsonl gets so many
+
+
+class WhenRead(Sequence):
+    """The list that make() gives, made when it is first read: a reward model reads no texts, and a GPU waits for
+    them."""
+
+    def __init__(self, make):
+        self.make = cache(make)
+
+    def __len__(self):
+        return len(self.make())
+
+    def __getitem__(self, i):
+        return self.make()[i]
 
 
 class Experience:
@@ -62,8 +76,8 @@ class Experience:
     def collect(self, policy, prompts, rng):
         """Rollout of the policy on Prompts, and its texts [(prompt, response, row)], row as in the Prompt."""
         rollout = self.sample(policy, prompts, rng)
-        return rollout, [(*(decode(self.encoding, ids) for ids in row), prompt.row)
-                         for row, prompt in zip(rollout.ids(), prompts)]
+        return rollout, WhenRead(lambda: [(*(decode(self.encoding, ids) for ids in row), prompt.row)
+                                          for row, prompt in zip(rollout.ids(), prompts)])
 
     # -- scores
 

@@ -67,6 +67,16 @@ def test_bfloat16_is_refused_on_a_gpu_without_it_and_auto_falls_back(monkeypatch
     assert device.type == "cuda" and asked == [("cuda", False)]
 
 
+@pytest.mark.parametrize("dtype, precision", [("float32", "highest"), ("bfloat16", "high"), ("auto", "high")])
+def test_float32_asked_for_by_name_is_no_tf32(dtype, precision, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    asked = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
+    setup(Config(dtype=dtype))
+    assert asked == [precision]
+
+
 FAULTS = """
 import resource, torch, train_ppo
 from support import device

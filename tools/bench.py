@@ -260,8 +260,8 @@ def matrix_rate(size, rows, dtype, device):
     tokens = rows * (size.prompt_len + size.response_len)
     shapes = [(tokens, *product) for product in size.layer] + [
         (rows * size.response_len, size.n_embd, size.vocab_size)]
-    settings = ("highest", "medium") if device.type == "cpu" else ("high",)
     before, best = torch.get_float32_matmul_precision(), (0.0, "")
+    settings = ("highest", "medium") if device.type == "cpu" else (before,)
     try:
         for setting in settings if dtype == torch.float32 else (before,):
             torch.set_float32_matmul_precision(setting)

@@ -38,6 +38,15 @@ def test_the_same_purpose_samples_the_same_and_another_samples_anew(experience, 
     assert [row for *_, row in texts] == [{"n": i} for i in range(12)]
 
 
+def test_texts_are_decoded_once_and_only_if_somebody_reads_them(experience, policy, monkeypatch):
+    decoded = []
+    monkeypatch.setattr("experience.decode", lambda encoding, ids: decoded.append(ids) or f"text {len(decoded)}")
+    rollout, texts = experience.collect(policy, PROMPTS, experience.rng("rollout", 1))
+    assert decoded == []
+    assert texts[1] == ("text 3", "text 4") and len(texts) == len(list(texts)) == 12 and len(texts[:5]) == 5
+    assert decoded == [ids for row in rollout.ids() for ids in row]
+
+
 def ragged():
     """A rollout of twelve rows with one to five response tokens."""
     prompt_lens, response_lens = torch.tensor([len(ids) for ids in PROMPTS]), torch.tensor([1 + i % 5 for i in range(12)])

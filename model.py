@@ -81,23 +81,35 @@ class KVCache:
     NaN, so the slots must hold finite numbers. They do: zeros at first, then keys and values of token ids
     (pads of a shorter prompt, an earlier use of this cache), finite unless the model itself is broken.
 
-    Raises ValueError if max_len exceeds block_size, as the model knows no position beyond it."""
+    Memory for `room` slots (default: block_size) is taken once, and k and v are views of its beginning: on a GPU,
+    tensors of growing sizes would leave gaps as large as themselves.
 
-    def __init__(self, config, batch_size, max_len, device, dtype):
-        empty = torch.empty(batch_size, config.n_kv_head, 0, config.head_dim, device=device, dtype=dtype)
-        self.k, self.v = [empty] * config.n_layer, [empty] * config.n_layer
+    Raises ValueError if max_len exceeds room, or room block_size, as the model knows no position beyond it."""
+
+    def __init__(self, config, batch_size, max_len, device, dtype, room=None):
+        self.room = config.block_size if room is None else room
+        if self.room > config.block_size:
+            raise ValueError(f"a cache with room={self.room} exceeds block_size={config.block_size}")
+        self.shape = batch_size, config.n_kv_head, config.head_dim
+        self.memory = torch.empty(2, config.n_layer, math.prod(self.shape) * self.room, device=device, dtype=dtype)
         self.rows = torch.arange(batch_size, device=device)
-        self.batch_size, self.block_size, self.max_len = batch_size, config.block_size, 0
+        self.batch_size, self.max_len = batch_size, 0
         self.grow(max_len)
 
     def grow(self, max_len):
-        """Makes room for max_len positions, by copying. A decoding step reads every slot, because a short cache is
-        faster than a slice of a long one, whose rows lie far apart."""
-        if max_len > self.block_size:
-            raise ValueError(f"a cache of max_len={max_len} exceeds block_size={self.block_size}")
-        for layers in (self.k, self.v):
-            for layer, x in enumerate(layers):  # one by one, so that a single one has its old and its new memory
-                layers[layer] = F.pad(x, (0, 0, 0, max_len - self.max_len))
+        """Makes max_len positions usable. A decoding step reads every slot, because a short cache is faster than a
+        slice of a long one, whose rows lie far apart; so the rows move apart in their memory by a copy."""
+        if max_len > self.room:
+            raise ValueError(f"a cache of max_len={max_len} exceeds its room={self.room}")
+        def grown(memory):
+            B, heads, size = self.shape
+            old, new = (memory[:B * heads * n * size].view(B, heads, n, size) for n in (self.max_len, max_len))
+            old = old.clone()  # its memory is that of the first rows of new
+            new[:, :, self.max_len:] = 0
+            new[:, :, :self.max_len] = old
+            return new
+
+        self.k, self.v = ([grown(layer) for layer in layers] for layers in self.memory)
         self.max_len = max_len
 
     def check(self, batch_size, length):
@@ -139,8 +151,7 @@ def rotate(x, cos, sin):
 
 def attention(q, k, v, mask, dropout):
     """softmax(q k^T / sqrt(hd)) v, (B, nh, T, hd), for q (B, nh, T, hd) and k, v (B, nkv, S, hd): query head h looks at
-    key head h * nkv // nh. `mask`, broadcast to (B, nh, T, S), is True where a query may look; None means causal, with
-    T = S."""
+    key head h * nkv // nh. `mask`, broadcast to (B, nh, T, S), is decode_mask's; None means causal, with T = S."""
     group = q.size(1) // k.size(1)
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout,
@@ -152,6 +163,15 @@ def attention(q, k, v, mask, dropout):
     weights = (q / math.sqrt(q.size(3)) @ k.transpose(2, 3)).masked_fill(~mask, -torch.inf)
     weights = torch.softmax(weights, dim=-1, dtype=weights.dtype)  # dtype: else autocast makes it float32, and slow
     return F.dropout(weights, dropout) @ v
+
+
+def decode_mask(positions, cache):
+    """(B, 1, 1, max_len), for queries at positions (B, 1): whether they may look at a slot. On a GPU it is the bias
+    that attention would otherwise make of it in each layer: 0 or -inf in the dtype of the keys."""
+    mask = (torch.arange(cache.max_len, device=positions.device) <= positions)[:, None, None]
+    if positions.device.type == "cpu":
+        return mask
+    return torch.zeros(mask.shape, dtype=cache.memory.dtype, device=mask.device).masked_fill(~mask, -torch.inf)
 
 
 def norm(config, size):
@@ -265,7 +285,7 @@ class Trunk(nn.Module):
             # On a GPU the positions are not looked at, as that would make it wait.
             cache.check(B, int(positions.max()) + 1 if positions.device.type == "cpu" else 0)
             where = positions.unsqueeze(1)  # (B, 1)
-            mask = (torch.arange(cache.max_len, device=idx.device) <= where)[:, None, None]  # (B, 1, 1, max_len)
+            mask = decode_mask(where, cache)
         x, rotation = self.wte(idx), None  # (B, T, C)
         if self.config.position == "learned":
             x = x + self.wpe(where)

@@ -91,7 +91,11 @@ def sample_tokens(model, prompts, prompt_lens, max_new_tokens, *, temperature=1.
     prompts = torch.where(torch.arange(longest, device=device) < prompt_lens.unsqueeze(1), prompts, 0)
     autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else next(model.parameters()).dtype
-    cache = KVCache(model.config, prompts.size(0), longest + min(GROWTH, max_new_tokens), device, dtype)
+    first, room = longest + GROWTH, longest + max_new_tokens
+    if device.type != "cpu":  # where the slots are no multiple of 16, attention on a GPU copies its mask in each layer
+        first, room = (n + -n % 16 for n in (first, room))
+    room = min(room, block_size)
+    cache = KVCache(model.config, prompts.size(0), min(first, room), device, dtype, room)
 
     hidden = model(prompts, cache=cache)  # (B, P, C); the cache now holds junk beyond each prompt, overwritten below
     positions = prompt_lens - 1
@@ -108,7 +112,7 @@ def sample_tokens(model, prompts, prompt_lens, max_new_tokens, *, temperature=1.
         if step + 1 < max_new_tokens:
             positions = positions + 1
             if longest + step + 1 > cache.max_len:
-                cache.grow(min(cache.max_len + GROWTH, longest + max_new_tokens))
+                cache.grow(min(cache.max_len + GROWTH, room))
             hidden = model(token, cache=cache, positions=positions)  # (B, 1, C)
 
 

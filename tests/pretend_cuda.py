@@ -23,6 +23,7 @@ if __name__ == "__main__":
     ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)  # its registrations come too late once torch is there
 
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -108,6 +109,15 @@ def real(tree):
     return tree_map(lambda x: x.held if isinstance(x, Pretend) else x, tree)
 
 
+def demanding(attention):
+    """scaled_dot_product_attention, which raises for a mask that CUDA would make another one of, in each layer."""
+    def call(q, k, v, attn_mask=None, **options):
+        if attn_mask is not None and (attn_mask.dtype != q.dtype or attn_mask.size(-1) % 16):
+            raise RuntimeError(f"a mask of {attn_mask.size(-1)} slots in {attn_mask.dtype} for queries in {q.dtype}")
+        return attention(q, k, v, attn_mask, **options)
+    return call
+
+
 def pretend(free=40e9):
     """Patches torch until it believes in the GPU, which has `free` bytes."""
     cuda, generator, save = torch.cuda, torch.Generator, torch.save
@@ -120,6 +130,7 @@ def pretend(free=40e9):
     cuda.manual_seed_all = lambda seed: None
     cuda.amp.common.amp_definitely_not_available = lambda: False
     torch.Generator = type("Generator", (), {"__new__": lambda cls, device="cpu": generator("cpu")})
+    F.scaled_dot_product_attention = demanding(F.scaled_dot_product_attention)
     torch.save = lambda value, file: save(real(value), file)
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # or module.to("cuda") would change .data
 

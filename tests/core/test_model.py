@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import model
 from model import GPT, GPTConfig, KVCache
@@ -234,6 +235,21 @@ def test_decode_ignores_stale_cache_and_prompt_padding():
             assert torch.equal(hidden[:, 0], fresh[torch.arange(4), LENS + step])
 
 
+def test_a_cache_grows_in_the_memory_that_it_took_at_first():
+    """What it holds stays, the new slots are 0, and there is no gap between its rows."""
+    cache = KVCache(make_gpt().config, 4, 3, "cpu", torch.float64, room=9)
+    memory, numbers = cache.memory.data_ptr(), torch.randn(2, 2, 4, 3, 3, 8, generator=torch.Generator().manual_seed(0))
+    cache.memory.fill_(7)
+    for new, old in zip((*cache.k, *cache.v), numbers.double().flatten(0, 1)):
+        new.copy_(old)
+    for slots in (5, 9):
+        cache.grow(slots)
+        for x, old in zip((*cache.k, *cache.v), numbers.double().flatten(0, 1), strict=True):
+            assert torch.equal(x, F.pad(old, (0, 0, 0, slots - 3))) and x.is_contiguous()
+            assert memory <= x.data_ptr() < memory + cache.memory.nbytes
+    assert cache.memory.shape == (2, 2, 4 * 3 * 9 * 8) and cache.memory.data_ptr() == memory
+
+
 def test_decode_writes_one_slot_per_row_and_layer():
     gpt, idx = make_gpt(), ids(3, 5)
     cache = KVCache(gpt.config, 3, 12, "cpu", torch.float64)
@@ -262,10 +278,12 @@ def test_cache_under_bfloat16_autocast():
 
 def test_cache_overflow_and_misuse_raise():
     gpt = make_gpt()
-    with pytest.raises(ValueError, match="max_len=17 exceeds block_size=16"):
+    with pytest.raises(ValueError, match="room=17 exceeds block_size=16"):
+        KVCache(gpt.config, 2, 6, "cpu", torch.float64, room=17)
+    with pytest.raises(ValueError, match="max_len=17 exceeds its room=16"):
         KVCache(gpt.config, 2, 17, "cpu", torch.float64)
-    with pytest.raises(ValueError, match="max_len=17 exceeds block_size=16"):
-        KVCache(gpt.config, 2, 16, "cpu", torch.float64).grow(17)
+    with pytest.raises(ValueError, match="max_len=7 exceeds its room=6"):
+        KVCache(gpt.config, 2, 6, "cpu", torch.float64, room=6).grow(7)
     cache = KVCache(gpt.config, 2, 6, "cpu", torch.float64)
     token, positions = ids(2, 1), torch.tensor([5, 6])
     with torch.no_grad():

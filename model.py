@@ -82,7 +82,7 @@ class KVCache:
     (pads of a shorter prompt, an earlier use of this cache), finite unless the model itself is broken.
 
     Memory for `room` slots (default: block_size) is taken once, and k and v are views of its beginning: on a GPU,
-    tensors of growing sizes would leave gaps as large as themselves.
+    tensors of growing sizes would leave gaps that together are as large as they.
 
     Raises ValueError if max_len exceeds room, or room block_size, as the model knows no position beyond it."""
 
@@ -91,7 +91,8 @@ class KVCache:
         if self.room > config.block_size:
             raise ValueError(f"a cache with room={self.room} exceeds block_size={config.block_size}")
         self.shape = batch_size, config.n_kv_head, config.head_dim
-        self.memory = torch.empty(2, config.n_layer, math.prod(self.shape) * self.room, device=device, dtype=dtype)
+        self.memory = [torch.empty(math.prod(self.shape) * self.room, device=device, dtype=dtype)
+                       for _ in range(2 * config.n_layer)]
         self.rows = torch.arange(batch_size, device=device)
         self.batch_size, self.max_len = batch_size, 0
         self.grow(max_len)
@@ -109,7 +110,8 @@ class KVCache:
             new[:, :, :self.max_len] = old
             return new
 
-        self.k, self.v = ([grown(layer) for layer in layers] for layers in self.memory)
+        views = [grown(memory) for memory in self.memory]  # one by one, so that only a single one is there twice
+        self.k, self.v = views[:len(views) // 2], views[len(views) // 2:]
         self.max_len = max_len
 
     def check(self, batch_size, length):
@@ -171,7 +173,7 @@ def decode_mask(positions, cache):
     mask = (torch.arange(cache.max_len, device=positions.device) <= positions)[:, None, None]
     if positions.device.type == "cpu":
         return mask
-    return torch.zeros(mask.shape, dtype=cache.memory.dtype, device=mask.device).masked_fill(~mask, -torch.inf)
+    return torch.zeros(mask.shape, dtype=cache.k[0].dtype, device=mask.device).masked_fill(~mask, -torch.inf)
 
 
 def norm(config, size):

@@ -66,7 +66,7 @@ class Flags:
     # machine
     seed: int = 0                       # [0, 9e18] everything random follows from it; report several, PPO seeds differ
     device: str = "auto"                # auto|cpu|cuda: auto takes cuda if there is one
-    dtype: str = "auto"                 # auto|float32|bfloat16: auto: bfloat16 on cuda, else float32; the latter is no TF32
+    dtype: str = "auto"                 # auto|float32|bfloat16: auto: bfloat16 on cuda, else float32; float32: no TF32
     compile: bool = False               # torch.compile the training passes; the first iterations then take minutes
     micro_batch_size: Optional[int] = None  # [1, inf) rows per forward pass; lower it when memory runs out
     recompute: bool = False             # activation checkpointing: less memory per row, for a third more arithmetic

@@ -51,12 +51,13 @@ class Experience:
     score_response and score_values are rollout.py's, at the run's temperature and precision and compiled if it asks for
     that. The update calls the same two, so that it computes what `recompute` computed."""
 
-    def __init__(self, config, encoding, device, autocast, micro_batch_size):
+    def __init__(self, config, encoding, device, autocast, micro_batch_size, chunk=None):
         self.config, self.encoding, self.device, self.autocast = config, encoding, device, autocast
         ids = eos_ids(encoding)
-        self.eos, self.pad, self.micro_batch_size = ids if len(ids) > 1 else ids[0], ids[0], micro_batch_size
-        self.score_response = autocast()(maybe_compile(partial(score_response, temperature=config.temperature),
-                                                       config.compile))
+        self.eos, self.pad = ids if len(ids) > 1 else ids[0], ids[0]
+        self.micro_batch_size, self.chunk = micro_batch_size, chunk
+        self.score_response = autocast()(maybe_compile(
+            partial(score_response, temperature=config.temperature, chunk=chunk), config.compile))
         self.score_values = autocast()(maybe_compile(score_values, config.compile))
 
     # -- sampling

@@ -348,4 +348,9 @@ class GPT(nn.Module):
 
     def policy_head(self, hidden):
         """Hidden states (..., C) -> logits (..., V)."""
-        return F.linear(hidden, (self.trunk.wte if self.config.tied else self.lm_head).weight)
+        return F.linear(hidden, self.unembedding)
+
+    @property
+    def unembedding(self):
+        """The policy head's weight (V, C)."""
+        return (self.trunk.wte if self.config.tied else self.lm_head).weight

@@ -162,9 +162,64 @@ def response_states(model, tokens, prompt_lens, R):
     return hidden.gather(1, positions.unsqueeze(2).expand(-1, -1, hidden.size(2))), positions
 
 
-def score_response(model, tokens, prompt_lens, R, temperature=1.0, entropy=True):
+class ChunkedHead(torch.autograd.Function):
+    """logprobs and entropy (None if it is not asked for), each (N,), of targets (N,) under the softmax of hidden (N, C)
+    times weight (V, C). The logits of `chunk` positions at a time are there, in the forward pass and, computed again,
+    in the backward pass: with V = 150,000, those of all positions are the largest tensor of a run by far.
+
+    The weight is cast to hidden's dtype, and its gradient is added up in float32 or wider. Raises RuntimeError where it
+    would be differentiated twice (create_graph)."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, chunk, entropy):
+        cast, dtype = weight.to(hidden.dtype), torch.promote_types(hidden.dtype, torch.float32)
+        logprobs, H, total = (hidden.new_empty(len(hidden), dtype=dtype) for _ in range(3))
+        for i in range(0, len(hidden), chunk):
+            s = slice(i, i + chunk)
+            logits = F.linear(hidden[s], cast).to(dtype)  # (chunk, V)
+            total[s] = logits.logsumexp(-1)
+            logits -= total[s, None]  # now log p
+            logprobs[s] = logits.gather(1, targets[s, None])[:, 0]
+            if entropy:
+                H[s] = -(logits.exp() * logits.clamp_(min=-1e9)).sum(-1)
+        ctx.save_for_backward(hidden, weight, targets, total, H)
+        ctx.chunk = chunk
+        return logprobs, H if entropy else None
+
+    @staticmethod
+    def backward(ctx, d_logprobs, d_H):
+        if torch.is_grad_enabled():  # once_differentiable sees a second derivative only in d_logprobs and d_H
+            raise RuntimeError("the policy head in chunks has no second derivative: score without chunks")
+        hidden, weight, targets, total, H = ctx.saved_tensors
+        cast, d_hidden = weight.to(hidden.dtype), torch.empty_like(hidden)
+        d_weight = torch.zeros_like(weight, dtype=total.dtype) if ctx.needs_input_grad[1] else None
+        for i in range(0, len(hidden), ctx.chunk):
+            s = slice(i, i + ctx.chunk)
+            log_p = F.linear(hidden[s], cast).to(total.dtype).sub_(total[s, None])
+            # d log p(y) / d logits = [y] - p, and d H / d logits = -p (log p + H)
+            p, slope = log_p.exp(), -d_logprobs[s, None]
+            d = p * (slope if d_H is None else slope - d_H[s, None] * (log_p.clamp_(min=-1e9) + H[s, None]))
+            d = d.scatter_add_(1, targets[s, None], d_logprobs[s, None]).to(hidden.dtype)
+            d_hidden[s] = d @ cast
+            if d_weight is not None:
+                d_weight += d.t() @ hidden[s]
+        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None
+
+
+@torch._disable_dynamo  # a graph of it would be one for each number of chunks
+def chunked_head(model, hidden, targets, chunk, entropy):
+    """logprobs and entropy (or None), each (B, R), by ChunkedHead, in autocast's dtype where that is on."""
+    if torch.is_autocast_enabled(hidden.device.type):  # it would be off in the backward pass
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    with torch.autocast(hidden.device.type, enabled=False):
+        found = ChunkedHead.apply(hidden.flatten(0, 1), model.unembedding, targets.flatten(), chunk, entropy)
+    return [x if x is None else x.view(targets.shape) for x in found]
+
+
+def score_response(model, tokens, prompt_lens, R, temperature=1.0, entropy=True, chunk=None):
     """logprobs, values, entropy, each (B, R), of the R tokens after each prompt in tokens (B, T) under `model`. With
-    entropy=False the third is None.
+    entropy=False the third is None. With a `chunk`, the policy head reads so many positions at a time (ChunkedHead):
+    the same numbers but for rounding, in less memory, and differentiable once.
 
     The only place where tokens meet log-probs: the sampling policy, the reference and every update pass come through
     here, so the shift by one and the temperature are the same for all. The policy head sees response positions only
@@ -172,11 +227,15 @@ def score_response(model, tokens, prompt_lens, R, temperature=1.0, entropy=True)
     the whole distribution in nats. Entries beyond a row's response are finite but mean nothing."""
     hidden, positions = response_states(model, tokens, prompt_lens, R)
     targets = tokens.gather(1, (positions + 1).clamp(max=tokens.size(1) - 1))  # (B, R)
-    all_logprobs = torch.log_softmax(upcast(model.policy_head(cooled(hidden, temperature))), dim=-1)  # (B, R, V)
+    values, hidden = upcast(model.value_head(hidden)), cooled(hidden, temperature)
+    if chunk is not None:
+        logprobs, H = chunked_head(model, hidden, targets, chunk, entropy)
+        return logprobs, values, H
+    all_logprobs = torch.log_softmax(upcast(model.policy_head(hidden)), dim=-1)  # (B, R, V)
     logprobs = all_logprobs.gather(2, targets.unsqueeze(2)).squeeze(2)
     # log 0 becomes a large finite number: 0 * it is 0, where 0 * -inf would be NaN, in the gradient as well
     H = -(all_logprobs.exp() * all_logprobs.clamp(min=-1e9)).sum(-1) if entropy else None
-    return logprobs, upcast(model.value_head(hidden)), H
+    return logprobs, values, H
 
 
 def score_values(critic, tokens, prompt_lens, R):

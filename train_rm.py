@@ -26,7 +26,8 @@ from experience import Experience
 from reward_model import RewardModel, bradley_terry_loss, calibration_table
 from support import distributed
 from support.checkpoint import open_run
-from support.device import describe, maybe_compile, micro_batch_size, setup
+from support.device import (CPU_BUDGET, activations, describe, maybe_compile, micro_batch_size, setup,
+                            spare_memory)
 from support.flags import Flags, require, run_script
 from support.metrics import Metrics, print_report, progress
 from support.optimizer import Optimizer, update_average
@@ -186,10 +187,10 @@ def loop(config, run):
     n_pairs = sum(len(row.pairs) for row in train_rows)
     require(train_rows, "every question got the same answer each time, so there is nothing to compare: the SFT "
             "policy has collapsed, train it again")
-    # About 16 activations per token, layer and channel live until the backward pass.
-    longest = max(sum(len(row.prompt) + len(answer) for answer in row.responses) for row in train_rows)
+    tokens_of_one = max(sum(len(row.prompt) + len(answer) for answer in row.responses) for row in train_rows)
     micro = micro_batch_size(config.batch_size, config.micro_batch_size,
-                             16 * longest * model.config.n_layer * model.config.n_embd)
+                             activations(model.config, tokens_of_one, config.recompute),
+                             budget=spare_memory(device, model) or CPU_BUDGET)
     print_report(config, report, f"; {n_pairs:,} pairs to train on, evaluation reads "
                  f"{sum(len(row.pairs) for row in heldout):,} held-out pairs of {len(heldout)} prompts; {micro} "
                  "comparisons per forward pass")

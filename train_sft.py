@@ -25,7 +25,7 @@ from ppo import masked_mean
 from rollout import score_response
 from support import distributed
 from support.checkpoint import open_run
-from support.device import describe, maybe_compile, micro_batch_size, setup
+from support.device import activations, describe, maybe_compile, rows_and_chunk, setup, spare_memory
 from support.flags import Flags, require, resolve_sizes, run_script
 from support.metrics import Metrics, print_report, progress
 from support.optimizer import Optimizer, update_average
@@ -115,7 +115,9 @@ def loop(config, run):
     print(f"train_sft: {model.n_params:,} parameters on {describe(device, autocast, config.recompute)}, "
           f"tokenizer {encoding.name} ({encoding.n_vocab:,} ids)")
     longest = max(len(row.response) for row in split.train)
-    micro = micro_batch_size(config.batch_size, config.micro_batch_size, longest * encoding.n_vocab)
+    T = max(len(row.prompt) + len(row.response) for row in split.train)
+    micro, chunk = rows_and_chunk(config.batch_size, config.micro_batch_size, (longest, model.config.vocab_size),
+                                  activations(model.config, T, config.recompute), spare_memory(device, model))
     print_report(config, split.report, f"; evaluation reads {min(len(split.heldout), EVAL_ROWS)} held-out rows; "
                                        f"{micro} rows per forward pass")
 

@@ -111,7 +111,11 @@ def maybe_compile(fn, enabled):
     return call
 
 
-def micro_batch_size(rows, given, floats_per_row, by_length=False, budget=256e6):
+CPU_BUDGET = 256e6  # bytes of a pass's float32 logits on a CPU
+FEWEST_ROWS = 4     # fewer rows per pass than this are too little work for it
+
+
+def micro_batch_size(rows, given, floats_per_row, by_length=False, budget=CPU_BUDGET):
     """Rows per forward pass, of each process's shard of a step's rows: `given`, which must divide the shard, or the
     largest divisor whose float32 logits (or activations, where there are no logits) stay under `budget` bytes. A
     divisor makes all passes alike. Where rows are sorted by_length, at most a quarter of them or 32 share a pass: a
@@ -129,6 +133,38 @@ def micro_batch_size(rows, given, floats_per_row, by_length=False, budget=256e6)
     if by_length:
         fits = min(fits, max(32, rows // 4))
     return max(n for n in range(1, rows + 1) if rows % n == 0 and n <= fits)
+
+
+def spare_memory(device, *modules):
+    """Bytes on a GPU for one forward and backward pass, None on a CPU: half of what is free, once the weights of the
+    modules that are trained have gradients and AdamW's moments. All processes get the least of theirs, because their
+    passes must be alike."""
+    if device.type == "cpu":
+        return None
+    torch.cuda.empty_cache()  # what earlier stages left
+    trained = sum(distributed.local_numel(p) for module in modules for p in module.parameters() if p.requires_grad)
+    free = torch.cuda.mem_get_info(device)[0] - 12 * trained
+    return -float(distributed.all_reduce_max(-free)[0]) / 2
+
+
+def activations(config, T, recompute=False):
+    """Numbers per row of T tokens that live until the backward pass, about 16 per token, layer and channel; with
+    --recompute one, and those of a single layer."""
+    return T * config.n_embd * (config.n_layer + 16 if recompute else 16 * config.n_layer)
+
+
+def rows_and_chunk(rows, given, logits, activations, spare, by_length=False, copies=3):
+    """(micro_batch_size, chunk): chunk is how many positions the policy head reads at a time, None for all of a pass.
+
+    `logits` is (R, V), activations those of a row, spare is spare_memory's. On a GPU a row takes its activations and
+    `copies` of its float32 logits: 3 in a training pass, 5 with the entropy. On a CPU the logits stand for all of it.
+    The head reads chunks where the logits would leave fewer than FEWEST_ROWS rows for a pass."""
+    (R, V), budget = logits, spare or 4 * CPU_BUDGET
+    whole, limit = (R * V, CPU_BUDGET) if spare is None else (activations + copies * R * V, spare)
+    in_chunks = micro_batch_size(rows, given, activations, by_length, budget)
+    if limit / (4 * whole) >= min(FEWEST_ROWS, in_chunks):
+        return micro_batch_size(rows, given, whole, by_length, limit), None
+    return in_chunks, max(1, int(min(budget / 4, 2e9) / (3 * 4 * V)))
 
 
 def generator(device, *seeds):

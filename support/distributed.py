@@ -207,6 +207,11 @@ def is_sharded(tensor):
     return hasattr(tensor, "full_tensor")
 
 
+def local_numel(param):
+    """How many numbers of a parameter this process holds."""
+    return (param.to_local() if is_sharded(param) else param).numel()
+
+
 def full_tensors(value):
     """value, a tensor or a dict or list of such, with each sharded tensor gathered on the CPU. All processes must call
     it."""

@@ -3,6 +3,7 @@ The models of earlier stages: loading them, checking that they fit, and training
 modules are passed in by train_ppo.py, so that this file imports none of them.
 """
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Optional
 
@@ -12,7 +13,7 @@ from pretrained import config_of, from_pretrained, is_pretrained, local_path
 from reward_model import RewardModel
 from support import distributed
 from support.checkpoint import digest, file_sha256, load_checkpoint, load_finished
-from support.device import describe, micro_batch_size
+from support.device import activations, describe, micro_batch_size, rows_and_chunk, spare_memory
 from support.flags import UserError, require, resolve_sizes
 from support.metrics import print_report, progress
 from support.weights import GPT2_NAMES
@@ -34,7 +35,7 @@ def prepare(config, rows_for=(), **trainers):
                              config.chat)
     require(split.heldout or not config.eval, f"--eval is measured on held-out prompts, and {config.data} has none: "
             "give two different prompts or more, or leave the flag out")
-    rows_per_pass(config, encoding)  # for its UserError, before earlier stages train
+    micro_batch_size(config.batch_size // config.minibatches, config.micro_batch_size, 1)  # for its UserError
     if config.rm:
         checked_reward_model(config, tokenizer, block_size)
     train_missing(config, trainers, encoding, tokenizer, block_size)
@@ -51,10 +52,13 @@ def resolve_max_new_tokens(config, encoding, block_size):
                   "(64 where there are none), and at most half of --block_size")
 
 
-def rows_per_pass(config, encoding):
-    """Responses per forward pass of PPO's update. Raises UserError if the flags do not divide."""
-    return micro_batch_size(config.batch_size // config.minibatches, config.micro_batch_size,
-                            config.max_new_tokens * encoding.n_vocab, by_length=True)
+def rows_per_pass(config, models, split, device):
+    """Responses per forward pass of PPO's update, and rows_and_chunk's chunk. The models are on the device already.
+    Raises UserError if the flags do not divide."""
+    R, shape, trained = config.max_new_tokens, models.policy.config, list(filter(None, (models.policy, models.critic)))
+    per_row = activations(shape, max(map(len, split.train)) + R, config.recompute) * len(trained)
+    return rows_and_chunk(config.batch_size // config.minibatches, config.micro_batch_size, (R, shape.vocab_size),
+                          per_row, spare_memory(device, *trained), True, 5 if config.ent_coef else 3)
 
 
 def train_missing(config, trainers, encoding, tokenizer, block_size):
@@ -118,15 +122,16 @@ def load_models(config, tokenizer, device):
 
 def print_summary(config, models, experience, split, looked_at):
     """Prints the run that begins: sizes, device, data, flags, and how many held-out prompts it looks at."""
-    micro, V = experience.micro_batch_size, experience.encoding.n_vocab
+    micro, chunk, V = experience.micro_batch_size, experience.chunk, models.policy.config.vocab_size
+    positions = min(micro * config.max_new_tokens, chunk or math.inf)
     print(f"train_ppo: {models.policy.n_params:,} parameters on "
           f"{describe(experience.device, experience.autocast, config.recompute)}, tokenizer {experience.encoding.name} "
-          f"({V:,} ids)")
+          f"({experience.encoding.n_vocab:,} ids)")
     print_report(config, split.report, f"; a look at held-out prompts samples {looked_at:,} of them")
     steps = config.epochs * config.minibatches
     print(f"{config.batch_size} responses per rollout, {config.epochs} epochs x {config.minibatches} minibatches of "
           f"{config.batch_size // config.minibatches} = {steps} optimizer steps per rollout, {micro} responses per "
-          f"forward pass ({4e-6 * micro * config.max_new_tokens * V:.0f} MB of logits)")
+          f"forward pass ({4e-6 * positions * V:.0f} MB of logits{' at a time' if chunk else ''})")
     print(" ".join(f"{name}={value}" for name, value in asdict(config).items() if value is not None))
 
 

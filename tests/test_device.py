@@ -12,8 +12,10 @@ import pytest
 import torch
 
 import support.device as device_module
+from model import GPTConfig
 from paths import ROOT
-from support.device import Clock, describe, generator, maybe_compile, micro_batch_size, pick_device, setup
+from support.device import (Clock, activations, describe, generator, maybe_compile, micro_batch_size, pick_device,
+                            rows_and_chunk, setup, spare_memory)
 from support.flags import UserError
 from tiny import Config
 
@@ -181,3 +183,40 @@ def test_a_micro_batch_that_does_not_divide_is_refused_with_the_arithmetic():
     with pytest.raises(UserError,
                        match=r"--micro_batch_size=5 must divide the 12 rows of a step: 12 = 2 x 5 \+ 2"):
         micro_batch_size(12, 5, 1)
+
+
+GPT2, QWEN = (GPTConfig(1024, V, L, 12, C) for L, C, V in ((12, 768, 50257), (28, 1536, 151936)))
+
+
+@pytest.mark.parametrize("config, R, spare, expected", [
+    (GPT2, 128, None, (8, None)), (GPT2, 128, 30e9, (32, None)), (GPT2, 128, 3e9, (8, None)),
+    (GPT2, 128, 0.6e9, (4, 248)),     # not even four rows' logits fit beside their activations
+    (QWEN, 128, None, (2, None)), (QWEN, 512, None, (1, 140)), (QWEN, 128, 30e9, (32, None)), (QWEN, 512, 30e9, (8, None)),
+    (QWEN, 512, 8e9, (4, 1096)), (QWEN, 2048, 30e9, (4, 1096))])
+def test_rows_per_pass_follow_the_memory_that_is_there(config, R, spare, expected):
+    """Of 128 rows. On a GPU a pass keeps a quarter of them at most, on a CPU the logits that the memory of a laptop
+    holds; with a large vocabulary the head reads chunks before there is one row left."""
+    found = rows_and_chunk(128, None, (R, config.vocab_size), activations(config, 64 + R), spare, by_length=True)
+    assert found == expected
+
+
+def test_the_entropy_takes_rows_and_a_given_micro_batch_stays():
+    costs = (128, 50257), activations(GPT2, 192)
+    assert rows_and_chunk(128, None, *costs, 6e9, True) == (16, None)
+    assert [rows_and_chunk(128, None, *costs, 3.5e9, True, copies)[0] for copies in (3, 5)] == [16, 8]
+    assert rows_and_chunk(128, 64, *costs, 6e9, True) == (64, None)
+    assert rows_and_chunk(128, 1, *costs, None, True) == (1, None)
+    assert rows_and_chunk(128, 64, *costs, 0.6e9, True) == (64, 248)
+
+
+def test_recomputed_activations_are_those_of_one_layer():
+    assert activations(GPT2, 10) == 16 * 12 * 10 * 768 and activations(GPT2, 10, True) == (12 + 16) * 10 * 768
+
+
+def test_spare_memory_is_half_of_what_training_leaves(monkeypatch):
+    """A trained weight still gets its gradient and two moments, 12 bytes."""
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10_000, 80_000))
+    trained, frozen = torch.nn.Linear(10, 10), torch.nn.Linear(50, 50).requires_grad_(False)
+    assert spare_memory(torch.device("cuda"), trained, frozen) == (10_000 - 12 * 110) / 2
+    assert spare_memory(torch.device("cpu"), trained) is None

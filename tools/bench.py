@@ -411,8 +411,8 @@ def bench(config):
     size, device = config.size(), pick_device(config)
     rows, peak, summary = measure(config, size)  # before the ceilings, whose buffers would count as memory
     bf16 = config.dtype == "bfloat16" or config.dtype == "auto" and device.type == "cuda"
-    micro = micro_batch_size(size.batch_size // size.minibatches, config.micro_batch_size,
-                             size.response_len * size.vocab_size, by_length=True)
+    logits = size.response_len * size.vocab_size if device.type == "cpu" else 1  # a GPU has room for all it would take
+    micro = micro_batch_size(size.batch_size // size.minibatches, config.micro_batch_size, logits, by_length=True)
     rate, setting = matrix_rate(size, micro, torch.bfloat16 if bf16 else torch.float32, device)
     bandwidths = {}
 

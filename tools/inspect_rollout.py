@@ -170,10 +170,11 @@ def load_side(path, name, saved, flags, options):
         models.policy = stages.load_policy(saved, device)
         if models.critic:
             models.critic = stages.load_policy(saved | {"model": saved["critic"]}, device)
-    experience = Experience(config, encoding, device, autocast, stages.rows_per_pass(config, encoding))
     function = load_reward_function(config.reward)
-    reward_fn, rows_for = experience.reward_fn(function or models.reward_model), sides_with_rows(function, None)
+    rows_for = sides_with_rows(function, None)
     split = data.load_prompts(config.data, encoding, block_size, config.max_new_tokens, config.skip_bad, rows_for)
+    experience = Experience(config, encoding, device, autocast, *stages.rows_per_pass(config, models, split, device))
+    reward_fn = experience.reward_fn(function or models.reward_model)
     return Side(name, saved, config, split, models, experience, reward_fn)
 
 

@@ -456,3 +456,72 @@ def test_score_values_are_those_of_score_response():
     assert torch.equal(values, score_response(model, tokens, LENS, 3)[1]) and values.requires_grad
     states = tokens.gather(1, LENS[:, None] + torch.arange(-1, 2))
     assert torch.equal(score_values(counting(), tokens, LENS, 3), states.double())
+
+
+# -----------------------------------------------------------------------------
+# the policy head in chunks of positions
+
+def scored_and_gradients(model, chunk, *, T=0.7, entropy=True, dtype=None):
+    """logprobs, (entropy,) and the gradient of each parameter, of a sum that weighs every number differently."""
+    model.zero_grad()
+    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        logprobs, values, H = score_response(model, ids(8, 9), LENS, 3, T, entropy, chunk)
+    scored = [logprobs, H] if entropy else [logprobs]
+    assert (H is None) == (not entropy)
+    total = sum((x * torch.randn(8, 3, generator=rng(seed))).sum() for seed, x in enumerate([values, *scored]))
+    total.backward()
+    return [x.detach() for x in scored] + [p.grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 24, 999])
+@pytest.mark.parametrize("entropy", [True, False], ids=["entropy", "no entropy"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_head_in_chunks_has_the_numbers_and_gradients_of_the_whole(chunk, entropy, tied):
+    """To some roundings of float64, relative to the largest number of each tensor."""
+    model = gpt(tied=tied)
+    whole = scored_and_gradients(model, None, entropy=entropy)
+    for a, b in zip(whole, scored_and_gradients(model, chunk, entropy=entropy), strict=True):
+        assert gap(a, b) <= 4e-15 * a.abs().max()
+
+
+def test_the_gradients_of_a_head_in_chunks_are_those_of_its_outputs():
+    hidden, weight = (torch.randn(n, 4, generator=rng(n), dtype=torch.float64, requires_grad=True) for n in (5, 6))
+    assert torch.autograd.gradcheck(
+        lambda *inputs: rollout.ChunkedHead.apply(*inputs, torch.tensor([0, 5, 2, 2, 1]), 2, True), (hidden, weight))
+
+
+def test_a_head_in_chunks_is_not_differentiated_twice():
+    """Silently, the second derivative would lack what goes through the probabilities."""
+    hidden = torch.randn(8, 3, 16, dtype=torch.float64, requires_grad=True)
+    logprobs, _ = rollout.chunked_head(gpt(), hidden, ids(8, 3), 5, False)
+    with pytest.raises(RuntimeError, match="in chunks has no second derivative"):
+        torch.autograd.grad(logprobs.sum(), [hidden], create_graph=True)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_head_in_chunks_rounds_as_the_whole_does(dtype):
+    """Against float64, it is no farther off than twice the whole head in the same precision; the logits are equal."""
+    model, exact = gpt(torch.float32), scored_and_gradients(gpt(torch.float32).double(), None)
+    whole, parts = (scored_and_gradients(model, chunk, dtype=dtype) for chunk in (None, 5))
+    for a, b, c in zip(exact, whole, parts, strict=True):
+        assert b.dtype == c.dtype == torch.float32
+        assert (c - a).norm() <= 2 * (b - a).norm() + 1e-6 * a.norm()
+    assert gap(whole[0], parts[0]) <= 2e-6 and gap(whole[1], parts[1]) <= 2e-6
+
+
+def test_with_a_head_in_chunks_the_first_ratio_is_exactly_1():
+    model, tokens = gpt(torch.float32), ids(8, 9)
+    with torch.no_grad():
+        old = score_response(model, tokens, LENS, 3, 0.7, chunk=5)
+    new = score_response(model, tokens, LENS, 3, 0.7, entropy=False, chunk=5)
+    assert torch.equal(old[0], new[0]) and torch.equal(old[1], new[1]) and new[0].requires_grad
+
+
+def test_a_head_in_chunks_never_holds_the_logits_of_all_positions(monkeypatch):
+    shapes, linear = [], F.linear
+    monkeypatch.setattr(F, "linear", lambda x, w, b=None: shapes.append(tuple(x.shape)) or linear(x, w, b))
+    model = gpt()
+    logprobs = rollout.chunked_head(model, torch.randn(8, 3, 16, dtype=torch.float64, requires_grad=True),
+                                    ids(8, 3), 10, False)[0]
+    logprobs.sum().backward()
+    assert shapes == 2 * [(10, 16), (10, 16), (4, 16)]

@@ -26,7 +26,7 @@ from experiments import rungs
 from ppo import masked_mean, reward_to_go
 from reward_model import RewardModel
 from rollout import score_response
-from support import distributed, optimizer, stages
+from support import device, distributed, optimizer, stages
 from support.checkpoint import digest, load_checkpoint
 from support.flags import UserError
 from support.metrics import rollout_metrics
@@ -225,6 +225,24 @@ def test_in_bfloat16_the_ratio_starts_at_1_and_sampling_only_rounds(flags, world
     assert [row["ratio_first"] for row in rows] == [0.0] * 3
     assert all(row["logprob_gap_max"] < 4 * 2 ** -8 * largest for row in rows)
     assert all(row["logprob_gap"] < 2 ** -8 * largest for row in rows)
+
+
+@pytest.mark.parametrize("stage, flags", [("sft", {}), ("sft", {"arch": "llama"}), ("ppo", {}), ("ppo", {
+    "critic": "shared", "kl_in": "loss", "ent_coef": 0.1, "temperature": 0.7}), ("ppo", {"dtype": "bfloat16"})], ids=str)
+def test_a_head_in_chunks_trains_alike_and_its_first_ratio_is_1(stage, flags, world, monkeypatch):
+    """Where four rows' logits are too many for the budget, whatever --micro_batch_size says."""
+    rows, chunks = [], Spy(monkeypatch, "chunked_head", rollout)
+    for budget in (device.CPU_BUDGET, 2e4):
+        monkeypatch.setattr(device, "CPU_BUDGET", budget)
+        assert not chunks.calls
+        folder = world(stage)
+        run(stage, folder, micro_batch_size=6, **flags)
+        rows.append(metrics(folder, stage))
+    assert {args[3] for args, _ in chunks.calls} == {int(2e4 / 12 / 257)}
+    assert [row.get("ratio_first", 0) for row in rows[1]] == [0.0] * len(rows[1])
+    loose = 2e-2 if "dtype" in flags else 1e-4
+    for name in {"loss", "kl", "policy_loss", "value_loss", "entropy", "grad_norm"} & rows[0][0].keys():
+        assert rows[1][0][name] == pytest.approx(rows[0][0][name], rel=loose, abs=1e-5), name
 
 
 def test_old_and_reference_logprobs_come_from_passes_of_update_shape(world, monkeypatch):

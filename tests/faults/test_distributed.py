@@ -123,12 +123,12 @@ def given_rollout(model, prompts, prompt_lens, max_new_tokens, *, eos, temperatu
         rng = torch.Generator().manual_seed(distributed.rank() * len(prompts) + i)
         n = int(torch.randint(1, max_new_tokens + 1, (), generator=rng))
         response = torch.randint(97, 123, (n,), generator=rng).tolist()
-        response[-1:] = [eos] if n % 3 else [101]
+        response[-1:] = eos if n % 3 else [101]
         rows.append(prompts[i, :prompt_lens[i]].tolist() + response)
         lens.append(n)
     lens, R = torch.tensor(lens), max(lens)
     mask = torch.arange(R) < lens.unsqueeze(1)
-    tokens, _ = data.pad(rows, eos, width=prompts.size(1) + R)
+    tokens, _ = data.pad(rows, eos[0], width=prompts.size(1) + R)
     return Rollout(tokens, prompt_lens, lens, mask, torch.zeros(mask.shape), torch.zeros(mask.shape))
 
 
@@ -259,6 +259,15 @@ def test_gathered_rollouts_are_in_order_of_rank_and_padded(in_processes):
         assert all(torch.equal(local[name], gathered[name][2 * r:2 * r + 2]) for name in gathered)
 
 
+def spare():
+    torch.cuda.mem_get_info = lambda gpu: (10_000 - 1_000 * distributed.rank(), 80_000)
+    return device.spare_memory(torch.device("cuda"), torch.nn.Linear(10, 10))
+
+
+def test_processes_plan_with_the_memory_of_the_fullest_gpu(in_processes):
+    assert in_processes(2, spare) == [(9_000 - 12 * 110) / 2] * 2
+
+
 def comparisons():
     torch.manual_seed(0)
     encoding = data.get_tokenizer("atlas")
@@ -329,7 +338,7 @@ def test_resume_with_another_number_of_processes_is_said(world, in_processes, ca
 # ----------------------------------------------------------------------------------------------------------
 # --fsdp
 
-def train_sharded(stage, folder, flags):
+def train_sharded(stage, folder, flags, budget=device.CPU_BUDGET):
     """The final weights, and how many numbers of the parameters this process held while it trained."""
     held, step = [], optimizer.Optimizer.step
 
@@ -338,6 +347,7 @@ def train_sharded(stage, folder, flags):
         return step(optimizer, *args)
 
     optimizer.Optimizer.step = look
+    device.CPU_BUDGET = budget
     return train(stage, folder, flags), held[-1]
 
 
@@ -357,6 +367,16 @@ def test_sharded_models_train_alike_and_hold_half_each(stage, flags, world, in_p
         assert m < 0.6 * n
     for mine, theirs in zip(metrics(plain, stage), metrics(sharded, stage), strict=True):
         assert_close(mine, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("flags", [{"critic": "shared"}, pytest.param({"ent_coef": 0.1}, marks=pytest.mark.slow)],
+                         ids=["shared", "separate"])
+def test_sharded_models_train_alike_with_a_head_in_chunks(flags, world, in_processes):
+    plain, sharded, flags = world("ppo"), world("ppo"), flags | {"lr": 1e-4, "micro_batch_size": 3, "max_iters": 2}
+    (whole, _), _ = in_processes(2, train_sharded, "ppo", plain, flags)
+    for saved, _ in in_processes(2, train_sharded, "ppo", sharded, flags | {"fsdp": True}, 1e4):
+        assert_close(saved, whole, atol=1e-5)
+    assert [row["ratio_first"] for row in metrics(sharded, "ppo")] == [0.0] * 2
 
 
 def policy_that_samples(folder):

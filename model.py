@@ -11,7 +11,7 @@ never looks right, no real token can see a pad, so a pass over whole sequences n
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Optional
 
 import torch
@@ -82,11 +82,12 @@ class KVCache:
     (pads of a shorter prompt, an earlier use of this cache), finite unless the model itself is broken.
 
     Memory for `room` slots (default: block_size) is taken once, and k and v are views of its beginning: on a GPU,
-    tensors of growing sizes would leave gaps that together are as large as they.
+    tensors of growing sizes would leave gaps that together are as large as they. With `copies`, each row of a prefill
+    is written to so many rows, one after the other.
 
     Raises ValueError if max_len exceeds room, or room block_size, as the model knows no position beyond it."""
 
-    def __init__(self, config, batch_size, max_len, device, dtype, room=None):
+    def __init__(self, config, batch_size, max_len, device, dtype, room=None, copies=1):
         self.room = config.block_size if room is None else room
         if self.room > config.block_size:
             raise ValueError(f"a cache with room={self.room} exceeds block_size={config.block_size}")
@@ -94,7 +95,7 @@ class KVCache:
         self.memory = [torch.empty(math.prod(self.shape) * self.room, device=device, dtype=dtype)
                        for _ in range(2 * config.n_layer)]
         self.rows = torch.arange(batch_size, device=device)
-        self.batch_size, self.max_len = batch_size, 0
+        self.batch_size, self.max_len, self.copies = batch_size, 0, copies
         self.grow(max_len)
 
     def grow(self, max_len):
@@ -124,8 +125,8 @@ class KVCache:
     def update(self, layer, k, v, positions):
         """Store k, v (B, nkv, T, hd) of one layer; return those to attend to."""
         if positions is None:  # prefill: slots 0..T-1 of every row, which see only each other
-            self.k[layer][:, :, :k.size(2)] = k
-            self.v[layer][:, :, :k.size(2)] = v
+            for slots, new in ((self.k[layer], k), (self.v[layer], v)):
+                slots[:, :, :k.size(2)].unflatten(0, (-1, self.copies))[:] = new.unsqueeze(1)
             return k, v
         self.k[layer][self.rows, :, positions] = k[:, :, 0]
         self.v[layer][self.rows, :, positions] = v[:, :, 0]
@@ -279,7 +280,7 @@ class Trunk(nn.Module):
         mask = None
         if positions is None:
             if cache is not None:
-                cache.check(B, T)
+                cache.check(B * cache.copies, T)
             where = torch.arange(T, device=idx.device)  # (T,)
         else:
             if cache is None or T != 1:
@@ -354,3 +355,10 @@ class GPT(nn.Module):
     def unembedding(self):
         """The policy head's weight (V, C)."""
         return (self.trunk.wte if self.config.tied else self.lm_head).weight
+
+    def untie(self):
+        """Gives the policy head a weight of its own, a copy of the token embeddings."""
+        if self.config.tied:
+            self.config = replace(self.config, tied=False)
+            self.lm_head = nn.Linear(self.config.n_embd, self.config.vocab_size, bias=False, device="meta")
+            self.lm_head.weight = nn.Parameter(self.trunk.wte.weight.detach().clone(), requires_grad=False)

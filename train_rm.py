@@ -26,7 +26,7 @@ from experience import Experience
 from reward_model import RewardModel, bradley_terry_loss, calibration_table
 from support import distributed
 from support.checkpoint import open_run
-from support.device import (CPU_BUDGET, activations, describe, maybe_compile, micro_batch_size, setup,
+from support.device import (CPU_BUDGET, activations, describe, hold_frozen, maybe_compile, micro_batch_size, setup,
                             spare_memory)
 from support.flags import Flags, require, run_script
 from support.metrics import Metrics, print_report, progress
@@ -167,6 +167,7 @@ def loop(config, run):
     model = RewardModel.from_policy(policy)
     average = copy.deepcopy(model).requires_grad_(False)  # what is evaluated, calibrated and saved as the reward model
     distributed.to_device(device, config, policy, model, average)
+    hold_frozen(autocast, device, policy)
     optimizer = Optimizer(model.parameters(), config)
     start, _ = run.begin(optimizer, {"model": average, "weights": model}, tokenizer, {"sft": sft["sha256"]})
     average.reset_calibration()

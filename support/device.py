@@ -111,6 +111,21 @@ def maybe_compile(fn, enabled):
     return call
 
 
+def hold_frozen(autocast, device, *modules):
+    """Keeps the matrices of models (or None) that no optimizer changes as autocast would round them in each pass: the
+    results stay the same bits, for 2 bytes a weight less and without the rounding. Norms and embeddings stay float32,
+    so a head that is tied to the embeddings becomes a copy. Without autocast, and on shards, nothing is done."""
+    with autocast():
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    for module in filter(None, modules):
+        if dtype and not any(map(distributed.is_sharded, module.parameters())):
+            if hasattr(module, "untie"):
+                module.untie()
+            for part in module.modules():
+                if isinstance(part, torch.nn.Linear):
+                    part.to(dtype)
+
+
 CPU_BUDGET = 256e6  # bytes of a pass's float32 logits on a CPU
 FEWEST_ROWS = 4     # fewer rows per pass than this are too little work for it
 

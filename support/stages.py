@@ -13,7 +13,7 @@ from pretrained import config_of, from_pretrained, is_pretrained, local_path
 from reward_model import RewardModel
 from support import distributed
 from support.checkpoint import digest, file_sha256, load_checkpoint, load_finished
-from support.device import activations, describe, micro_batch_size, rows_and_chunk, spare_memory
+from support.device import activations, describe, hold_frozen, micro_batch_size, rows_and_chunk, spare_memory
 from support.flags import UserError, require, resolve_sizes
 from support.metrics import print_report, progress
 from support.weights import GPT2_NAMES
@@ -100,7 +100,7 @@ class Models:
     sources: dict
 
 
-def load_models(config, tokenizer, device):
+def load_models(config, tokenizer, device, autocast):
     """The Models of a run whose earlier stages are there. A separate critic starts as the reward model, or else as the
     SFT policy with a value of 0."""
     with progress("loading the models"):
@@ -117,6 +117,7 @@ def load_models(config, tokenizer, device):
     sources = {"sft": sft["sha256"], "rm": rm.get("sha256")}
     reference = load_policy(sft).requires_grad_(False)
     distributed.to_device(device, config, policy, reference, critic, reward_model)
+    hold_frozen(autocast, device, reference, reward_model)
     return Models(policy, reference, critic, reward_model, sources)
 
 

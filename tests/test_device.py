@@ -14,9 +14,13 @@ import torch
 import support.device as device_module
 from model import GPTConfig
 from paths import ROOT
-from support.device import (Clock, activations, describe, generator, maybe_compile, micro_batch_size, pick_device,
-                            rows_and_chunk, setup, spare_memory)
+from pretrained import LLAMA
+from reward_model import RewardModel
+from rollout import score_response
+from support.device import (Clock, activations, describe, generator, hold_frozen, maybe_compile, micro_batch_size,
+                            pick_device, rows_and_chunk, setup, spare_memory)
 from support.flags import UserError
+from tensors import V, make_gpt, random_ids
 from tiny import Config
 
 
@@ -220,3 +224,29 @@ def test_spare_memory_is_half_of_what_training_leaves(monkeypatch):
     trained, frozen = torch.nn.Linear(10, 10), torch.nn.Linear(50, 50).requires_grad_(False)
     assert spare_memory(torch.device("cuda"), trained, frozen) == (10_000 - 12 * 110) / 2
     assert spare_memory(torch.device("cpu"), trained) is None
+
+
+@pytest.mark.parametrize("kind", [{}, LLAMA.kind | dict(n_kv_head=1, mlp_dim=48), {"tied": False}],
+                         ids=["gpt2", "llama", "untied"])
+def test_frozen_matrices_are_held_in_bfloat16_with_the_same_results(kind):
+    """Two bytes for a weight in place of four, and not a bit else: policy, value and reward."""
+    device, autocast = torch.device("cpu"), partial(torch.autocast, "cpu", dtype=torch.bfloat16)
+    plain, held = (make_gpt(torch.float32, **kind).requires_grad_(False) for _ in range(2))
+    rewards = [RewardModel(plain.config).requires_grad_(False) for _ in range(2)]
+    rewards[1].load_state_dict(rewards[0].state_dict())
+    hold_frozen(autocast, device, held, rewards[1], None)
+    tokens, lens = random_ids(V, 3, 9), torch.tensor([2, 4, 3])
+    with autocast():
+        for ours, theirs in zip(score_response(held, tokens, lens, 4), score_response(plain, tokens, lens, 4)):
+            assert torch.equal(ours, theirs)
+        assert torch.equal(rewards[1](tokens, lens), rewards[0](tokens, lens))
+    assert held.unembedding.dtype == torch.bfloat16 and held.trunk.wte.weight.dtype == torch.float32
+    plain, held = (sum(p.nbytes for name, p in model.trunk.named_parameters() if p.dim() == 2 and name[:2] != "wp"
+                       and name[:3] != "wte") for model in (plain, held))
+    assert plain == 2 * held > 0
+
+
+def test_models_without_autocast_stay_as_they_are():
+    model = make_gpt(torch.float32)
+    hold_frozen(partial(torch.autocast, "cpu", enabled=False), torch.device("cpu"), model)
+    assert model.config.tied and {p.dtype for p in model.parameters()} == {torch.float32}

@@ -162,7 +162,7 @@ def load_side(path, name, saved, flags, options):
     block_size = saved["model_config"]["block_size"]
     stages.resolve_max_new_tokens(config, encoding, block_size)
     device, autocast = setup(config)
-    models = stages.load_models(config, tokenizer, device)
+    models = stages.load_models(config, tokenizer, device, autocast)
     for flag, source in (("init_from", "sft"), ("rm", "rm")):
         require(not is_ppo or saved["sources"][source] == models.sources[source], f"{path} was not trained with "
                 f"{getattr(config, flag)}: name the file that it was trained with by --{flag}")

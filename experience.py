@@ -66,17 +66,20 @@ class Experience:
         """A generator for one purpose, another one in each process."""
         return generator(self.device, self.config.seed, distributed.per_rank(purpose), *more)
 
-    def sample(self, policy, prompts, rng):
-        """Rollout of the policy on prompts, lists of ids. All processes must get as many (distributed.fill_up)."""
-        tokens, prompt_lens = (x.to(self.device) for x in collate_prompts(distributed.shard(prompts), self.pad))
+    def sample(self, policy, prompts, rng, copies=1):
+        """Rollout of the policy on prompts, lists of ids, each of which stands there `copies` times in a row. All
+        processes must get as many (distributed.fill_up)."""
+        prompts = distributed.shard(prompts)
+        tokens, prompt_lens = (x.to(self.device) for x in collate_prompts(prompts, self.pad))
         with self.autocast(), distributed.unsharded(policy):
             rollout = generate(policy, tokens, prompt_lens, self.config.max_new_tokens, eos=self.eos,
-                               temperature=self.config.temperature, generator=rng)
+                               temperature=self.config.temperature, generator=rng,
+                               copies=1 if len(prompts) % copies else copies)
         return distributed.gather(rollout, tokens=self.pad)
 
-    def collect(self, policy, prompts, rng):
-        """Rollout of the policy on Prompts, and its texts [(prompt, response, row)], row as in the Prompt."""
-        rollout = self.sample(policy, prompts, rng)
+    def collect(self, policy, prompts, rng, copies=1):
+        """sample()'s Rollout on Prompts, and its texts [(prompt, response, row)], row as in the Prompt."""
+        rollout = self.sample(policy, prompts, rng, copies)
         return rollout, WhenRead(lambda: [(*(decode(self.encoding, ids) for ids in row), prompt.row)
                                           for row, prompt in zip(rollout.ids(), prompts)])
 

@@ -68,11 +68,12 @@ def cooled(hidden, temperature):
 
 
 @torch.no_grad()
-def sample_tokens(model, prompts, prompt_lens, max_new_tokens, *, temperature=1.0, generator=None):
+def sample_tokens(model, prompts, prompt_lens, max_new_tokens, *, temperature=1.0, generator=None, copies=1):
     """The sampling loop: yields (token, logprob, value), each (B,), for step 0, 1, ... max_new_tokens - 1.
 
     Rows are ragged: row b's step-t token has position prompt_lens[b] + t, in the model's cache as in the
-    output. The loop knows no EOS and runs on; whoever consumes it decides when to stop.
+    output. The loop knows no EOS and runs on; whoever consumes it decides when to stop. Where each prompt stands there
+    `copies` times in a row, the model reads it once.
 
     Raises ValueError, before any compute, for a bad temperature or length, or a context that would not fit."""
     P, longest = prompts.size(1), int(prompt_lens.max())
@@ -95,11 +96,12 @@ def sample_tokens(model, prompts, prompt_lens, max_new_tokens, *, temperature=1.
     if device.type != "cpu":  # where the slots are no multiple of 16, attention on a GPU copies its mask in each layer
         first, room = (n + -n % 16 for n in (first, room))
     room = min(room, block_size)
-    cache = KVCache(model.config, prompts.size(0), min(first, room), device, dtype, room)
+    cache = KVCache(model.config, prompts.size(0), min(first, room), device, dtype, room, copies)
 
-    hidden = model(prompts, cache=cache)  # (B, P, C); the cache now holds junk beyond each prompt, overwritten below
+    # (B / copies, P, C); the cache now holds junk beyond each prompt, overwritten below
+    hidden = model(prompts[::copies], cache=cache)
     positions = prompt_lens - 1
-    hidden = hidden.gather(1, positions.view(-1, 1, 1).expand(-1, 1, hidden.size(2)))  # (B, 1, C)
+    hidden = hidden[torch.arange(len(prompts), device=device) // copies, positions].unsqueeze(1)  # (B, 1, C)
     for step in range(max_new_tokens):
         logits = upcast(model.policy_head(cooled(hidden[:, 0], temperature)))  # (B, V)
         logprobs = torch.log_softmax(logits, dim=-1)
@@ -117,19 +119,20 @@ def sample_tokens(model, prompts, prompt_lens, max_new_tokens, *, temperature=1.
 
 
 @torch.no_grad()
-def generate(model, prompts, prompt_lens, max_new_tokens, *, eos, temperature=1.0, generator=None):
+def generate(model, prompts, prompt_lens, max_new_tokens, *, eos, temperature=1.0, generator=None, copies=1):
     """Samples one response for each of prompts (B, P) long, right-padded, prompt_lens (B,). Returns a Rollout.
 
     `eos` is the id that ends a response, or a list of such ids, the first of which is the padding. A response ends with
     the EOS it sampled, or is cut at max_new_tokens and then has none. R is the longest response produced. Ids in
-    `prompts` beyond prompt_lens are ignored. Raises ValueError for a context that would not fit (see sample_tokens) and
-    FloatingPointError for logits that are not finite."""
+    `prompts` beyond prompt_lens are ignored. Where each prompt stands there `copies` times in a row, the model reads it
+    once. Raises ValueError for a context that would not fit (see sample_tokens) and FloatingPointError for logits that
+    are not finite."""
     B, P = prompts.shape
     done = torch.zeros(B, dtype=torch.bool, device=prompts.device)
     response_lens = torch.zeros_like(prompt_lens)
     columns = []
     for step, column in enumerate(sample_tokens(model, prompts, prompt_lens, max_new_tokens,
-                                                temperature=temperature, generator=generator)):
+                                                temperature=temperature, generator=generator, copies=copies)):
         token, logprob, _ = column
         columns.append(column)
         response_lens += ~done

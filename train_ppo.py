@@ -102,7 +102,7 @@ def prepare_run(config, run):
     rows_for = sides_with_rows(reward_function, eval_function)
     encoding, tokenizer, split = stages.prepare(config, rows_for, sft=train_sft, rm=train_rm)
     device, autocast = setup(config)
-    models = stages.load_models(config, tokenizer, device)
+    models = stages.load_models(config, tokenizer, device, autocast)
     experience = Experience(config, encoding, device, autocast, *stages.rows_per_pass(config, models, split, device))
     trained = {"model": models.policy} | ({"critic": models.critic} if models.critic else {})
     optimizer = Optimizer(models.policy.parameters(), config, models.critic.parameters() if models.critic else ())
@@ -129,7 +129,8 @@ def loop(config, run, rung):
 
         # -- 1 sample: a response to each prompt, by the policy as it is now, and the score of each response
         prompts = [split.train[i] for i in order.order(iteration - 1) for _ in range(config.samples_per_prompt)]
-        rollout, texts = experience.collect(policy, prompts, experience.rng("rollout", iteration))
+        rng = experience.rng("rollout", iteration)
+        rollout, texts = experience.collect(policy, prompts, rng, config.samples_per_prompt)
         scores, parts = reward_fn(rollout, texts)
         tokens, prompt_lens, mask = rollout.tokens, rollout.prompt_lens, rollout.mask
         (B, R), has_eos = mask.shape, rollout.has_eos(experience.eos)

@@ -13,6 +13,7 @@ trained on. There is no pretraining and no packing here.
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Optional
 
 import torch
@@ -110,7 +111,6 @@ def loop(config, run):
     distributed.to_device(device, config, model, average)
     optimizer = Optimizer(model.parameters(), config)
     done, _ = run.begin(optimizer, {"model": average, "weights": model}, tokenizer)
-    score = maybe_compile(score_response, config.compile)
 
     print(f"train_sft: {model.n_params:,} parameters on {describe(device, autocast, config.recompute)}, "
           f"tokenizer {encoding.name} ({encoding.n_vocab:,} ids)")
@@ -118,6 +118,7 @@ def loop(config, run):
     T = max(len(row.prompt) + len(row.response) for row in split.train)
     micro, chunk = rows_and_chunk(config.batch_size, config.micro_batch_size, (longest, model.config.vocab_size),
                                   activations(model.config, T, config.recompute), spare_memory(device, model))
+    score = maybe_compile(partial(score_response, entropy=False, chunk=chunk), config.compile)
     print_report(config, split.report, f"; evaluation reads {min(len(split.heldout), EVAL_ROWS)} held-out rows; "
                                        f"{micro} rows per forward pass")
 
@@ -125,7 +126,7 @@ def loop(config, run):
         """Mean -log pi over the response tokens of rows, and their number."""
         tokens, prompt_lens, _, mask = (x.to(device) for x in collate_demonstrations(rows, encoding.eot_token))
         with autocast():
-            logprobs, _, _ = score(model, tokens, prompt_lens, mask.size(1), entropy=False)
+            logprobs, _, _ = score(model, tokens, prompt_lens, mask.size(1))
         return -masked_mean(logprobs, mask), mask.sum()
 
     @torch.no_grad()

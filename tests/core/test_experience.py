@@ -43,7 +43,7 @@ def test_texts_are_decoded_once_and_only_if_somebody_reads_them(experience, poli
     monkeypatch.setattr("experience.decode", lambda encoding, ids: decoded.append(ids) or f"text {len(decoded)}")
     rollout, texts = experience.collect(policy, PROMPTS, experience.rng("rollout", 1))
     assert decoded == []
-    assert texts[1] == ("text 3", "text 4") and len(texts) == len(list(texts)) == 12 and len(texts[:5]) == 5
+    assert texts[1] == ("text 3", "text 4", {"n": 1}) and len(texts) == len(list(texts)) == 12 and len(texts[:5]) == 5
     assert decoded == [ids for row in rollout.ids() for ids in row]
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 import rollout
 from model import GPT, GPTConfig
+from pretrained import LLAMA
 from rollout import generate, sample_tokens, score_response, score_values
 from tensors import gap, random_ids, rng
 
@@ -525,3 +526,13 @@ def test_a_head_in_chunks_never_holds_the_logits_of_all_positions(monkeypatch):
                                     ids(8, 3), 10, False)[0]
     logprobs.sum().backward()
     assert shapes == 2 * [(10, 16), (10, 16), (4, 16)]
+
+
+@pytest.mark.parametrize("kind", [{}, LLAMA.kind | dict(n_kv_head=1, mlp_dim=24)], ids=["gpt2", "llama"])
+def test_a_prompt_that_stands_there_twice_is_read_once(kind, monkeypatch):
+    model, read = gpt(**kind), []
+    rows = PROMPTS[:4].repeat_interleave(2, 0), LENS[:4].repeat_interleave(2)
+    monkeypatch.setattr(model, "forward", lambda idx, **more: read.append(len(idx)) or GPT.forward(model, idx, **more))
+    once, apart = (generate(model, *rows, NEW, eos=EOS, generator=rng(), copies=copies) for copies in (2, 1))
+    assert torch.equal(once.tokens, apart.tokens) and gap(once.logprobs, apart.logprobs) < 1e-12
+    assert read[0] == 4 and {*read[1:]} == {8}

@@ -26,7 +26,7 @@ import train_rm
 from experiments import human_comparisons, ladder, overoptimization, scaling, sentiment, trpo
 from model import GPT, GPTConfig
 from paths import ROOT
-from rollout import Rollout
+from rollout import Rollout, first
 from support import device, distributed, optimizer
 from support.checkpoint import digest, load_checkpoint
 from support.flags import UserError
@@ -123,12 +123,12 @@ def given_rollout(model, prompts, prompt_lens, max_new_tokens, *, eos, temperatu
         rng = torch.Generator().manual_seed(distributed.rank() * len(prompts) + i)
         n = int(torch.randint(1, max_new_tokens + 1, (), generator=rng))
         response = torch.randint(97, 123, (n,), generator=rng).tolist()
-        response[-1:] = eos if n % 3 else [101]
+        response[-1] = first(eos) if n % 3 else 101
         rows.append(prompts[i, :prompt_lens[i]].tolist() + response)
         lens.append(n)
     lens, R = torch.tensor(lens), max(lens)
     mask = torch.arange(R) < lens.unsqueeze(1)
-    tokens, _ = data.pad(rows, eos[0], width=prompts.size(1) + R)
+    tokens, _ = data.pad(rows, first(eos), width=prompts.size(1) + R)
     return Rollout(tokens, prompt_lens, lens, mask, torch.zeros(mask.shape), torch.zeros(mask.shape))
 
 

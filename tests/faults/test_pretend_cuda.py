@@ -17,7 +17,7 @@ from paths import ROOT
 GXX = shutil.which("g++")
 pytestmark = pytest.mark.skipif(not GXX, reason="there is no g++")
 # Two epochs of two minibatches are four optimizer steps; 8 tokens are sampled one by one.
-PPO = {"max_iters": 2, "batch_size": 8, "minibatches": 2, "epochs": 2}
+PPO = {"max_iters": 3, "batch_size": 8, "minibatches": 2, "epochs": 2}
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +49,11 @@ def pretend(guard, tmp_path):
 def test_no_stage_mixes_devices_or_waits_in_each_pass(pretend, world):
     """An iteration of PPO waits once for each sampled token, at most once for each optimizer step and twice for each
     epoch, and 17 times for the rest: with 4 x 4 that is 41 besides the tokens."""
-    sft, rm, *ppo = pretend(
+    llama = world("sft")
+    sft, rm, _, _, *ppo = pretend(
         ("sft", world("sft"), {"max_iters": 3, "micro_batch_size": 3}),
         ("rm", world("rm"), {"max_iters": 3, "micro_batch_size": 3}),
+        ("sft", llama, {"arch": "llama"}), ("rm", llama, {}), ("ppo", llama, PPO | {"micro_batch_size": 4}),
         ("ppo", world("ppo"), PPO | {"micro_batch_size": 4}),
         ("ppo", world("ppo"), PPO | {"micro_batch_size": 1, "recompute": True}),
         ("ppo", world("ppo"), PPO | {"micro_batch_size": 2, "critic": "shared", "kl_in": "loss", "ent_coef": 0.1}),

@@ -166,7 +166,7 @@ def loop(config, run):
     policy = load_policy(sft)
     model = RewardModel.from_policy(policy)
     average = copy.deepcopy(model).requires_grad_(False)  # what is evaluated, calibrated and saved as the reward model
-    distributed.to_device(device, config, policy, model, average)
+    distributed.to_device(device, config, autocast, policy, model, average)
     hold_frozen(autocast, device, policy)
     optimizer = Optimizer(model.parameters(), config)
     start, _ = run.begin(optimizer, {"model": average, "weights": model}, tokenizer, {"sft": sft["sha256"]})

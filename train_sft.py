@@ -108,7 +108,7 @@ def loop(config, run):
     with progress(f"reading {config.data}"):
         split = load_data(config, encoding, model.config.block_size)
     average = copy.deepcopy(model).requires_grad_(False).eval()  # what is evaluated, and saved as the SFT model
-    distributed.to_device(device, config, model, average)
+    distributed.to_device(device, config, autocast, model, average)
     optimizer = Optimizer(model.parameters(), config)
     done, _ = run.begin(optimizer, {"model": average, "weights": model}, tokenizer)
 

@@ -116,7 +116,7 @@ def load_models(config, tokenizer, device, autocast):
         critic = reward_model.as_critic() if reward_model else load_policy(sft)
     sources = {"sft": sft["sha256"], "rm": rm.get("sha256")}
     reference = load_policy(sft).requires_grad_(False)
-    distributed.to_device(device, config, policy, reference, critic, reward_model)
+    distributed.to_device(device, config, autocast, policy, reference, critic, reward_model)
     hold_frozen(autocast, device, reference, reward_model)
     return Models(policy, reference, critic, reward_model, sources)
 

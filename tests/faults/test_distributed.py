@@ -369,6 +369,23 @@ def test_sharded_models_train_alike_and_hold_half_each(stage, flags, world, in_p
         assert_close(mine, theirs, atol=1e-4)
 
 
+def train_in_bfloat16(folder, flags):
+    """The final weights, and the dtypes in which matrices met a forward pass."""
+    dtypes, linear = set(), torch.nn.functional.linear
+    torch.nn.functional.linear = lambda x, weight, *bias: dtypes.add(weight.dtype) or linear(x, weight, *bias)
+    return train("ppo", folder, flags | {"dtype": "bfloat16"}), dtypes
+
+
+def test_matrices_are_gathered_in_bfloat16_and_train_alike(world, in_processes):
+    """Heads and norms stay float32. Without the rounding of shards no matrix of a pass would be bfloat16."""
+    plain, sharded, flags = world("ppo"), world("ppo"), {"lr": 1e-4, "max_iters": 2}
+    (whole, dtypes), _ = in_processes(2, train_in_bfloat16, plain, flags)
+    for saved, gathered in in_processes(2, train_in_bfloat16, sharded, flags | {"fsdp": True}):
+        assert_close(saved, whole, atol=1e-4)
+        assert torch.bfloat16 in gathered
+    assert [row["ratio_first"] for row in metrics(sharded, "ppo")] == [0.0] * 2
+
+
 @pytest.mark.parametrize("flags", [{"critic": "shared"}, pytest.param({"ent_coef": 0.1}, marks=pytest.mark.slow)],
                          ids=["shared", "separate"])
 def test_sharded_models_train_alike_with_a_head_in_chunks(flags, world, in_processes):

@@ -16,7 +16,7 @@ from tools.relink import LINK
 
 TEXT = (ROOT / "README.md").read_text()
 PAGES = {str(path.relative_to(ROOT)): path.read_text()
-         for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]}
+         for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]}
 LINES = [(page, *link) for page, text in PAGES.items()
          for link in LINK.findall(text)]
 FILES = sorted({(page, target) for page, text in PAGES.items()

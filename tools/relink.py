@@ -17,7 +17,7 @@ LINK = re.compile(r"\[`([^`\n]+)`\]\(([\w./]+\.py)#L(\d+)\)")  # text, file, lin
 
 
 def pages(root):
-    return [root / "README.md", *sorted(root.glob("docs/*.md"))]
+    return [root / "README.md", *sorted(root.glob("docs/**/*.md"))]
 
 
 def nearest(text, path, number):

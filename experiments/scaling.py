@@ -111,7 +111,7 @@ def print_paper():
     for batches in ((512, 4096, 65536), (4096, 4096, 4096)):
         speeds = []  # of a GPU
         for batch, gpus in zip(batches, (8, 64, 1024)):
-            seconds = on_paper(bench.Size(*bench.GPT2_FAMILY["gpt2-xl"], 50257, batch // gpus, 64, 128), gpus)
+            seconds = on_paper(replace(bench.GPT2_XL, batch_size=batch // gpus), gpus)
             seconds_each = sum(seconds.values())
             speeds.append(batch * 128 / seconds_each / gpus)
             print(f"| {batch:,} | {gpus:,} | {batch // gpus} | " + " | ".join(f"{seconds[name]:.2f}" for name in names)

@@ -5,6 +5,7 @@ import contextlib
 import json
 import time
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,6 +22,7 @@ from model import GPT, KVCache
 from rollout import generate, score_response
 from support import stages
 from support.checkpoint import load_checkpoint
+from support.device import hold_frozen
 from support.flags import UserError
 from tools import bench
 
@@ -214,10 +216,10 @@ def test_the_memory_of_a_training_pass_is_what_the_allocator_hands_out(critic, r
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     with torch.profiler.profile(profile_memory=True) as profiler:
-        logprobs, values, entropy = score_response(model, tokens, lens, 30)
+        logprobs, values, _ = score_response(model, tokens, lens, 30, entropy=False)
         if critic:
             values = bench.score_values(model, tokens, lens, 30)
-        (logprobs.sum() + values.sum() + entropy.sum()).backward()
+        (logprobs.sum() + values.sum()).backward()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
     assert bench.pass_bytes(size, 2, False, critic, recompute) == pytest.approx(held.max(), rel=0.1)
@@ -231,10 +233,14 @@ def test_recomputing_keeps_one_layers_activations_and_the_inputs_of_all():
 
 
 def test_the_estimate_of_memory_adds_up():
-    """A trained weight takes 16 bytes, a frozen one 4."""
+    """A trained weight takes 16 bytes, a frozen one 4, and 2 in a matrix under autocast."""
     parts, N = bench.estimate(SIZE, "shared", 4, bf16=True), bench.n_params(SIZE)
-    frozen = parts["reference"] + parts["reward model"]
-    assert parts["weights"] + parts["gradients"] + parts["AdamW"] == 16 * N and frozen == 8 * N
+    plain = bench.estimate(SIZE, "shared", 4, bf16=False)
+    assert parts["weights"] + parts["gradients"] + parts["AdamW"] == 16 * N
+    assert plain["reference"] == plain["reward model"] == 4 * N
+    held = GPT(SIZE.model).requires_grad_(False)
+    hold_frozen(partial(torch.autocast, "cpu"), torch.device("cpu"), held)
+    assert parts["reference"] == pytest.approx(sum(p.nbytes for p in held.parameters()), rel=0.01)
     assert parts["KV cache"] == 2 * 2 * 2 * 32 * 11 * 8  # keys and values, 2 layers, 32 wide, 11 positions, 8 rows
     separate = bench.estimate(SIZE, "separate", 4, bf16=True)
     assert separate["weights"] + separate["gradients"] + separate["AdamW"] == 32 * N

@@ -6,7 +6,7 @@ How long one PPO iteration takes, stage by stage, and how long it would take at 
     python -m tools.bench --preset=gpt2 --json             one line of JSON
     python -m tools.bench --preset=smollm2 --critic=none   SmolLM2-135M's shape; also qwen-0.6b and llama-1b
     python -m tools.bench --profile=trace.json.gz          a torch.profiler trace of one iteration, for ui.perfetto.dev
-    python -m tools.bench --estimate                       memory of GPT-2 small to XL, computed and not measured
+    python -m tools.bench --estimate                       which model fits into which GPU, computed and not measured
 
 The loop is train_ppo.train itself, on random weights whose EOS is all but impossible, so that each response has its
 full length. The floor is what the same work needs at the matrix rate and the bandwidth measured in this process, if
@@ -91,8 +91,16 @@ PRESETS = {"tiny": Size(4, 4, 128, 512, 256, 16, 32), "small": Size(6, 6, 384, 8
 ON_GPU = {"gpt2": Size(12, 12, 768, 50257, 512, 64, 128)} | {
     name: replace(PRESETS[name], batch_size=256, prompt_len=128, response_len=256, minibatches=4)
     for name in ("smollm2", "qwen-0.6b", "llama-1b")}
-GPT2_FAMILY = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280),
-               "gpt2-xl": (48, 25, 1600)}
+GPT2_XL = Size(48, 25, 1600, 50257, 64, 64, 128)
+QWEN25 = LLAMA.kind | dict(n_kv_head=2, qkv_bias=True)
+FITS = {name: replace(size, batch_size=64, prompt_len=128, response_len=256) for name, size in {
+    "gpt2, 124M": PRESETS["gpt2"], "Qwen2.5-0.5B": Size(24, 14, 896, 151936, 0, 0, 0, kind=QWEN25 | dict(mlp_dim=4864)),
+    "Qwen3-0.6B": PRESETS["qwen-0.6b"], "Llama-3.2-1B": PRESETS["llama-1b"],
+    "Qwen2.5-1.5B": Size(28, 12, 1536, 151936, 0, 0, 0, kind=QWEN25 | dict(mlp_dim=8960)),
+    "Llama-3.2-3B": Size(28, 24, 3072, 128256, 0, 0, 0, kind=LLAMA.kind | dict(n_kv_head=8, mlp_dim=8192))}.items()}
+CARDS = 8, 12, 24, 80  # GB of a GPU
+SAVING = {"`--critic=separate`": ("separate", False), "`--critic=shared`": ("shared", False),
+          "`--advantage=group --recompute`": ("none", True)}  # flags: (critic, recompute), from most memory to least
 
 
 @dataclass
@@ -101,13 +109,13 @@ class Config:
     device: str = "auto"                # auto|cpu|cuda: auto takes cuda if there is one
     dtype: str = "auto"                 # auto|float32|bfloat16: autocast; auto is bfloat16 on cuda, float32 on cpu
     compile: bool = False               # torch.compile the training passes; give it more warm-up
-    recompute: bool = False             # activation checkpointing, in --estimate as well
+    recompute: bool = False             # activation checkpointing
     critic: str = "shared"              # shared|separate|none: none is the group baseline, 4 responses to a prompt
     iters: int = 5                      # [1, inf) iterations that the medians are over
     warmup: int = 1                     # [0, inf) iterations before those
     json: bool = False                  # one line of JSON instead of the table
     profile: Optional[str] = None       # write a trace of one more iteration here, .json or .json.gz
-    estimate: bool = False              # compute the memory of GPT-2 small to XL at batch 64, prompt 64, response 128
+    estimate: bool = False              # compute which models fit into 8, 12, 24 and 80 GB with which flags
     n_layer: Optional[int] = None       # [1, inf) layers
     n_head: Optional[int] = None        # [1, inf) attention heads
     n_embd: Optional[int] = None        # [1, inf) width
@@ -361,7 +369,7 @@ class LiveBytes(TorchDispatchMode):
         return out
 
 
-def pass_bytes(size, rows, bf16, critic=False, recompute=False):
+def pass_bytes(size, rows, bf16, critic=False, recompute=False, chunk=None):
     """The most that a training pass over `rows` responses holds beyond weights and gradients, forward and backward, as
     the allocations of score_response itself add up on fake tensors, which take no memory."""
     with FakeTensorMode():
@@ -374,23 +382,26 @@ def pass_bytes(size, rows, bf16, critic=False, recompute=False):
         with live:
             # float16 is as wide as bfloat16, and has the fused attention here that bfloat16 has on a GPU only
             with torch.autocast("cpu", dtype=torch.float16, enabled=bf16):
-                logprobs, values, entropy = score_response(model, tokens, lens, size.response_len)
+                logprobs, values, _ = score_response(model, tokens, lens, size.response_len, entropy=False, chunk=chunk)
                 if critic:
                     values = score_values(model, tokens, lens, size.response_len)
-            (logprobs.sum() + values.sum() + entropy.sum()).backward()
+            (logprobs.sum() + values.sum()).backward()
         return live.peak
 
 
-def estimate(size, critic, micro, bf16, recompute=False):
+def estimate(size, critic, micro, bf16, recompute=False, chunk=None):
     """{what: bytes} of a run, all of it on one device at the same time, except that the peak of the rollout and that of
     the update exclude each other: the larger one counts."""
     N, T = n_params(size), size.prompt_len + size.response_len
     trained = 1 + int(critic == "separate")
     heads = size.model.n_kv_head * size.model.head_dim
     kv = 2 * size.n_layer * heads * T * size.batch_size * (2 if bf16 else 4)
+    head, matrices = size.n_embd * size.vocab_size, size.n_layer * layer_weights(size)
+    frozen = 4 * N - 2 * matrices if bf16 else 4 * N  # support.device.hold_frozen; its copy of the head beside that
     items = {"weights": 4 * N * trained, "gradients": 4 * N * trained, "AdamW": 8 * N * trained,
-             "reference": 4 * N, "reward model": 4 * N}
-    return items | {"KV cache": kv, "training pass": pass_bytes(size, micro, bf16, critic == "separate", recompute)}
+             "reference": frozen + 2 * head * bf16, "reward model": frozen}
+    return items | {"KV cache": kv,
+                    "training pass": pass_bytes(size, micro, bf16, critic == "separate", recompute, chunk)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -466,33 +477,31 @@ def print_table(config, result):
           + (" of the whole process" if device.type == "cpu" else ""))
 
 
-def print_estimate(config):
-    """The memory of the GPT-2 family; --dtype=auto is what a GPU would use."""
-    flags = {"batch_size": 64, "prompt_len": 64, "response_len": 128, "minibatches": 4, "vocab_size": 50257}
-    flags |= {name: getattr(config, name) for name in flags if getattr(config, name) is not None}
-    bf16, GB = config.dtype != "float32", 1e9
-    sizes = {name: Size(*shape, **flags) for name, shape in GPT2_FAMILY.items()}
-    first = sizes["gpt2"]
-    micro = micro_batch_size(first.batch_size // first.minibatches, config.micro_batch_size,
-                             first.response_len * first.vocab_size, by_length=True)
-    print(f"computed from allocations, not measured: batch {first.batch_size}, prompt {first.prompt_len}, response "
-          f"{first.response_len}, {micro} responses per forward pass, {'bfloat16 autocast' if bf16 else 'float32'}"
-          f"{', activations recomputed' if config.recompute else ''}; GB\n")
-    for n, (name, size) in enumerate(sizes.items()):
-        for critic in ("shared", "separate"):
-            items = estimate(size, critic, micro, bf16, config.recompute)
-            peak_total = sum(items.values()) - min(items["KV cache"], items["training pass"])
-            if n == 0 and critic == "shared":
-                print(f"{'model':<13}{'parameters':>14}  {'critic':<10}" + "".join(f"{part:>15}" for part in items)
-                      + f"{'peak':>8}")
-            print(f"{name:<13}{n_params(size):>14,}  {critic:<10}" + "".join(f"{part / GB:>15.2f}" for part in
-                  items.values()) + f"{peak_total / GB:>8.1f}")
+def gigabytes(size, critic, recompute):
+    """The least that a run in bfloat16 needs, with --reward=FUNCTION: 4 responses per forward pass, and as the rollout
+    and the update exclude each other, the larger of them."""
+    items = estimate(size, critic, 4, True, recompute, chunk=256)
+    rollout = items.pop("KV cache") + 2 * n_params(size)  # and the bfloat16 copy of the weights that autocast keeps
+    return (sum(items.values()) - items["training pass"] - items["reward model"]
+            + max(rollout, items["training pass"])) / 1e9
+
+
+def print_estimate():
+    """Which flags make which model fit into which GPU, a tenth of which is left to CUDA and to fragmentation."""
+    print("computed from allocations, not measured: 64 responses of 256 tokens to prompts of 128, bfloat16 autocast over "
+          "float32 weights,\n4 responses per forward pass, head in chunks of 256 positions, --reward=FUNCTION; GB needed "
+          "in brackets\n\n| model | " + " | ".join(f"{card} GB" for card in CARDS) + " |\n" + "|---" * 5 + "|")
+    for name, size in FITS.items():
+        needs = {flags: gigabytes(size, *options) for flags, options in SAVING.items()}
+        cells = [next((f"{flags} ({need:.1f})" for flags, need in needs.items() if need <= 0.9 * card), "no")
+                 for card in CARDS]
+        print(f"| {name} | " + " | ".join(cells) + " |")
 
 
 def main(config):
     check_domains(config)
     if config.estimate:
-        return print_estimate(config)
+        return print_estimate()
     result = bench(config)
     if config.json:
         print(json_line(config, result))

@@ -6,13 +6,13 @@ The ladder of the derivation on the built-in task: what each rung was meant to f
     python -m experiments.ladder --objective=reinforce        one rung by itself, with the flags of train_ppo.py; then
                                                               reward_to_go, baseline, gae, cpi, kl_penalty, clip
 
-The SFT policy and the reward model are trained once per seed and shared. Every run of a seed gets as many rollouts, of
-the same prompts in the same order. What differs is --objective and what follows from it: up to `gae` a rollout allows
-one optimizer step, from `cpi` on it is used for four, in two epochs. The runs named "8 epochs" use it for sixteen, so
-that the ratio has time to run away; they are shorter. TRPO's critic takes eight steps of half the size per rollout.
+The SFT policy and the reward model are trained once per seed and shared. Every run of a seed gets the same prompts in
+the same order, in 50 rollouts. What differs is --objective and what follows from it: up to `gae` a rollout allows one
+optimizer step, from `cpi` on it is used for four, in two epochs. The runs named "8 epochs" use it for sixteen, so that
+the ratio has time to run away, and have 12 rollouts. TRPO's critic takes eight steps of half the size per rollout.
 
 Runs that out_dir holds already are not repeated: delete it after changing the task or a default of the first two
-stages. Drawing needs matplotlib.
+stages. --redraw draws the numbers of an earlier run. Drawing needs matplotlib.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ from support.device import setup
 from support.flags import check_domains, require_one_process, run_script
 from support.stages import load_policy, load_reward_model
 from tokenizer import DataError, get_tokenizer
-from tools.plot import import_pyplot, read_run
+from tools.plot import COLOURS, import_pyplot, read_run
 
 RUNS = {name: {"objective": name} for name in ONE_STEP} | {
     name: {"objective": name, "epochs": 2, "minibatches": 2} for name in REUSE} | {"trpo": {}} | {
@@ -64,6 +64,7 @@ class Config:
     max_iters: int = 50            # [2, inf) rollouts of each run
     workers: Optional[int] = None  # [1, inf) runs at a time, each on one thread; default: one per core
     save: str = "docs/ladder"      # the figure and its numbers, less .png and .json
+    redraw: bool = False           # draw the numbers that `save` holds again; nothing is trained
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -204,40 +205,63 @@ def print_table(results):
 
 
 def draw(results, save):
+    """Accuracy of each rung on axes of their own, and below them the gradients' variances and the runs of 8 epochs."""
     plt = import_pyplot()
-    figure, axes = plt.subplots(2, 3, figsize=(15, 8), constrained_layout=True)
-    curves_of = (("objective", "score - kl_coef * KL"), ("gold", "share of right answers"),
-                 ("kl", "KL to the SFT policy, nats per response"),
-                 ("ratio_max", "largest ratio in a rollout's updates"))
-    for axis, (metric, title) in zip(axes.flat, curves_of):
-        for n, (name, result) in enumerate(results.items()):
-            if metric in result and not (metric == "ratio_max" and name in ONE_STEP):
-                curves = np.array(result[metric])
-                x, again = np.arange(1, curves.shape[1] + 1), "8 epochs" in name
-                color = f"C{n}" if not again else f"C{list(results).index(name.split(',')[0])}"
-                axis.plot(x, curves.mean(0), label=name, color=color, linestyle=":" if again else "-")
-                axis.fill_between(x, curves.min(0), curves.max(0), color=color, alpha=0.1, linewidth=0)
-        axis.set(title=title, xlabel="rollouts")
+    figure, axes = plt.subplots(3, 4, figsize=(10, 7), constrained_layout=True)
+    rungs_shown, overdone = ([name for name in results if (" epochs" in name) == long] for long in (False, True))
+    base = np.mean(results["reinforce"]["gold"], 0)
+    for axis, name in zip(axes[:2].flat, rungs_shown):
+        axis.plot(np.arange(1, len(base) + 1), base, color="0.6", linestyle="--", linewidth=1)
+        band(axis, results[name]["gold"], COLOURS[0])
+        axis.set(ylim=(0.3, 1), yticks=(0.4, 0.6, 0.8, 1))
+        axis.tick_params(labelleft=axis in axes[:, 0], labelbottom=axis in axes[1])
+        axis.set_title(f"{name}, {np.mean([curve[-LAST:] for curve in results[name]['gold']]):.2f}", fontsize=10)
+    axes[0, 0].annotate("dashed: reinforce", (0.98, 0.05), xycoords="axes fraction", ha="right", color="0.4",
+                        fontsize=9)
+    axes[0, 0].set_ylabel("accuracy")
+    axes[1, 0].set_ylabel("accuracy")
+
+    axis, ratios = axes[2, 0], {name: np.divide(results[name]["gradient_variance"],
+                                                results["reinforce"]["gradient_variance"]) for name in ONE_STEP}
+    axis.barh(list(ratios), [ratio.mean() for ratio in ratios.values()], color=COLOURS[0], alpha=0.5)
+    for y, ratio in enumerate(ratios.values()):
+        axis.plot(ratio, [y] * len(ratio), "k.", markersize=4)  # one dot per seed
+    axis.invert_yaxis()
+    axis.set_title("variance of the gradient,\nreinforce = 1", fontsize=10)
+    for axis, (metric, title) in zip(axes[2, 1:], (("gold", "accuracy"), ("kl", "KL to SFT, nats per response"),
+                                                   ("ratio_max", "largest ratio"))):
+        for name, colour in zip(overdone, COLOURS[1:]):
+            band(axis, results[name][metric], colour, name.split(",")[0])
+        axis.set_title(f"8 epochs:\n{title}", fontsize=10)
+    axes[2, 1].legend(fontsize=9, loc="upper left", frameon=False)
+    axes[2, 1].set_ylim(0, 1)
+    axes[2, 3].set_yscale("log")
+    for axis in axes.flat:
         axis.grid(alpha=0.3)
-    axes[1, 0].set_yscale("log")
-    axes[0, 0].legend(fontsize=8)
-    bars = (("gradient_variance", "variance of the gradient, reinforce = 1"), ("seconds", "seconds, reinforce = 1"))
-    for axis, (metric, title) in zip(axes[1, 1:], bars):
-        names = [name for name in results if metric in results[name]]
-        ratios = [np.array(results[name][metric]) / np.array(results["reinforce"][metric]) for name in names]
-        axis.barh(names, [np.mean(r) for r in ratios], color="C0", alpha=0.6)
-        for y, r in enumerate(ratios):
-            axis.plot(r, [y] * len(r), "k.", markersize=4)  # one dot per seed
-        axis.invert_yaxis()
-        axis.set(title=title)
-    figure.savefig(f"{save}.png", dpi=80)
+    for axis in (*axes[1], *axes[2, 1:]):
+        axis.set_xlabel("rollouts")
+    figure.savefig(f"{save}.png", dpi=110)
+    from PIL import Image  # comes with matplotlib; 64 colours are a third of the bytes
+    Image.open(f"{save}.png").convert("RGB").quantize(64).save(f"{save}.png", optimize=True)
     plt.close(figure)
+
+
+def band(axis, curves, colour, label=None):
+    """The mean over seeds against the rollout, in a band from the lowest to the highest. curves: a list per seed."""
+    curves = np.array(curves)
+    x = np.arange(1, curves.shape[1] + 1)
+    axis.plot(x, curves.mean(0), color=colour, label=label)
+    axis.fill_between(x, curves.min(0), curves.max(0), color=colour, alpha=0.2, linewidth=0)
 
 
 def main(config):
     check_domains(config)
     require_one_process("experiments/ladder.py")
     import_pyplot()  # a missing matplotlib is said before half an hour of training, not after
+    if config.redraw:
+        results = json.loads(Path(f"{config.save}.json").read_text())["runs"]
+        draw(results, config.save)
+        return results
     config.workers = config.workers or os.cpu_count()
     began, folders = time.time(), [Path(config.out_dir) / f"seed{seed}" for seed in range(config.seeds)]
     run_jobs([(partial(prepare, seed=seed), folder, "stages") for seed, folder in enumerate(folders)], config.workers)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 import train_rm
 import train_sft
 from experiments import ladder, overoptimization, rungs
+from paths import ROOT
 from support.checkpoint import load_checkpoint
 
 
@@ -73,6 +75,15 @@ def test_the_ladder_runs_every_rung_once_and_measures_it(stages, monkeypatch, ca
     runs = [path.stat().st_mtime_ns for path in sorted(stages.glob("seed0/*/*.pt"))]
     ladder.main(config)
     assert runs == [path.stat().st_mtime_ns for path in sorted(stages.glob("seed0/*/*.pt"))]  # nothing ran again
+
+
+def test_the_ladder_is_redrawn_from_its_numbers(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(ladder, "run_jobs", None)  # nothing may run
+    shutil.copy(ROOT / "docs/ladder.json", tmp_path)
+    results = ladder.main(ladder.Config(save=str(tmp_path / "ladder"), redraw=True))
+    assert results.keys() == ladder.RUNS.keys()
+    assert 20_000 < (tmp_path / "ladder.png").stat().st_size < 100_000
 
 
 @pytest.mark.slow

@@ -91,3 +91,21 @@ def test_help_shows_the_scripts_own_flags_first_under_headings(script, capsys):
     assert shown[:len(here)] == here and len(shown) == len(set(shown)) == len(fields(script.Config))
     for heading, names in describe_flags(script.Config)[1]:
         assert f"\n{heading or 'flags'}:\n" in listing and names
+
+
+def test_the_guide_for_contributors_is_short_and_names_what_exists():
+    text = (ROOT / "AGENTS.md").read_text()
+    assert len(text.splitlines()) <= 40 and max(map(len, text.splitlines())) <= 120
+    named = re.findall(r"`(?:bash )?((?:[\w.]+/)*[\w.]+(?:/|\.py|\.md|\.txt|/run))`", text)
+    assert len(named) > 20 and not [name for name in named if not (ROOT / name).exists()]
+    assert {path.name for path in ROOT.glob("*.py")} <= set(named)
+
+
+def test_ci_runs_the_script_that_a_person_can_run():
+    workflow = (ROOT / ".github/workflows/tests.yml").read_text()
+    assert "run: bash .ci/run\n" in workflow and (ROOT / ".ci/run").exists()
+
+
+def test_the_citation_has_the_fields_that_its_format_requires():
+    keys = re.findall(r"^([\w-]+):", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert {"cff-version", "message", "title", "authors"} <= set(keys)

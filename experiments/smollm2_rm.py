@@ -151,15 +151,19 @@ def fit_head(differences, keys, seed):
     return weights(scaled, min(losses, key=losses.get)) / spread
 
 
+def head_of(last, keys, folds, fold, seed):
+    """fit_head on the pairs of all folds but one. last: (N, 2, C)."""
+    train = np.flatnonzero(folds != fold)
+    return fit_head(last[train, 0] - last[train, 1], [keys[i] for i in train], seed)
+
+
 def head_margins(last, keys, n_folds, seed):
-    """Out-of-fold margins (N,) of the linear head, and the heads' weights, one for each fold."""
-    folds, differences = fold_of(keys, n_folds, seed), last[:, 0] - last[:, 1]
-    margins, heads = np.zeros(len(keys)), []
+    """Out-of-fold margins (N,) of the linear head."""
+    folds, margins = fold_of(keys, n_folds, seed), np.zeros(len(keys))
     for fold in range(n_folds):
-        train = np.flatnonzero(folds != fold)
-        heads.append(fit_head(differences[train], [keys[i] for i in train], seed))
-        margins[folds == fold] = (differences[folds == fold] @ heads[-1]).numpy()
-    return margins, heads
+        held = last[folds == fold]
+        margins[folds == fold] = ((held[:, 0] - held[:, 1]) @ head_of(last, keys, folds, fold, seed)).numpy()
+    return margins
 
 
 class UpperLayers(nn.Module):
@@ -193,11 +197,10 @@ def train_layers(folder, path, features, seed, fold, config):
     keys = [row.prompt for row in read_pairs(path)]
     folds = fold_of(keys, config.folds, seed)
     pairs, train = read_features(features, "hidden"), np.flatnonzero(folds != fold)
-    head = head_margins(read_features(features, "last"), keys, config.folds, seed)[1][fold]
     layers = UpperLayers(from_pretrained(config.model).trunk, config.lower)
     keep_freed_memory()
     with torch.no_grad():
-        layers.head.linear.weight.copy_(head)
+        layers.head.linear.weight.copy_(head_of(read_features(features, "last"), keys, folds, fold, seed))
     average = copy.deepcopy(layers).requires_grad_(False)
     flags = train_rm.Config(out_dir=str(folder), seed=seed, device="cpu", batch_size=BATCH, lr=config.lr,
                             max_iters=max(1, round(config.max_epochs * len(train) / BATCH)), log_interval=1)
@@ -227,7 +230,7 @@ def judge(path, folder, name, config):
     """results_of one file, with both judges where layers are trained."""
     rows = read_pairs(path)
     keys, last = [row.prompt for row in rows], read_features(folder / "features", "last")
-    learned = {"linear head": [head_margins(last, keys, config.folds, seed)[0] for seed in range(config.seeds)]}
+    learned = {"linear head": [head_margins(last, keys, config.folds, seed) for seed in range(config.seeds)]}
     if name in WHOLE:
         learned["upper layers"] = [human_comparisons.pooled(folder, f"layers{seed}", config.folds)
                                    for seed in range(config.seeds_layers)]

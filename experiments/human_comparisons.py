@@ -41,6 +41,7 @@ from tools.plot import COLOURS, import_pyplot
 PROMPT_TOKENS, RESPONSE_TOKENS = 56, 80
 MIN_PAIRS = 20  # a point of the figure stands for at least so many
 STARTS = ("scratch", "reviews")  # where a reward model's trunk comes from
+OVER = {"over_longer": "longer-is-better", "over_shorter": "shorter-is-better"}  # the table's differences
 
 
 @dataclass
@@ -154,42 +155,43 @@ def bag_of_words_margins(rows, folds):
     return margins
 
 
-def results_of(path, folder, config):
-    """{"rows", "prompts", "judges": {name: {"accuracy", "over_longer", "over_shorter", "seeds", "calibration"}}} of one
-    file. Rules learn nothing, so all their seeds are the same."""
-    rows = read_pairs(path)
+def pooled(folder, name, n_folds):
+    """Margins (N,) of all rows: those that the runs folder/<name><fold> wrote."""
+    margins = {}
+    for fold in range(n_folds):
+        margins |= json.loads((folder / f"{name}{fold}" / "margins.json").read_text())
+    return np.array([margins[str(i)] for i in range(len(margins))])
+
+
+def results_of(rows, learned, config):
+    """{"rows", "prompts", "judges": {name: {"accuracy", "over_longer", "over_shorter", "over_words", "seeds",
+    "calibration"}}} of one file. learned: {name: out-of-fold margins (N,) of each seed}, beside which the rules and the
+    bag of words stand. Rules learn nothing, so all their seeds are the same."""
     keys = [row.prompt for row in rows]
     longer = np.array([len(row.responses[0]) - len(row.responses[1]) for row in rows])
-    rules = {"longer": right(longer), "shorter": right(-longer)}
     margins = {"longer is better": [longer] * config.seeds, "shorter is better": [-longer] * config.seeds}
     margins["bag of words"] = [bag_of_words_margins(rows, fold_of(keys, config.folds, seed))
                                for seed in range(config.seeds)]
-    for start in STARTS:
-        margins[f"reward model, {start}"] = []
-        for seed in range(config.seeds):
-            pooled = {}
-            for fold in range(config.folds):
-                pooled |= json.loads((folder / f"{start}{seed}{fold}" / "margins.json").read_text())
-            margins[f"reward model, {start}"].append(np.array([pooled[str(i)] for i in range(len(rows))]))
+    baselines = {rule: right(runs) for rule, runs in zip(("longer", "shorter", "words"), margins.values())}
     predictors = {}
-    for name, runs in margins.items():
+    for name, runs in (margins | learned).items():
         correct = right(runs)
         predictors[name] = {"accuracy": interval(correct, keys), "seeds": correct.mean(1).tolist()} | {
-            f"over_{rule}": interval(correct - baseline, keys) for rule, baseline in rules.items()}
+            f"over_{rule}": interval(correct - baseline[:len(correct)], keys) for rule, baseline in baselines.items()}
         if not name.endswith("better"):
             predictors[name]["calibration"] = calibration_table(torch.tensor(np.concatenate(runs)))
     return {"rows": len(rows), "prompts": len(set(keys)), "judges": predictors}
 
 
-def print_table(results):
-    print("\n| pairs | judge | accuracy (95%) | lowest to highest seed | minus longer-is-better (95%) | "
-          "minus shorter-is-better (95%) |\n" + "|---" * 6 + "|")
+def print_table(results, over=OVER):
+    print("\n| pairs | judge | accuracy (95%) | lowest to highest seed | "
+          + " | ".join(f"minus {rule} (95%)" for rule in over.values()) + " |\n" + "|---" * (4 + len(over)) + "|")
     for file, result in results.items():
         pairs = f"{file}, {result['rows']:,} pairs, {result['prompts']:,} prompts"
         for name, numbers in result["judges"].items():
             seeds = f"{min(numbers['seeds']):.3f} to {max(numbers['seeds']):.3f}" if "calibration" in numbers else ""
             differences = [f"{mean:+.3f} ({low:+.3f} to {high:+.3f})" if (low, high) != (0, 0) else ""
-                           for mean, low, high in (numbers["over_longer"], numbers["over_shorter"])]
+                           for mean, low, high in map(numbers.get, over)]
             accuracy = "{:.3f} ({:.3f} to {:.3f})".format(*numbers["accuracy"])
             print(f"| {pairs} | {name} | {accuracy} | {seeds} | {' | '.join(differences)} |")
 
@@ -232,7 +234,9 @@ def main(config):
             for seed in range(config.seeds) for name, path in files.items() for start in STARTS
             for fold in range(config.folds)]
     run_jobs(jobs, workers)
-    results = {name: results_of(path, root / name, config) for name, path in files.items()}
+    results = {name: results_of(read_pairs(path), {
+        f"reward model, {start}": [pooled(root / name, f"{start}{seed}", config.folds) for seed in range(config.seeds)]
+        for start in STARTS}, config) for name, path in files.items()}
     print_table(results)
     write_results(config, jobs[0][1], began, draw, results, {"results": results})
     return results

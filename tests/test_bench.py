@@ -240,7 +240,7 @@ def test_the_estimate_of_memory_adds_up():
     assert plain["reference"] == plain["reward model"] == 4 * N
     held = GPT(SIZE.model).requires_grad_(False)
     hold_frozen(partial(torch.autocast, "cpu"), torch.device("cpu"), held)
-    assert parts["reference"] == pytest.approx(sum(p.nbytes for p in held.parameters()), rel=0.01)
+    assert parts["reference"] == sum(p.nbytes for p in held.parameters())
     assert parts["KV cache"] == 2 * 2 * 2 * 32 * 11 * 8  # keys and values, 2 layers, 32 wide, 11 positions, 8 rows
     separate = bench.estimate(SIZE, "separate", 4, bf16=True)
     assert separate["weights"] + separate["gradients"] + separate["AdamW"] == 32 * N

@@ -396,8 +396,11 @@ def estimate(size, critic, micro, bf16, recompute=False, chunk=None):
     trained = 1 + int(critic == "separate")
     heads = size.model.n_kv_head * size.model.head_dim
     kv = 2 * size.n_layer * heads * T * size.batch_size * (2 if bf16 else 4)
-    head, matrices = size.n_embd * size.vocab_size, size.n_layer * layer_weights(size)
-    frozen = 4 * N - 2 * matrices if bf16 else 4 * N  # support.device.hold_frozen; its copy of the head beside that
+    with torch.device("meta"):
+        linear = [p.numel() for part in GPT(size.model).modules() if isinstance(part, torch.nn.Linear)
+                  for p in part.parameters()]
+    frozen = 4 * N - 2 * sum(linear) * bf16  # support.device.hold_frozen, which also copies a tied head
+    head = size.n_embd * size.vocab_size * size.model.tied
     items = {"weights": 4 * N * trained, "gradients": 4 * N * trained, "AdamW": 8 * N * trained,
              "reference": frozen + 2 * head * bf16, "reward model": frozen}
     return items | {"KV cache": kv,

@@ -18,6 +18,16 @@ def exact(prompts, responses, rows):
     return [float(response.strip() == str(row["answer"]).strip()) for response, row in zip(responses, rows)]
 
 
+def last_number(prompts, responses, rows):
+    """1 where the last number of the response is the last number of the row's answer, as in GSM8K; else 0."""
+    def number(text):
+        found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+        return float(found[-1].replace(",", "")) if found else None
+
+    return [float(number(response) is not None and number(response) == number(str(row["answer"])))
+            for response, row in zip(responses, rows)]
+
+
 def length_ramp(prompts, responses):
     """Rises from 0 for an empty response to 1 at LENGTH characters, and falls again to 0 at twice as many."""
     return [max(0.0, 1 - abs(len(response) - LENGTH) / LENGTH) for response in responses]

@@ -504,6 +504,7 @@ def print_estimate():
 def main(config):
     check_domains(config)
     if config.estimate:
+        require(config == Config(estimate=True), "--estimate computes one table: leave its other flags out")
         return print_estimate()
     result = bench(config)
     if config.json:

@@ -15,7 +15,7 @@ import train_ppo
 from experiments import rungs
 from model import GPT, GPTConfig
 from pretrained import save_pretrained
-from support import checkpoint, stages
+from support import checkpoint, device, stages
 from support.flags import UserError, parse_flags
 from tiny import ONE_STEP, SIZES, STAGES, metrics, pairs, reward_file, run, write_jsonl
 from tokenizer import get_tokenizer
@@ -180,12 +180,16 @@ def test_combinations_of_flags_that_are_refused(flags, says, world):
 # slow: --compile
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [{}, {"recompute": True}], ids=str)
-def test_no_length_of_a_prompt_compiles_anything_again(flags, world, monkeypatch, capsys, reward_e):
+@pytest.mark.parametrize("name, budget, flags", [
+    ("pairs", device.CPU_BUDGET, {}), ("pairs", device.CPU_BUDGET, {"recompute": True}), ("llama", device.CPU_BUDGET, {}),
+    ("pairs", 2e4, {}), ("llama", 2e4, {"critic": "shared"})], ids=str)
+def test_no_length_of_a_prompt_compiles_anything_again(name, budget, flags, world, monkeypatch, capsys, reward_e):
     """The sizes B, T and R of a compiled pass are symbols. The warm-up sees each kind of pass once: the policy's with
     and without gradients, the reference's, the critic's; and then no new length may cost a graph. Nor may the warm-up
-    have made so many that torch gave up on compiling, which looks the same from outside."""
-    folder, load, write = world("ppo"), stages.load_prompts, train_ppo.Metrics.write
+    have made so many that torch gave up on compiling, which looks the same from outside. With the small budget the
+    policy head reads chunks."""
+    monkeypatch.setattr(device, "CPU_BUDGET", budget)
+    folder, load, write = world("ppo", name), stages.load_prompts, train_ppo.Metrics.write
     write_jsonl(folder / "pairs.jsonl", [{"prompt": "x" * n, "chosen": "y", "rejected": "n"} for n in range(1, 51)])
     short, long, mixed = slice(0, 10), slice(-10, None), slice(0, 40, 4)
     mixes = [mixed, slice(1, 40, 4), short, long, mixed]

@@ -116,7 +116,7 @@ def assert_close(a, b, atol):
 # ----------------------------------------------------------------------------------------------------------
 # the same rollout gives the same gradients, weights and metrics
 
-def given_rollout(model, prompts, prompt_lens, max_new_tokens, *, eos, temperature, generator):
+def given_rollout(model, prompts, prompt_lens, max_new_tokens, *, eos, temperature, generator, copies):
     """In place of generate: ragged responses that depend on a row's place in the whole batch and on nothing else."""
     rows, lens = [], []
     for i in range(len(prompts)):

@@ -126,7 +126,7 @@ def write_features(folder, path, model, lower, whole):
 
 def read_features(folder, name):
     """`last` (N, 2, C) or `hidden` [N pairs of (T, C)] of all pairs, in the order of the file."""
-    parts = [torch.load(file, mmap=True)[name] for file in sorted(folder.glob("*.pt"))]
+    parts = [torch.load(file, mmap=True, weights_only=True)[name] for file in sorted(folder.glob("*.pt"))]
     return torch.cat(parts) if name == "last" else [pair for part in parts for pair in part]
 
 

@@ -15,8 +15,8 @@ import sys
 
 from tools.relink import ROOT, pages
 
-FORMULA = re.compile(r"^```math\n(.*?)^```|"                             # a block
-                     r"^```.*?^```|(?<![`$])`[^`\n]+`(?![`$])|"          # code, in which a dollar is a dollar
+FORMULA = re.compile(r"^ *```math\n(.*?)^ *```|"                             # a block
+                     r"^ *```.*?^ *```|(?<![`$])`[^`\n]+`(?![`$])|"          # code, in which a dollar is a dollar
                      r"\$`([^`]+)`\$|\$\$(.+?)\$\$|"                     # $`...`$, whose inside Markdown leaves alone
                      r"(?<![\w$])\$(?=\S)([^$`\n]+)(?<=\S)\$(?![\w$])",  # $...$; "$5 and $6" is money
                      re.DOTALL | re.MULTILINE)

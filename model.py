@@ -243,8 +243,8 @@ class Trunk(nn.Module):
     """Embeddings, blocks and the final norm: everything but the heads.
 
     With `recompute` set, a pass with gradients keeps each block's input only, and the backward pass computes the rest
-    again [activation checkpointing, Chen et al. 2016, 1604.06174]: the same gradients to the last bit, dropout
-    included, for about a third more arithmetic."""
+    again [activation checkpointing, Chen et al. 2016, 1604.06174]: on a CPU the same gradients to the last bit,
+    dropout included, for about a third more arithmetic."""
 
     def __init__(self, config):
         super().__init__()

@@ -11,7 +11,7 @@ never looks right, no real token can see a pad, so a pass over whole sequences n
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Optional
 
 import torch
@@ -81,11 +81,9 @@ class KVCache:
     NaN, so the slots must hold finite numbers. They do: zeros at first, then keys and values of token ids
     (pads of a shorter prompt, an earlier use of this cache), finite unless the model itself is broken.
 
-    Memory for `room` slots (default: block_size) is taken once, and k and v are views of its beginning: on a GPU,
-    tensors of growing sizes would leave gaps that together are as large as they. With `copies`, each row of a prefill
-    is written to so many rows, one after the other.
-
-    Raises ValueError if max_len exceeds room, or room block_size, as the model knows no position beyond it."""
+    Memory for `room` slots (default: block_size) is taken once: on a GPU, tensors of growing sizes would leave gaps as
+    large as themselves. A prefill writes each row to `copies` rows, one after the other. Raises ValueError if max_len
+    exceeds room, or room block_size, as the model knows no position beyond it."""
 
     def __init__(self, config, batch_size, max_len, device, dtype, room=None, copies=1):
         self.room = config.block_size if room is None else room
@@ -103,17 +101,14 @@ class KVCache:
         slice of a long one, whose rows lie far apart; so the rows move apart in their memory by a copy."""
         if max_len > self.room:
             raise ValueError(f"a cache of max_len={max_len} exceeds its room={self.room}")
-        def grown(memory):
-            B, heads, size = self.shape
+        (B, heads, size), views = self.shape, []
+        for memory in self.memory:  # one by one, so that only a single one is there twice
             old, new = (memory[:B * heads * n * size].view(B, heads, n, size) for n in (self.max_len, max_len))
             old = old.clone()  # its memory is that of the first rows of new
             new[:, :, self.max_len:] = 0
             new[:, :, :self.max_len] = old
-            return new
-
-        views = [grown(memory) for memory in self.memory]  # one by one, so that only a single one is there twice
-        self.k, self.v = views[:len(views) // 2], views[len(views) // 2:]
-        self.max_len = max_len
+            views.append(new)
+        self.k, self.v, self.max_len = views[:len(views) // 2], views[len(views) // 2:], max_len
 
     def check(self, batch_size, length):
         """Raises ValueError for a wrong batch size or a write past max_len. Python ints: no device sync."""
@@ -124,13 +119,12 @@ class KVCache:
 
     def update(self, layer, k, v, positions):
         """Store k, v (B, nkv, T, hd) of one layer; return those to attend to."""
-        if positions is None:  # prefill: slots 0..T-1 of every row, which see only each other
-            for slots, new in ((self.k[layer], k), (self.v[layer], v)):
+        for slots, new in ((self.k[layer], k), (self.v[layer], v)):
+            if positions is None:  # prefill: slots 0..T-1 of every row, which see only each other
                 slots[:, :, :k.size(2)].unflatten(0, (-1, self.copies))[:] = new.unsqueeze(1)
-            return k, v
-        self.k[layer][self.rows, :, positions] = k[:, :, 0]
-        self.v[layer][self.rows, :, positions] = v[:, :, 0]
-        return self.k[layer], self.v[layer]  # (B, nkv, max_len, hd) each
+            else:
+                slots[self.rows, :, positions] = new[:, :, 0]
+        return (k, v) if positions is None else (self.k[layer], self.v[layer])  # (B, nkv, max_len, hd) each
 
 
 def rope(config, where):
@@ -172,9 +166,8 @@ def decode_mask(positions, cache):
     """(B, 1, 1, max_len), for queries at positions (B, 1): whether they may look at a slot. On a GPU it is the bias
     that attention would otherwise make of it in each layer: 0 or -inf in the dtype of the keys."""
     mask = (torch.arange(cache.max_len, device=positions.device) <= positions)[:, None, None]
-    if positions.device.type == "cpu":
-        return mask
-    return torch.zeros(mask.shape, dtype=cache.k[0].dtype, device=mask.device).masked_fill(~mask, -torch.inf)
+    return mask if mask.device.type == "cpu" else \
+        torch.zeros_like(mask, dtype=cache.k[0].dtype).masked_fill(~mask, -torch.inf)
 
 
 def norm(config, size):
@@ -289,11 +282,10 @@ class Trunk(nn.Module):
             cache.check(B, int(positions.max()) + 1 if positions.device.type == "cpu" else 0)
             where = positions.unsqueeze(1)  # (B, 1)
             mask = decode_mask(where, cache)
-        x, rotation = self.wte(idx), None  # (B, T, C)
-        if self.config.position == "learned":
+        x = self.wte(idx)  # (B, T, C)
+        rotation = rope(self.config, where) if self.config.position == "rope" else None
+        if rotation is None:
             x = x + self.wpe(where)
-        else:
-            rotation = rope(self.config, where)
         x = self.dropout(x)
         recompute = self.recompute and cache is None and torch.is_grad_enabled()
         for block in self.blocks:
@@ -355,10 +347,3 @@ class GPT(nn.Module):
     def unembedding(self):
         """The policy head's weight (V, C)."""
         return (self.trunk.wte if self.config.tied else self.lm_head).weight
-
-    def untie(self):
-        """Gives the policy head a weight of its own, a copy of the token embeddings."""
-        if self.config.tied:
-            self.config = replace(self.config, tied=False)
-            self.lm_head = nn.Linear(self.config.n_embd, self.config.vocab_size, bias=False, device="meta")
-            self.lm_head.weight = nn.Parameter(self.trunk.wte.weight.detach().clone(), requires_grad=False)

@@ -6,6 +6,7 @@ generators, and a clock that waits for the GPU.
 import ctypes
 import hashlib
 import time
+from dataclasses import replace
 from functools import cache, partial
 
 import torch
@@ -119,8 +120,9 @@ def hold_frozen(autocast, device, *modules):
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     for module in filter(None, modules):
         if dtype and not any(map(distributed.is_sharded, module.parameters())):
-            if hasattr(module, "untie"):
-                module.untie()
+            if hasattr(module, "policy_head") and module.config.tied:
+                module.config, module.lm_head = replace(module.config, tied=False), torch.nn.Linear(1, 1, bias=False)
+                module.lm_head.weight = torch.nn.Parameter(module.trunk.wte.weight.detach().to(dtype), False)
             for part in module.modules():
                 if isinstance(part, torch.nn.Linear):
                     part.to(dtype)

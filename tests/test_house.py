@@ -66,6 +66,11 @@ def test_nothing_below_imports_a_roof(roof):
     assert not [path.name for path in below if roof in imports_of(path)]
 
 
+@pytest.mark.parametrize("file, lines", [("model.py", 350), ("pretrained.py", 300), ("tokenizer.py", 320)])
+def test_the_models_stay_short(file, lines):
+    assert len((ROOT / file).read_text().splitlines()) <= lines
+
+
 def test_the_loop_stays_short_and_calls_the_algorithm_by_name():
     text = (ROOT / "train_ppo.py").read_text()
     functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]

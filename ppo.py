@@ -78,8 +78,8 @@ def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     """rewards (B, R): -kl_coef * (log pi - log pi_ref) on every response token, plus the score on the last [Z19].
 
     The KL is always k1, as a constant: no gradient flows through it. Only then is the policy gradient that of
-    E[score] - kl_coef * KL(policy || reference). It is exact for the policy that sampled, at gamma = 1, with lambda = 1
-    or an exact critic."""
+    E[score] - kl_coef * KL(policy || reference). This gradient is exact for the policy that sampled, at gamma = 1, with
+    lambda = 1 or an exact critic."""
     rewards = -kl_coef * kl_estimate(zero_outside(logprobs, mask), zero_outside(ref_logprobs, mask), "k1")
     last = torch.arange(mask.size(1), device=mask.device) == mask.sum(1, keepdim=True) - 1  # (B, R)
     return (rewards + zero_outside(scores.unsqueeze(1).expand_as(rewards), last)).detach()
@@ -166,7 +166,7 @@ def ratio_error(logprobs, old_logprobs, mask):
 
 
 def ratio_stats(log_r, mask):
-    """approx_kl: KL(pi_old || pi) by k3, whose samples come from pi_old here; ratio_max and ratio_mean over True."""
+    """approx_kl: KL(pi_old || pi) by k3, which is ratio - 1 - log ratio here; ratio_max and ratio_mean over True."""
     log_r = log_r.detach()
     ratio = log_r.exp()
     return {"approx_kl": masked_mean(torch.expm1(log_r) - log_r, mask),

@@ -135,7 +135,7 @@ def loop(config, run, rung):
         tokens, prompt_lens, mask = rollout.tokens, rollout.prompt_lens, rollout.mask
         (B, R), has_eos = mask.shape, rollout.has_eos(experience.eos)
         final_rewards = scores - config.eos_penalty * ~has_eos
-        if iteration == 1 and config.critic and config.reward != "rm":  # a new critic starts at the mean, not at 0
+        if iteration == 1 and config.critic and config.reward != "rm":  # only a reward model's scores have mean 0
             (critic or policy).value_head.shift(masked_mean(final_rewards.unsqueeze(1).expand(B, R), mask).item())
         clock.lap("sec_rollout")
         look = last or iteration == 1 or iteration % config.sample_interval == 0
@@ -158,13 +158,13 @@ def loop(config, run, rung):
         rewards = shape_rewards(final_rewards, old_logprobs, ref_logprobs, mask,
                                 kl_coef if config.kl_in == "reward" else 0.0)
         advantages, returns = gae(rewards, old_values, mask, config.gamma, config.lam)
-        if config.advantage == "group":
+        if config.advantage == "group":  # no critic, so nothing reads these returns
             response_returns = reward_to_go(rewards, mask, config.gamma)[:, 0]  # (B,)
             advantages = group_advantages(response_returns, config.samples_per_prompt, mask)
         advantages = whiten(advantages, mask)
         if rung:  # an objective of the derivation instead of PPO's
             advantages, returns = rung.advantages(rewards, old_values, mask)
-        # If all scores that are compared are equal, whitening has blown up KL terms and rounding to a spread of 1
+        # Where all compared scores are equal, whitening blows up KL terms and rounding: then there is nothing to learn
         compared = final_rewards.view(-1, config.samples_per_prompt if config.advantage == "group" else B)
         advantages = advantages * (compared.amax(1) > compared.amin(1)).any()
 

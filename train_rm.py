@@ -55,14 +55,16 @@ class Config(Flags):
     save_interval: int = 500         # [1, inf) iterations between checkpoints; the last iteration always saves
 
 
-def sample(experience, policy, prompts, purpose):
-    """One response of the policy to each of prompts (lists of ids): lists of ids that end with EOS. A response that was
-    cut gets one, as in PPO: a reward model has only learned to judge texts that end."""
+def sample(experience, policy, prompts, purpose, copies=1):
+    """`copies` responses of the policy to each of prompts (lists of ids), one after the other: lists of ids that end
+    with EOS. A response that was cut gets one, as in PPO: a reward model has only learned to judge texts that end."""
     rng, responses = experience.rng(purpose), []
-    with progress(f"sampling {len(prompts):,} answers of the SFT policy", lambda: f"{len(responses):,} done"):
-        for i in range(0, len(prompts), SAMPLE_ROWS):
-            some = prompts[i:i + SAMPLE_ROWS]
-            rollout = experience.sample(policy, distributed.fill_up(some), rng)
+    asked = [prompt for prompt in prompts for _ in range(copies)]
+    step = max(1, SAMPLE_ROWS // copies) * copies
+    with progress(f"sampling {len(asked):,} answers of the SFT policy", lambda: f"{len(responses):,} done"):
+        for i in range(0, len(asked), step):
+            some = asked[i:i + step]
+            rollout = experience.sample(policy, distributed.fill_up(some), rng, copies)
             responses += [response for _, response in rollout.ids()][:len(some)]
     ends = eos_ids(experience.encoding)
     return [response if response[-1] in ends else [*response, experience.pad] for response in responses]
@@ -84,7 +86,7 @@ def atlas_comparisons(experience, policy, split):
     rng, K = np.random.default_rng([config.seed, split == "heldout"]), config.candidates or CANDIDATES
     questions = atlas.prompts(split)
     prompts = [encode_prompt(encoding, question) for question in questions]
-    answers = sample(experience, policy, [prompt for prompt in prompts for _ in range(K)], f"candidates {split}")
+    answers = sample(experience, policy, prompts, f"candidates {split}", copies=K)
     comparisons = []
     for i, (question, prompt) in enumerate(zip(questions, prompts)):
         # Answers that were sampled more than once share a row, and so a forward pass, but each sample is compared with

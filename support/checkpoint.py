@@ -148,6 +148,9 @@ def load_finished(path, stage):
 def load_latest(path, stage):
     """(checkpoint, whether it is the one at path). If that is damaged, it is the previous one, with a printed note."""
     previous = previous_of(path)
+    if not path.exists() and not previous.exists():
+        raise Damaged(f"{path} is not there, so there is nothing to resume: leave --resume out. Earlier stages "
+                      "that are unfinished go on by themselves")
     try:
         return read_checkpoint(path, stage), True
     except Damaged as error:
@@ -417,7 +420,11 @@ class Run:
         """Writes the checkpoint, then leaves with 130 or 143 if a signal asked for it."""
         self.write(iteration, more, rng_state())
         self.unsaved = None
-        Signals.exit_if(Signals.of_any())  # where the other processes wait for the file
+        signal_number = Signals.of_any()  # here the other processes wait for the file
+        if signal_number:
+            print(f"{script(self.stage)}: saved iteration {iteration}; {script(self.stage)} --resume continues it"
+                  + (", and train_ppo.py goes on with it, too" if self.stage in ("sft", "rm") else ""), flush=True)
+        Signals.exit_if(signal_number)
 
     def rescue(self):
         """Saves the last iteration before an exception ends the run, if no optimizer step has been taken since. Many

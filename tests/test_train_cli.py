@@ -58,7 +58,7 @@ BAD_INPUT = [  # script, flags or a function that makes them, what the sentence 
     ("ppo", {"reward": "nowhere.py:f"}, "nowhere.py is not there"),
     ("ppo", {"reward": "length"}, "must be rm or path/to/file.py:function"),
     ("ppo", {"reward": f"{tiny.__file__}:gone"}, "has no function gone"),
-    ("sft", {"resume": True}, "sft.pt is not there"),
+    ("sft", {"resume": True}, "sft.pt is not there, so there is nothing to resume: leave --resume out"),
     ("sft", {"out_dir": __file__}, "cannot be made")]
 
 

@@ -790,7 +790,7 @@ def after_save(act):
     checkpoint.save_checkpoint = lambda path, *args: (real(path, *args), act(path))
 
 
-def test_a_signal_in_a_write_lets_it_finish_and_saves_no_second_one(fresh):
+def test_a_signal_in_a_write_lets_it_finish_and_saves_no_second_one(fresh, capfd):
     folder = fresh("sft")
 
     def body():
@@ -799,6 +799,7 @@ def test_a_signal_in_a_write_lets_it_finish_and_saves_no_second_one(fresh):
         train_stage("sft", folder)
     assert Child(body).wait() == 143
     assert load_checkpoint(folder / "sft.pt", "sft")["iter"] == 1
+    assert "saved iteration 1; train_sft.py --resume continues it, and train_ppo.py" in capfd.readouterr().out
 
 
 def test_a_second_signal_ends_the_run_at_once(fresh):

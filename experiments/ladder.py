@@ -111,8 +111,9 @@ def job(job_function, folder, name):
 
 
 def run_jobs(jobs, workers):
-    """jobs: [(function, folder, name)]. Longest ones should come first. Raises the first exception of any."""
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    """jobs: [(function, folder, name)], each in a process of its own. Longest ones should come first. Raises the first
+    exception of any."""
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
         futures = {pool.submit(job, *spec): f"{spec[1].name} {spec[2]}" for spec in jobs}
         for n, future in enumerate(as_completed(futures), 1):
             print(f"{n}/{len(jobs)}  {futures[future]}: {future.result():.0f} s", flush=True)

@@ -41,8 +41,9 @@ from tools.plot import COLOURS, import_pyplot, read_run
 METHODS = {"group": dict(advantage="group", samples_per_prompt=4),
            "critic": dict(critic="separate"),
            "group, no KL": dict(advantage="group", samples_per_prompt=4, kl_coef=0.0)}
-SHARED = dict(batch_size=16, minibatches=2, max_new_tokens=16, kl_coef=0.02, temperature=0.7, log_interval=1,
-              sample_interval=10**6, save_interval=10**6, micro_batch_size=8)
+TOKENS = {"sums": 16, "chains": 24}  # the longest answer
+SHARED = dict(batch_size=16, minibatches=2, kl_coef=0.02, temperature=0.7, log_interval=1, sample_interval=10**6,
+              save_interval=10**6, micro_batch_size=8)
 N_EVAL = 240  # sampled answers to held-out questions, and at most as many questions
 SHOWN = 12    # questions whose answers are kept
 
@@ -88,19 +89,20 @@ def right(prompts, responses, rows):
 # ---------------------------------------------------------------------------------------------------------------------
 # jobs: each runs in a process of its own, and its files say what came out
 
-def measure(policy, encoding, chat, questions, file):
-    """Writes what a policy answers to held-out questions: accuracy when sampled and when greedy, the share of answers
-    that end, their length, and some of them."""
+def measure(policy, encoding, chat, task, file):
+    """Writes what a policy answers to a task's held-out questions: accuracy when sampled and when greedy, the share of
+    answers that end, their length, and some of them."""
     def answers(asked, temperature):
         prompts, lens = collate_prompts([render_messages(encoding, messages(text), chat) for _, text in asked],
                                         eos_ids(encoding)[0])
-        rollout = generate(policy, prompts, lens, SHARED["max_new_tokens"], eos=eos_ids(encoding),
+        rollout = generate(policy, prompts, lens, TOKENS[task], eos=eos_ids(encoding),
                            temperature=temperature, generator=generator("cpu", "held-out questions"))
         return [decode(encoding, ids) for _, ids in rollout.ids()], rollout
 
     def accuracy(asked, texts):
         return float(np.mean(right(None, texts, [{"answer": sum(numbers)} for numbers, _ in asked])))
 
+    questions = problems(task)[1]
     asked = (questions * -(-N_EVAL // len(questions)))[:N_EVAL]
     sampled, rollout = answers(asked, SHARED["temperature"])
     greedy, _ = answers(asked[:len(questions)], 1e-4)
@@ -117,29 +119,28 @@ def before(folder, model, task):
     if not (folder / "result.json").exists():
         start = load_start(Flags(init_from=model))
         encoding, tokenizer = run_tokenizer(None, None, start["tokenizer"])
-        measure(load_policy(start), encoding, tokenizer["chat"], problems(task)[1], folder / "result.json")
+        measure(load_policy(start), encoding, tokenizer["chat"], task, folder / "result.json")
 
 
 def train(folder, model, task, method, seed, max_iters):
     """One run of PPO and its measurements, unless they are there."""
     if (folder / "result.json").exists():
         return
-    training, heldout = problems(task)
-    with atomic_write(folder / "data.jsonl") as file:
-        for numbers, question in training:
-            file.write((json.dumps({"prompt": messages(question), "answer": sum(numbers)}) + "\n").encode())
-    config = train_ppo.Config(**SHARED | METHODS[method] | dict(
-        init_from=model, data=str(folder / "data.jsonl"), reward=f"{__file__}:right", out_dir=str(folder), seed=seed,
-        device="cpu", max_iters=max_iters, resume=(folder / "ppo.pt").exists()))
-    began, cpu = time.time(), time.process_time()
-    train_ppo.train(config)
+    if not (folder / "cost.json").exists():
+        with atomic_write(folder / "data.jsonl") as file:
+            for numbers, question in problems(task)[0]:
+                file.write((json.dumps({"prompt": messages(question), "answer": sum(numbers)}) + "\n").encode())
+        began, cpu = time.time(), time.process_time()
+        train_ppo.train(train_ppo.Config(**SHARED | METHODS[method] | dict(
+            init_from=model, data=str(folder / "data.jsonl"), reward=f"{__file__}:right", out_dir=str(folder),
+            seed=seed, device="cpu", max_iters=max_iters, max_new_tokens=TOKENS[task], overwrite=True)))
+        cost = {"minutes": (time.time() - began) / 60, "cpu_seconds": (time.process_time() - cpu) / max_iters,
+                "gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
+        with atomic_write(folder / "cost.json") as file:
+            file.write(json.dumps(cost).encode())
     saved = load_checkpoint(folder / "ppo.pt", "ppo")
     encoding, tokenizer = run_tokenizer(None, None, saved["tokenizer"])
-    cost = {"minutes": (time.time() - began) / 60, "cpu_seconds": (time.process_time() - cpu) / max_iters,
-            "gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
-    with atomic_write(folder / "cost.json") as file:
-        file.write(json.dumps(cost).encode())
-    measure(load_policy(saved), encoding, tokenizer["chat"], heldout, folder / "result.json")
+    measure(load_policy(saved), encoding, tokenizer["chat"], task, folder / "result.json")
     for file in folder.glob("ppo*.pt"):  # 2 to 4 GB
         file.unlink()
 

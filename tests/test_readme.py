@@ -20,7 +20,7 @@ PAGES = {str(path.relative_to(ROOT)): path.read_text()
 LINES = [(page, *link) for page, text in PAGES.items()
          for link in LINK.findall(text)]
 FILES = sorted({(page, target) for page, text in PAGES.items()
-                for target in re.findall(r"\]\((?!http)([^)#\s]+)", text)})
+                for target in re.findall(r"\]\((?!http|\.\./\.\./actions/)([^)#\s]+)", text)})  # actions: GitHub's own
 THEOREMS = set(re.findall(r"^def test_t(\d\d)", (ROOT / "tests/core/test_theorems.py").read_text(), re.MULTILINE))
 SCRIPTS = {"train_sft.py": train_sft.Config, "train_rm.py": train_rm.Config, "train_ppo.py": train_ppo.Config,
            "sample.py": sample.Config, "-m tools.inspect_rollout": inspect_rollout.Config,

@@ -172,7 +172,8 @@ def print_table(results):
 
 def draw(results, save):
     plt = import_pyplot()
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), constrained_layout=True)
+    figure, panels = plt.subplot_mosaic("AB;CC", figsize=(10, 8), constrained_layout=True)
+    axes = [panels[name] for name in "ABC"]
     for n, (kl_coef, run) in enumerate(results["ppo"].items()):
         for seed, (d, score, utility) in enumerate(zip(run["d"], run["score"], run["utility"])):
             label = f"kl_coef {kl_coef}" if seed == 0 else None

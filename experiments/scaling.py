@@ -123,11 +123,10 @@ def print_paper():
 
 def draw(results, save):
     plt = import_pyplot()
-    figure, axes = plt.subplots(1, len(results), figsize=(4 * len(results), 5.5), constrained_layout=True,
-                                squeeze=False)
+    figure, axes = plt.subplots(2, 2, figsize=(9, 8.6), constrained_layout=True)
     titles = {"n_embd": "width", "batch_size": "responses per rollout", "response_len": "tokens per response",
               "processes": "processes"}
-    for axis, (name, result) in zip(axes[0], results.items()):
+    for axis, (name, result) in zip(axes.flat, results.items()):
         for n, stage in enumerate(STAGES):
             axis.plot(result["x"], result["seconds"][stage], f"C{n}o-", markersize=4,
                       label=f"{'whole iteration' if stage == 'iter' else stage} {result['slope'][stage]:.2f} "
@@ -140,7 +139,9 @@ def draw(results, save):
         axis.grid(alpha=0.3, which="both")
         axis.legend(fontsize=9, title="exponent, measured (expected)", title_fontsize=9, loc="upper center",
                     bbox_to_anchor=(0.5, -0.12))
-    axes[0, 0].set_ylabel("seconds; dotted: FLOPs, through the last point")
+    for axis in axes.flat[len(results):]:
+        axis.set_axis_off()
+    figure.supylabel("seconds; dotted: FLOPs, through the last point")
     figure.savefig(f"{save}.png", dpi=90)
     plt.close(figure)
 

@@ -629,6 +629,9 @@ def test_nothing_sticks_out_of_a_phone_or_a_desktop(width, browser, page):
     assert browser.js("document.documentElement.scrollWidth") <= width
     assert browser.js("[...document.querySelectorAll('.token, #details td, .plot, .key span')].every(e => "
                       f"e.getBoundingClientRect().right <= {width} + 0.5)")
+    browser.js("view.responses.forEach(r => r.tokens.forEach(t => { t.value = -987.65 })); plots()")
+    assert browser.js("[...document.querySelectorAll('.plot text')].every(e => e.getBoundingClientRect().left >= "
+                      "e.ownerSVGElement.getBoundingClientRect().left)")
 
 
 def test_on_a_phone_the_first_screen_has_a_token_and_no_details(browser, page):

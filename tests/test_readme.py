@@ -55,7 +55,7 @@ def test_every_test_that_the_page_on_reliability_names_exists():
 # `python -m experiments.ladder` has its flags from rungs.py only with --objective; other flags are of the whole ladder.
 COMMAND = re.compile(r"^(?:.*&& )?(?:python|torchrun --\S+) ((?:train|sample)\w*\.py|-m tools\.inspect_rollout|"
                      r"-m tools\.label|-m tools\.export|-m experiments\.trpo|"
-                     r"-m experiments\.ladder(?= --objective))([^#\n]*)", re.MULTILINE)
+                     r"-m experiments\.ladder(?= --objective))((?:\\\n|[^#\n])*)", re.MULTILINE)
 COMMANDS = [command for text in PAGES.values() for command in COMMAND.findall(text)]
 
 

@@ -198,9 +198,11 @@ def print_table(results, over=OVER):
 
 def draw(results, save):
     plt = import_pyplot()
-    figure, axes = plt.subplots(1, len(results), figsize=(5 * len(results), 4.2), sharey=True,
-                                constrained_layout=True)
-    for axis, (file, result) in zip(axes, results.items()):
+    n_rows = -(-len(results) // 2)
+    figure, axes = plt.subplots(n_rows, 2, figsize=(10, 4.2 * n_rows), sharey=True, constrained_layout=True)
+    for axis in axes.flat[len(results):]:
+        axis.set_axis_off()
+    for axis, (file, result) in zip(axes.flat, results.items()):
         axis.plot([0.5, 1], [0.5, 1], "k:", linewidth=0.8, label="as sure as it is right")
         learned = [(name, numbers) for name, numbers in result["judges"].items() if "calibration" in numbers]
         for n, (name, numbers) in enumerate(learned):
@@ -212,8 +214,9 @@ def draw(results, save):
             axis.errorbar(x, y, error, fmt=".-", color=COLOURS[n], linewidth=0.8, label=name)
         axis.set(title=file, xlabel="probability that the model gives", ylim=(0.2, 1.02))
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("how often people agree")
-    axes[0].legend(fontsize=8, loc="lower right")
+        if axis in axes[..., 0]:
+            axis.set_ylabel("how often people agree")
+    axes.flat[0].legend(fontsize=8, loc="lower right")
     figure.savefig(f"{save}.png", dpi=80)
     plt.close(figure)
 

@@ -51,7 +51,7 @@ class Config(Flags):
     eval: Optional[str] = None       # such a function, measured on held-out prompts and never trained on
     critic: Optional[str] = None     # separate|shared: a network, or a head on the policy; default: separate
     # rollouts
-    max_iters: int = 100             # [1, inf) rollouts; enough once score - kl_coef * kl is flat
+    max_iters: int = 90              # [1, inf) rollouts; enough once score - kl_coef * kl is flat
     batch_size: int = 256            # [1, inf) responses per rollout; more is steadier
     samples_per_prompt: int = 1      # [1, inf) responses to each prompt of a rollout; --advantage=group needs 2 or more
     max_new_tokens: Optional[int] = None  # [1, inf) longest response; default: 16, or 95 % of the file's responses fit

@@ -35,7 +35,7 @@ from support.stages import load_policy, load_start, resolve_lr, resolve_max_new_
 from tokenizer import DataError, decode, encode_prompt, encode_response, eos_ids, run_tokenizer
 
 EVAL_ROWS = 512         # one evaluation reads at most this many held-out comparisons
-CANDIDATES = 24         # atlas: answers per prompt; with 12, the model remembers the labeller's noise instead
+CANDIDATES = 16         # atlas: answers per prompt; with 12, the model remembers the labeller's noise instead
 SAMPLE_ROWS = 1024      # answers sampled at a time, which bounds the memory of the KV cache
 CALIBRATION_ROWS = 512  # samples of the SFT policy that set the zero and the unit of the score
 SCORE_ROWS = 64         # of those, rows per forward pass
@@ -45,13 +45,13 @@ SCORE_ROWS = 64         # of those, rows per forward pass
 class Config(Flags):
     # this stage
     init_from: Optional[str] = None  # an SFT checkpoint or pretrained weights; default: out_dir/sft.pt
-    max_iters: int = 600             # [1, inf) optimizer steps; stop before held-out loss turns up
+    max_iters: int = 500             # [1, inf) optimizer steps; stop before held-out loss turns up
     batch_size: int = 16             # [1, inf) comparisons per step; on atlas each holds --candidates answers
     lr: Optional[float] = None       # [0, inf) default: 7e-4, for width 128; 1e-5 from pretrained weights
-    candidates: Optional[int] = None  # [2, inf) atlas: answers per prompt, compared pair by pair; default 24
+    candidates: Optional[int] = None  # [2, inf) atlas: answers per prompt, compared pair by pair; default 16
     max_new_tokens: Optional[int] = None  # [1, inf) longest sampled answer, in tokens; default: as in train_ppo.py
     temperature: float = 1.0         # (0, inf) of the sampled answers; as in PPO, which the scores are calibrated for
-    log_interval: int = 50           # [1, inf) iterations between lines, each with the loss on held-out rows
+    log_interval: int = 100          # [1, inf) iterations between lines, each with the loss on held-out rows
     save_interval: int = 500         # [1, inf) iterations between checkpoints; the last iteration always saves
 
 

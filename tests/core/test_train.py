@@ -130,8 +130,8 @@ def test_the_labeller_judges_each_pair_of_samples_that_differ(split, monkeypatch
     """An answer that was sampled twice is judged twice against each different one. The chosen one comes first."""
     encoding, asked = get_tokenizer("atlas"), []
     peru, unsure = " It is in Peru.", " I do not know."
-    monkeypatch.setattr(train_rm, "sample", lambda *args: [encode_response(encoding, (peru, unsure, peru)[i % 3])
-                                                           for i in range(len(args[2]))])
+    monkeypatch.setattr(train_rm, "sample", lambda *args, copies: [
+        encode_response(encoding, (peru, unsure, peru)[i % copies]) for i in range(len(args[2]) * copies)])
     monkeypatch.setattr(atlas, "label", lambda question, a, b, rng: asked.append((question, a, b)) or a == peru)
     made_by = SimpleNamespace(encoding=encoding, config=SimpleNamespace(seed=0, candidates=3))
     comparisons = train_rm.atlas_comparisons(made_by, None, split)
@@ -141,6 +141,22 @@ def test_the_labeller_judges_each_pair_of_samples_that_differ(split, monkeypatch
         assert row.pairs == [(0, 1), (0, 1)]
     assert asked == [(question, *pair) for question in atlas.prompts(split) for pair in ((peru, unsure),
                                                                                         (unsure, peru))]
+
+
+def test_the_samples_of_a_prompt_stand_together_and_all_end(monkeypatch):
+    """Of a chunk's rows all copies of a prompt are there: it is read once."""
+    chunks = []
+
+    def answer(policy, prompts, rng, copies):
+        chunks.append((len(prompts), copies))
+        return SimpleNamespace(ids=lambda: [(prompt, [*prompt, 9 if n % 2 else 5]) for n, prompt in enumerate(prompts)])
+    monkeypatch.setattr(train_rm, "SAMPLE_ROWS", 7)
+    encoding = get_tokenizer("atlas")
+    pad = encoding.eot_token
+    experience = SimpleNamespace(rng=lambda purpose: None, sample=answer, encoding=encoding, pad=pad)
+    answers = train_rm.sample(experience, None, [[1], [2], [3]], "x", copies=3)
+    assert [row[0] for row in answers] == [1, 1, 1, 2, 2, 2, 3, 3, 3] and chunks == [(6, 3), (3, 3)]
+    assert all(row[-1] == pad for row in answers)
 
 
 def test_rm_goes_below_the_loss_of_no_opinion(world):

@@ -4,8 +4,8 @@ PPO on a chat model that people know: SmolLM2-135M-Instruct learns to answer sum
     python -m experiments.smollm2 --model=SmolLM2-135M-Instruct          a folder, or a public name
 
 The reward is verifiable: 1 if the last number of the answer is the sum, which stands in a column of the data, and
-eos_penalty less if the answer does not end. There is no reward model. All weights are trained, in float32, on one
-thread a run. Runs differ in the seed and in the method: `group` compares 4 answers to each of 4 questions, `critic`
+eos_penalty less if the answer does not end. --task has two others. There is no reward model. All weights are trained,
+in float32, on one thread a run. Runs differ in the seed and in the method: `group` compares 4 answers to each of 4 questions, `critic`
 gives 16 questions one answer each and trains a second copy of the model as critic. Both see 16 answers an iteration.
 
 Held-out questions share no pair of numbers with those of training, swapped pairs included. Each is answered several
@@ -41,7 +41,7 @@ from tools.plot import COLOURS, import_pyplot, read_run
 METHODS = {"group": dict(advantage="group", samples_per_prompt=4),
            "critic": dict(critic="separate"),
            "group, no KL": dict(advantage="group", samples_per_prompt=4, kl_coef=0.0)}
-TOKENS = {"sums": 16, "chains": 24}  # the longest answer
+TOKENS = {"sums": 16, "chains": 24, "parity": 20}  # the longest answer
 SHARED = dict(batch_size=16, minibatches=2, kl_coef=0.02, temperature=0.7, log_interval=1, sample_interval=10**6,
               save_interval=10**6, micro_batch_size=8)
 N_EVAL = 240  # sampled answers to held-out questions, and at most as many questions
@@ -51,7 +51,7 @@ SHOWN = 12    # questions whose answers are kept
 @dataclass
 class Config:
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"  # a folder of pretrained weights, or a public name
-    task: str = "sums"              # sums|chains: a + b, or a + b + c
+    task: str = "sums"              # sums|chains|parity: a + b, a + b + c, or whether a number is even
     out_dir: str = "out/smollm2"    # a folder per run
     seeds: int = 4                  # [1, inf) seeds 0, 1, ... of `group` and `critic`
     seeds_no_kl: int = 2            # [0, inf) seeds of `group` with kl_coef=0
@@ -65,12 +65,16 @@ class Config:
 # the task
 
 def problems(task):
-    """(training, held-out) questions: lists of (numbers, question). Numbers in another order are on the same side."""
-    numbers = itertools.product(range(2, 21), range(2, 10)) if task == "sums" else \
-        itertools.product(range(2, 10), repeat=3)
+    """(training, held-out) questions: lists of (numbers, question, answer). Numbers in another order are on the same
+    side."""
+    numbers = {"sums": itertools.product(range(2, 21), range(2, 10)), "parity": zip(range(2, 200)),
+               "chains": itertools.product(range(2, 10), repeat=3)}[task]
     groups = {}
     for row in numbers:
-        groups.setdefault(tuple(sorted(row)), []).append((row, f"What is {' + '.join(map(str, row))}?"))
+        question, answer = f"What is {' + '.join(map(str, row))}?", str(sum(row))
+        if task == "parity":
+            question, answer = f"Is {row[0]} an even number?", ("even", "odd")[row[0] % 2]
+        groups.setdefault(tuple(sorted(row)), []).append((row, question, answer))
     keys = sorted(groups)
     random.Random(0).shuffle(keys)
     n = len(keys) // 4
@@ -82,8 +86,12 @@ def messages(question):
 
 
 def right(prompts, responses, rows):
-    """The reward: 1 for an answer whose last number is the row's."""
-    return [float(re.findall(r"\d+", response)[-1:] == [str(row["answer"])]) for response, row in zip(responses, rows)]
+    """The reward: 1 for an answer whose last number is the row's, or that has the row's word and not the other one."""
+    def says(response, answer):
+        if answer.isdigit():
+            return re.findall(r"\d+", response)[-1:] == [answer]
+        return set(re.findall(r"\b(?:even|odd)\b", response.lower())) == {answer}
+    return [float(says(response, row["answer"])) for response, row in zip(responses, rows)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -93,14 +101,14 @@ def measure(policy, encoding, chat, task, file):
     """Writes what a policy answers to a task's held-out questions: accuracy when sampled and when greedy, the share of
     answers that end, their length, and some of them."""
     def answers(asked, temperature):
-        prompts, lens = collate_prompts([render_messages(encoding, messages(text), chat) for _, text in asked],
+        prompts, lens = collate_prompts([render_messages(encoding, messages(text), chat) for _, text, _ in asked],
                                         eos_ids(encoding)[0])
         rollout = generate(policy, prompts, lens, TOKENS[task], eos=eos_ids(encoding),
                            temperature=temperature, generator=generator("cpu", "held-out questions"))
         return [decode(encoding, ids) for _, ids in rollout.ids()], rollout
 
     def accuracy(asked, texts):
-        return float(np.mean(right(None, texts, [{"answer": sum(numbers)} for numbers, _ in asked])))
+        return float(np.mean(right(None, texts, [{"answer": answer} for _, _, answer in asked])))
 
     questions = problems(task)[1]
     asked = (questions * -(-N_EVAL // len(questions)))[:N_EVAL]
@@ -109,7 +117,7 @@ def measure(policy, encoding, chat, task, file):
     found = {"accuracy": accuracy(asked, sampled), "greedy": accuracy(asked[:len(questions)], greedy),
              "ended": rollout.has_eos(eos_ids(encoding)).float().mean().item(),
              "length": rollout.response_lens.float().mean().item(), "samples": len(asked), "questions": len(questions),
-             "answers": [(question, text) for (_, question), text in zip(asked[:SHOWN], sampled)]}
+             "answers": [(question, text) for (_, question, _), text in zip(asked[:SHOWN], sampled)]}
     with atomic_write(file) as opened:
         opened.write(json.dumps(found).encode())
 
@@ -128,8 +136,8 @@ def train(folder, model, task, method, seed, max_iters):
         return
     if not (folder / "cost.json").exists():
         with atomic_write(folder / "data.jsonl") as file:
-            for numbers, question in problems(task)[0]:
-                file.write((json.dumps({"prompt": messages(question), "answer": sum(numbers)}) + "\n").encode())
+            for _, question, answer in problems(task)[0]:
+                file.write((json.dumps({"prompt": messages(question), "answer": answer}) + "\n").encode())
         began, cpu = time.time(), time.process_time()
         train_ppo.train(train_ppo.Config(**SHARED | METHODS[method] | dict(
             init_from=model, data=str(folder / "data.jsonl"), reward=f"{__file__}:right", out_dir=str(folder),

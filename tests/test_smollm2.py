@@ -10,18 +10,27 @@ from pretrained import LLAMA, save_pretrained
 from tokenizer import get_tokenizer
 
 
-@pytest.mark.parametrize("task, n", [("sums", 2), ("chains", 3)])
+@pytest.mark.parametrize("task, n", [("sums", 2), ("chains", 3), ("parity", 1)])
 def test_held_out_questions_share_no_numbers_with_training(task, n):
     training, heldout = smollm2.problems(task)
-    assert not {tuple(sorted(row)) for row, _ in training} & {tuple(sorted(row)) for row, _ in heldout}
-    assert 0.2 < len(heldout) / len(training + heldout) < 0.3 and {len(row) for row, _ in training + heldout} == {n}
-    assert all(question == f"What is {' + '.join(map(str, row))}?" for row, question in training)
+    assert not {tuple(sorted(row)) for row, *_ in training} & {tuple(sorted(row)) for row, *_ in heldout}
+    assert 0.2 < len(heldout) / len(training + heldout) < 0.3 and {len(row) for row, *_ in training + heldout} == {n}
+    for row, question, answer in training:
+        asked, expected = (f"What is {' + '.join(map(str, row))}?", str(sum(row))) if n > 1 else \
+            (f"Is {row[0]} an even number?", "odd" if row[0] % 2 else "even")
+        assert (question, answer) == (asked, expected)
 
 
 @pytest.mark.parametrize("response, score", [("3 + 4 = 7.", 1), ("7", 1), ("It is 17.", 0), ("7 is not 8", 0), ("", 0),
                                              ("seven", 0)])
 def test_the_last_number_counts(response, score):
-    assert smollm2.right(["What is 3 + 4?"], [response], [{"answer": 7}]) == [score]
+    assert smollm2.right(["What is 3 + 4?"], [response], [{"answer": "7"}]) == [score]
+
+
+@pytest.mark.parametrize("response, score", [("7 is odd.", 1), ("Odd", 1), ("No: 7 is an odd number, 7.", 1), ("even", 0),
+                                             ("It is even or odd", 0), ("oddly", 0), ("", 0)])
+def test_one_of_the_two_words_counts(response, score):
+    assert smollm2.right(["Is 7 an even number?"], [response], [{"answer": "odd"}]) == [score]
 
 
 def test_a_run_is_measured_drawn_and_not_repeated(tmp_path, monkeypatch, capsys):

@@ -5,8 +5,9 @@ PPO on a chat model that people know: SmolLM2-135M-Instruct learns to answer sum
 
 The reward is verifiable: 1 if the last number of the answer is the sum, which stands in a column of the data, and
 eos_penalty less if the answer does not end. --task has two others. There is no reward model. All weights are trained,
-in float32, on one thread a run. Runs differ in the seed and in the method: `group` compares 4 answers to each of 4 questions, `critic`
-gives 16 questions one answer each and trains a second copy of the model as critic. Both see 16 answers an iteration.
+in float32, on one thread a run. Runs differ in the seed and in the method: `group` compares 4 answers to each of 4
+questions, `critic` gives 16 questions one answer each and trains a second copy of the model as critic. Both see 16
+answers an iteration.
 
 Held-out questions share no pair of numbers with those of training, swapped pairs included. Each is answered several
 times before and after, at the temperature of the training, and once greedily. A run's checkpoint is deleted when it has

@@ -548,16 +548,26 @@ def collate_demonstrations(batch, pad_id):
 
 
 def collate_comparisons(batch, pad_id):
-    """Comparisons -> tokens (N, T), lens (N,), chosen (M,), rejected (M,). The N rows are all responses,
-    each once and after its prompt; the M pairs point at rows, so a response is forwarded once however often
-    it was compared."""
-    rows, chosen, rejected = [], [], []
-    for record in batch:
-        chosen += [len(rows) + better for better, _ in record.pairs]
-        rejected += [len(rows) + worse for _, worse in record.pairs]
-        rows += [record.prompt + response for response in record.responses]
-    tokens, lens = pad(rows, pad_id)
-    return tokens, lens, torch.tensor(chosen, dtype=torch.long), torch.tensor(rejected, dtype=torch.long)
+    """Comparisons -> tokens (B, T), lens (N,), rows (N,), positions (B, T), texts (B, T), chosen (M,), rejected (M,).
+
+    A row is a prompt and all its responses, one after the other, so the prompt is read once. The first five are what
+    RewardModel.forward takes: the n-th of the N responses ends before lens[n] in row rows[n]; positions continue the
+    prompt's in each response; texts has 0 for the prompt, n + 1 for a response, -1 for padding. The M pairs point at
+    responses, so one is read once however often it was compared."""
+    tokens, positions, texts, ends, chosen, rejected = [], [], [], [], [], []
+    for row, record in enumerate(batch):
+        chosen += [len(ends) + better for better, _ in record.pairs]
+        rejected += [len(ends) + worse for _, worse in record.pairs]
+        start = len(record.prompt)
+        packed, where, text = list(record.prompt), list(range(start)), [0] * start
+        for response in record.responses:
+            packed += response
+            where += range(start, start + len(response))
+            text += [len(ends) + 1] * len(response)
+            ends.append((len(packed), row))
+        tokens, positions, texts = tokens + [packed], positions + [where], texts + [text]
+    lens, rows, chosen, rejected = (torch.tensor(column, dtype=torch.long) for column in (*zip(*ends), chosen, rejected))
+    return pad(tokens, pad_id)[0], lens, rows, pad(positions, 0)[0], pad(texts, -1)[0], chosen, rejected
 
 
 def collate_prompts(prompts, pad_id):

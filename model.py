@@ -258,24 +258,25 @@ class Trunk(nn.Module):
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
 
-    def forward(self, idx, cache=None, positions=None):
+    def forward(self, idx, cache=None, positions=None, mask=None):
         """Token ids idx (B, T) -> hidden states (B, T, C) after the final norm.
 
         No cache: a pass over whole sequences, all rows at positions 0..T-1.
         Cache, no positions (prefill): the same, and slots 0..T-1 of the cache are filled.
         Cache and positions (B,) (decode): idx is (B, 1); row b's token is at positions[b], is stored
         there and attends to slots 0..positions[b].
+        Positions (B, T) and mask (B, 1, T, T): a row has several texts, and `mask` says who may look at whom.
 
         Raises ValueError if T exceeds block_size, or if idx, cache and positions do not agree."""
         B, T = idx.shape
-        if T > self.config.block_size:
+        if T > self.config.block_size and mask is None:
             raise ValueError(f"a sequence of {T} tokens exceeds block_size={self.config.block_size}")
-        mask = None
+        where = positions
         if positions is None:
             if cache is not None:
                 cache.check(B * cache.copies, T)
             where = torch.arange(T, device=idx.device)  # (T,)
-        else:
+        elif mask is None:
             if cache is None or T != 1:
                 raise ValueError(f"positions are for decoding: one token per row and a cache, got T={T}")
             # On a GPU the positions are not looked at, as that would make it wait.
@@ -289,7 +290,7 @@ class Trunk(nn.Module):
         x = self.dropout(x)
         recompute = self.recompute and cache is None and torch.is_grad_enabled()
         for block in self.blocks:
-            x = checkpoint(block, x, rotation, use_reentrant=False) if recompute else \
+            x = checkpoint(block, x, rotation, None, None, mask, use_reentrant=False) if recompute else \
                 block(x, rotation, cache, positions, mask)
         return self.ln_f(x)
 

@@ -37,10 +37,19 @@ class RewardModel(nn.Module):
         reward_model.trunk.load_state_dict(policy.trunk.state_dict())
         return reward_model
 
-    def forward(self, tokens, lens):
-        """scores (N,) of tokens (N, T) with lens (N,), float32 or wider. Ids beyond lens are never read."""
-        hidden = self.trunk(tokens)  # (N, T, C)
-        last = hidden[torch.arange(tokens.size(0), device=tokens.device), lens - 1]  # (N, C)
+    def forward(self, tokens, lens, rows=None, positions=None, texts=None):
+        """scores (N,) of tokens (N, T) with lens (N,), float32 or wider. Ids beyond lens are never read.
+
+        With rows, positions and texts, data.collate_comparisons', a row of tokens (B, T) is a prompt and several
+        responses. Each sees itself and the prompt, so its score is what it would be in a row of its own."""
+        mask = None
+        if rows is None:
+            rows = torch.arange(tokens.size(0), device=tokens.device)
+        else:
+            mask = (texts[:, None] == texts[..., None]) | (texts[:, None] == 0)  # (B, T, T): queries, then keys
+            mask = mask.tril()[:, None]
+        hidden = self.trunk(tokens, positions=positions, mask=mask)  # (B, T, C)
+        last = hidden[rows, lens - 1]  # (N, C)
         return upcast(self.head(last)) * self.gain + self.bias
 
     def as_critic(self):

@@ -35,7 +35,7 @@ from support.stages import load_policy, load_start, resolve_lr, resolve_max_new_
 from tokenizer import DataError, decode, encode_prompt, encode_response, eos_ids, run_tokenizer
 
 EVAL_ROWS = 512         # one evaluation reads at most this many held-out comparisons
-CANDIDATES = 16         # atlas: answers per prompt; with 12, the model remembers the labeller's noise instead
+CANDIDATES = 24         # atlas: answers per prompt; with 12, the model remembers the labeller's noise instead
 SAMPLE_ROWS = 1024      # answers sampled at a time, which bounds the memory of the KV cache
 CALIBRATION_ROWS = 512  # samples of the SFT policy that set the zero and the unit of the score
 SCORE_ROWS = 64         # of those, rows per forward pass
@@ -45,10 +45,10 @@ SCORE_ROWS = 64         # of those, rows per forward pass
 class Config(Flags):
     # this stage
     init_from: Optional[str] = None  # an SFT checkpoint or pretrained weights; default: out_dir/sft.pt
-    max_iters: int = 500             # [1, inf) optimizer steps; stop before held-out loss turns up
+    max_iters: int = 600             # [1, inf) optimizer steps; stop before held-out loss turns up
     batch_size: int = 16             # [1, inf) comparisons per step; on atlas each holds --candidates answers
     lr: Optional[float] = None       # [0, inf) default: 7e-4, for width 128; 1e-5 from pretrained weights
-    candidates: Optional[int] = None  # [2, inf) atlas: answers per prompt, compared pair by pair; default 16
+    candidates: Optional[int] = None  # [2, inf) atlas: answers per prompt, compared pair by pair; default 24
     max_new_tokens: Optional[int] = None  # [1, inf) longest sampled answer, in tokens; default: as in train_ppo.py
     temperature: float = 1.0         # (0, inf) of the sampled answers; as in PPO, which the scores are calibrated for
     log_interval: int = 100          # [1, inf) iterations between lines, each with the loss on held-out rows
@@ -116,9 +116,9 @@ def margins_of(model, comparisons, micro, eos, device, autocast):
     """Score differences chosen - rejected (M,) of all pairs, on the CPU."""
     margins = [torch.empty(0)]
     for i in range(0, len(comparisons), micro):
-        tokens, lens, chosen, rejected = (x.to(device) for x in collate_comparisons(comparisons[i:i + micro], eos))
+        *texts, chosen, rejected = (x.to(device) for x in collate_comparisons(comparisons[i:i + micro], eos))
         with autocast():
-            scores = model(tokens, lens)
+            scores = model(*texts)
         margins.append((scores[chosen] - scores[rejected]).float().cpu())
     return torch.cat(margins)
 
@@ -190,25 +190,24 @@ def loop(config, run):
     n_pairs = sum(len(row.pairs) for row in train_rows)
     require(train_rows, "every question got the same answer each time, so there is nothing to compare: the SFT "
             "policy has collapsed, train it again")
-    tokens_of_one = max(sum(len(row.prompt) + len(answer) for answer in row.responses) for row in train_rows)
+    row_lens = [len(row.prompt) + sum(map(len, row.responses)) for row in train_rows]
     micro = micro_batch_size(config.batch_size, config.micro_batch_size,
-                             activations(model.config, tokens_of_one, config.recompute),
+                             activations(model.config, max(row_lens), config.recompute),
                              budget=spare_memory(device, model) or CPU_BUDGET)
     print_report(config, report, f"; {n_pairs:,} pairs to train on, evaluation reads "
                  f"{sum(len(row.pairs) for row in heldout):,} held-out pairs of {len(heldout)} prompts; {micro} "
                  "comparisons per forward pass")
 
-    order = BatchOrder([len(row.prompt) + max(map(len, row.responses)) for row in train_rows], config.batch_size,
-                       config.seed, window=20)
+    order = BatchOrder(row_lens, config.batch_size, config.seed, window=20)
     metrics, row = Metrics(config, "rm", start), {}
     for iteration in range(start + 1, config.max_iters + 1):
         batch = [train_rows[i] for i in order.order(iteration - 1)]
         n_batch, loss, accuracy = sum(len(row.pairs) for row in batch), 0.0, 0.0
         rows = distributed.shard(batch)
         for i in range(0, len(rows), micro):
-            tokens, lens, chosen, rejected = (x.to(device) for x in collate_comparisons(rows[i:i + micro], eos))
+            *texts, chosen, rejected = (x.to(device) for x in collate_comparisons(rows[i:i + micro], eos))
             with autocast():
-                scores = score(tokens, lens)
+                scores = score(*texts)
             part, stats = bradley_terry_loss(scores[chosen], scores[rejected])
             pair_fraction = len(chosen) / n_batch
             (part * pair_fraction).backward()

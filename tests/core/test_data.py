@@ -469,10 +469,16 @@ def test_collate_demonstrations(pad_id):
 def test_collate_comparisons(pad_id):
     two = Comparison([5], [[EOS], [5, EOS]], [(0, 1)])
     four = Comparison([1, 2], [[10, EOS], [11, EOS], [12, EOS], [13, 5, EOS]], [(2, 0), (2, 1), (3, 1)])
-    tokens, lens, chosen, rejected = collate_comparisons([two, four, two], pad_id)
-    assert lens.tolist() == [2, 3, 4, 4, 4, 5, 2, 3] and tokens.shape == (8, 5)
-    rows = [tokens[i, :lens[i]].tolist() for i in range(8)]
-    pairs = [(rows[c], rows[r]) for c, r in zip(chosen, rejected)]
+    tokens, lens, rows, positions, texts, chosen, rejected = collate_comparisons([two, four, two], pad_id)
+    assert rows.tolist() == [0, 0, 1, 1, 1, 1, 2, 2] and tokens.shape == positions.shape == texts.shape == (3, 11)
+    assert tokens[0].tolist() == [5, EOS, 5, EOS] + [pad_id] * 7
+    assert texts[0].tolist() == [0, 1, 2, 2] + [-1] * 7 and positions[0].tolist() == [0, 1, 1, 2] + [0] * 7
+    assert texts[1].tolist() == [0, 0, 3, 3, 4, 4, 5, 5, 6, 6, 6] and positions[1].tolist() == [0, 1, *[2, 3] * 4, 4]
+    read = []
+    for n, (end, row) in enumerate(zip(lens, rows)):
+        assert texts[row, end - 1] == n + 1
+        read.append([*tokens[row, texts[row] == 0].tolist(), *tokens[row, texts[row] == n + 1].tolist()])
+    pairs = [(read[c], read[r]) for c, r in zip(chosen, rejected)]
     assert pairs[0] == pairs[4] == ([5, EOS], [5, 5, EOS])
     assert pairs[1:4] == [([1, 2, 12, EOS], [1, 2, 10, EOS]), ([1, 2, 12, EOS], [1, 2, 11, EOS]),
                           ([1, 2, 13, 5, EOS], [1, 2, 11, EOS])]

@@ -1,13 +1,16 @@
 """Tests of reward_model.py: where a score is read, Bradley-Terry by hand, planted preference, calibration."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from data import Comparison, collate_comparisons, pad
 from model import GPT, GPTConfig
+from pretrained import LLAMA
 from reward_model import RewardModel, bradley_terry_loss, calibration_table
 from tensors import gap, random_ids, rng
 
@@ -51,6 +54,28 @@ def test_score_is_read_at_the_last_real_token_whatever_the_padding():
         for fill in (0, EOS, ids(6, 9, seed=2), ids(6, 9, seed=3)):
             padded = F.pad(torch.where(beyond, fill, TOKENS), (0, pads), value=EOS)
             assert gap(model(padded, LENS), alone) <= 1e-12
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("family", [{}, LLAMA.kind], ids=["gpt2", "llama"])
+def test_responses_in_one_row_score_as_in_rows_of_their_own(family, recompute):
+    """Scores and gradients. The rows are longer than block_size, which no text is."""
+    model = randomize(RewardModel(replace(CONFIG, **family))).double()
+    model.trunk.recompute = recompute
+    batch = [Comparison([1, 2, 3], [[4, EOS], [5, 6, 4, EOS], [4, EOS, EOS], [9] * 9 + [EOS]], [(0, 1)]),
+             Comparison([8], [[EOS], [1, 2, EOS]], [(1, 0)])]
+    *packed, chosen, rejected = collate_comparisons(batch, 0)
+    assert packed[0].size(1) > BLOCK
+    alone = pad([row.prompt + response for row in batch for response in row.responses], 0)
+    weights, gradients = torch.arange(1.0, 7.0, dtype=torch.float64), []
+    for texts in (packed, alone):
+        scores = model(*texts)
+        model.zero_grad()
+        (scores * weights).sum().backward()
+        gradients.append([scores.detach(), *(p.grad.clone() for p in model.parameters())])
+    for one, other in zip(*gradients):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+    assert (chosen.tolist(), rejected.tolist()) == ([0, 5], [1, 4])
 
 
 def test_gradient_enters_at_the_last_real_token_only():

@@ -547,8 +547,9 @@ def collate_demonstrations(batch, pad_id):
     return tokens, lens - response_lens, response_lens, mask
 
 
-def collate_comparisons(batch, pad_id):
-    """Comparisons -> tokens (B, T), lens (N,), rows (N,), positions (B, T), texts (B, T), chosen (M,), rejected (M,).
+def collate_comparisons(batch, pad_id, multiple=1):
+    """Comparisons -> tokens (B, T), lens (N,), rows (N,), positions (B, T), texts (B, T), chosen (M,), rejected (M,),
+    where T is a multiple of `multiple`.
 
     A row is a prompt and all its responses, one after the other, so the prompt is read once. The first five are what
     RewardModel.forward takes: the n-th of the N responses ends before lens[n] in row rows[n]; positions continue the
@@ -567,7 +568,9 @@ def collate_comparisons(batch, pad_id):
             ends.append((len(packed), row))
         tokens, positions, texts = tokens + [packed], positions + [where], texts + [text]
     lens, rows, chosen, rejected = (torch.tensor(column, dtype=torch.long) for column in (*zip(*ends), chosen, rejected))
-    return pad(tokens, pad_id)[0], lens, rows, pad(positions, 0)[0], pad(texts, -1)[0], chosen, rejected
+    T = -(-max(map(len, tokens)) // multiple) * multiple
+    tokens, positions, texts = (pad(*column, T)[0] for column in ((tokens, pad_id), (positions, 0), (texts, -1)))
+    return tokens, lens, rows, positions, texts, chosen, rejected
 
 
 def collate_prompts(prompts, pad_id):

@@ -148,7 +148,7 @@ def rotate(x, cos, sin):
 
 def attention(q, k, v, mask, dropout):
     """softmax(q k^T / sqrt(hd)) v, (B, nh, T, hd), for q (B, nh, T, hd) and k, v (B, nkv, S, hd): query head h looks at
-    key head h * nkv // nh. `mask`, broadcast to (B, nh, T, S), is decode_mask's; None means causal, with T = S."""
+    key head h * nkv // nh. `mask`, broadcast to (B, nh, T, S), is Trunk.forward's; None means causal, with T = S."""
     group = q.size(1) // k.size(1)
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout,
@@ -160,14 +160,6 @@ def attention(q, k, v, mask, dropout):
     weights = (q / math.sqrt(q.size(3)) @ k.transpose(2, 3)).masked_fill(~mask, -torch.inf)
     weights = torch.softmax(weights, dim=-1, dtype=weights.dtype)  # dtype: else autocast makes it float32, and slow
     return F.dropout(weights, dropout) @ v
-
-
-def decode_mask(positions, cache):
-    """(B, 1, 1, max_len), for queries at positions (B, 1): whether they may look at a slot. On a GPU it is the bias
-    that attention would otherwise make of it in each layer: 0 or -inf in the dtype of the keys."""
-    mask = (torch.arange(cache.max_len, device=positions.device) <= positions)[:, None, None]
-    return mask if mask.device.type == "cpu" else \
-        torch.zeros_like(mask, dtype=cache.k[0].dtype).masked_fill(~mask, -torch.inf)
 
 
 def norm(config, size):
@@ -265,7 +257,7 @@ class Trunk(nn.Module):
         Cache, no positions (prefill): the same, and slots 0..T-1 of the cache are filled.
         Cache and positions (B,) (decode): idx is (B, 1); row b's token is at positions[b], is stored
         there and attends to slots 0..positions[b].
-        Positions (B, T) and mask (B, 1, T, T): a row has several texts, and `mask` says who may look at whom.
+        Positions (B, T) and mask (B, 1, T, T): a row has several texts, and mask is True where a token may look.
 
         Raises ValueError if T exceeds block_size, or if idx, cache and positions do not agree."""
         B, T = idx.shape
@@ -282,8 +274,12 @@ class Trunk(nn.Module):
             # On a GPU the positions are not looked at, as that would make it wait.
             cache.check(B, int(positions.max()) + 1 if positions.device.type == "cpu" else 0)
             where = positions.unsqueeze(1)  # (B, 1)
-            mask = decode_mask(where, cache)
+            mask = (torch.arange(cache.max_len, device=idx.device) <= where)[:, None, None]  # (B, 1, 1, max_len)
         x = self.wte(idx)  # (B, T, C)
+        if mask is not None and mask.device.type != "cpu":  # else attention makes a bias of it, again in each layer
+            autocast = torch.is_autocast_enabled(mask.device.type)
+            dtype = torch.get_autocast_dtype(mask.device.type) if autocast else x.dtype
+            mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
         rotation = rope(self.config, where) if self.config.position == "rope" else None
         if rotation is None:
             x = x + self.wpe(where)

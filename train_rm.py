@@ -111,12 +111,18 @@ def labeller_entropy(comparisons, encoding):
     return float(atlas.label_entropy(np.array(probabilities)).mean())
 
 
+def collated(comparisons, eos, device):
+    """What collate_comparisons returns, on the device. On a GPU where T is no multiple of 16, attention copies its mask
+    in each layer."""
+    return (x.to(device) for x in collate_comparisons(comparisons, eos, 1 if device.type == "cpu" else 16))
+
+
 @torch.no_grad()
 def margins_of(model, comparisons, micro, eos, device, autocast):
     """Score differences chosen - rejected (M,) of all pairs, on the CPU."""
     margins = [torch.empty(0)]
     for i in range(0, len(comparisons), micro):
-        *texts, chosen, rejected = (x.to(device) for x in collate_comparisons(comparisons[i:i + micro], eos))
+        *texts, chosen, rejected = collated(comparisons[i:i + micro], eos, device)
         with autocast():
             scores = model(*texts)
         margins.append((scores[chosen] - scores[rejected]).float().cpu())
@@ -205,7 +211,7 @@ def loop(config, run):
         n_batch, loss, accuracy = sum(len(row.pairs) for row in batch), 0.0, 0.0
         rows = distributed.shard(batch)
         for i in range(0, len(rows), micro):
-            *texts, chosen, rejected = (x.to(device) for x in collate_comparisons(rows[i:i + micro], eos))
+            *texts, chosen, rejected = collated(rows[i:i + micro], eos, device)
             with autocast():
                 scores = score(*texts)
             part, stats = bradley_terry_loss(scores[chosen], scores[rejected])

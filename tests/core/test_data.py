@@ -474,6 +474,7 @@ def test_collate_comparisons(pad_id):
     assert tokens[0].tolist() == [5, EOS, 5, EOS] + [pad_id] * 7
     assert texts[0].tolist() == [0, 1, 2, 2] + [-1] * 7 and positions[0].tolist() == [0, 1, 1, 2] + [0] * 7
     assert texts[1].tolist() == [0, 0, 3, 3, 4, 4, 5, 5, 6, 6, 6] and positions[1].tolist() == [0, 1, *[2, 3] * 4, 4]
+    assert collate_comparisons([two, four], pad_id, 8)[0].shape == (2, 16)
     read = []
     for n, (end, row) in enumerate(zip(lens, rows)):
         assert texts[row, end - 1] == n + 1

@@ -62,7 +62,7 @@ def test_no_stage_mixes_devices_or_waits_in_each_pass(pretend, world):
     batches = sum(n for place, n in sft.items() if "train_sft.py" in place)  # four tensors in each of four passes
     assert batches == 16 and sum(sft.values()) - batches == 2
     batches = sum(n for place, n in rm.items() if "train_rm.py" in place)
-    assert batches == 8 and sum(rm.values()) - batches == 2
+    assert batches == 14 and sum(rm.values()) - batches == 2  # seven tensors in each of two passes
     for waits in ppo:
         assert sum(waits.values()) <= 8 + 4 + 2 * 2 + 17, waits
 

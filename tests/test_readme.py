@@ -24,7 +24,8 @@ FILES = sorted({(page, target) for page, text in PAGES.items()
 THEOREMS = set(re.findall(r"^def test_t(\d\d)", (ROOT / "tests/core/test_theorems.py").read_text(), re.MULTILINE))
 SCRIPTS = {"train_sft.py": train_sft, "train_rm.py": train_rm, "train_ppo.py": train_ppo, "sample.py": sample} | {
     f"-m {path.parent.name}.{path.stem}": import_module(f"{path.parent.name}.{path.stem}")
-    for path in sorted([*ROOT.glob("experiments/*.py"), *ROOT.glob("tools/*.py")]) if "class Config" in path.read_text()}
+    for folder in ("experiments", "tools") for path in sorted((ROOT / folder).glob("*.py"))
+    if "class Config" in path.read_text()}
 
 
 @pytest.mark.parametrize("page, quoted, file, line", LINES)

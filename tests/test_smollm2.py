@@ -27,8 +27,8 @@ def test_the_last_number_counts(response, score):
     assert smollm2.right(["What is 3 + 4?"], [response], [{"answer": "7"}]) == [score]
 
 
-@pytest.mark.parametrize("response, score", [("7 is odd.", 1), ("Odd", 1), ("No: 7 is an odd number, 7.", 1), ("even", 0),
-                                             ("It is even or odd", 0), ("oddly", 0), ("", 0)])
+@pytest.mark.parametrize("response, score", [("7 is odd.", 1), ("Odd", 1), ("No: 7 is an odd number, 7.", 1),
+                                             ("even", 0), ("It is even or odd", 0), ("oddly", 0), ("", 0)])
 def test_one_of_the_two_words_counts(response, score):
     assert smollm2.right(["Is 7 an even number?"], [response], [{"answer": "odd"}]) == [score]
 

@@ -11,7 +11,7 @@ the judge about held-out ones. Both scores are in standard deviations of the SFT
 where the proxy's rises alone PPO has found what is wrong with the proxy [Gao et al. 2023, 2210.10760]. The judge
 is no human: it has the proxy's trunk and size, and shares what both took from the pretraining.
 
-What out_dir holds already is not repeated, so delete it after changing a flag. A seed takes about an hour of one core.
+What out_dir holds already is not repeated, so delete it after changing a flag. A seed takes about an hour of two cores.
 Drawing needs matplotlib.
 """
 
@@ -57,7 +57,7 @@ class Config:
     seeds: int = 1                       # [1, inf) seeds 0, 1, ...
     sft_iters: int = 60                  # [1, inf) steps of 8 answers
     rm_iters: int = 40                   # [1, inf) steps of 8 comparisons
-    max_iters: int = 30                  # [2, inf) rollouts of 4 answers to each of 4 prompts
+    max_iters: int = 20                  # [2, inf) rollouts of 4 answers to each of 4 prompts
     workers: Optional[int] = None        # [1, inf) runs at a time, each on one thread; default: one per core
     save: str = "docs/smollm2_stages"    # the figure and its numbers, less .png and .json
 

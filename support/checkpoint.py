@@ -1,5 +1,5 @@
 """
-Checkpoints, exact resume, locking, signals. docs/reliability.md lists for each fault the behaviour and its tests.
+Checkpoints, exact resume, locking, signals. docs/reliability.md lists the behaviour for each fault, and test files.
 
 A checkpoint is one dict of plain values and tensors, never a pickled object. It holds all that the next iteration
 depends on. The order of the data and the scripts' generators are functions of the seed and the iteration, so `iter` and

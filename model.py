@@ -153,7 +153,7 @@ def attention(q, k, v, mask, dropout):
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout,
                                               enable_gqa=group > 1)
-    # Written out, because torch's own bfloat16 kernels for a CPU take 1.3 to 5 times as long (docs/benchmarks.md).
+    # Written out, because torch's own bfloat16 kernels for a CPU take 1.2 to 5 times as long (docs/benchmarks.md).
     if mask is None:
         mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril()
     k, v = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (k, v))

@@ -4,7 +4,7 @@ PPO on a chat model that people know: SmolLM2-135M-Instruct learns to answer sum
     python -m experiments.smollm2 --model=SmolLM2-135M-Instruct          a folder, or a public name
 
 The reward is verifiable: 1 if the last number of the answer is the sum, which stands in a column of the data, and
-eos_penalty less if the answer does not end. --task has two others. There is no reward model. All weights are trained,
+eos_penalty less if the answer does not end. --task has three others. There is no reward model. All weights are trained,
 in float32, on one thread a run. Runs differ in the seed and in the method: `group` compares 4 answers to each of 4
 questions, `critic` gives 16 questions one answer each and trains a second copy of the model as critic. Both see 16
 answers an iteration.
@@ -42,7 +42,8 @@ from tools.plot import COLOURS, import_pyplot, read_run
 METHODS = {"group": dict(advantage="group", samples_per_prompt=4),
            "critic": dict(critic="separate"),
            "group, no KL": dict(advantage="group", samples_per_prompt=4, kl_coef=0.0)}
-TOKENS = {"sums": 16, "chains": 24, "parity": 20}  # the longest answer
+TOKENS = {"sums": 16, "steps": 24, "chains": 24, "parity": 20}  # the longest answer
+EXAMPLE = "What is 3 + 4 + 6?", "3 + 4 = 7, and 7 + 6 = 13."     # the turn before each question of `steps`
 SHARED = dict(batch_size=16, minibatches=2, kl_coef=0.02, temperature=0.7, log_interval=1, sample_interval=10**6,
               save_interval=10**6, micro_batch_size=8)
 N_EVAL = 240  # sampled answers to held-out questions, and at most as many questions
@@ -52,7 +53,7 @@ SHOWN = 12    # questions whose answers are kept
 @dataclass
 class Config:
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"  # a folder of pretrained weights, or a public name
-    task: str = "sums"              # sums|chains|parity: a + b, a + b + c, or whether a number is even
+    task: str = "sums"              # sums|steps|chains|parity: a + b, a + b + c after EXAMPLE or without, or parity
     out_dir: str = "out/smollm2"    # a folder per run
     seeds: int = 4                  # [1, inf) seeds 0, 1, ... of `group` and `critic`
     seeds_no_kl: int = 2            # [0, inf) seeds of `group` with kl_coef=0
@@ -67,9 +68,10 @@ class Config:
 
 def problems(task):
     """(training, held-out) questions: lists of (numbers, question, answer). Numbers in another order are on the same
-    side."""
-    numbers = {"sums": itertools.product(range(2, 21), range(2, 10)), "parity": zip(range(2, 200)),
-               "chains": itertools.product(range(2, 10), repeat=3)}[task]
+    side, and those of EXAMPLE on none."""
+    triples = list(itertools.product(range(2, 10), repeat=3))
+    numbers = {"sums": itertools.product(range(2, 21), range(2, 10)), "parity": zip(range(2, 200)), "chains": triples,
+               "steps": [row for row in triples if sorted(row) != [3, 4, 6]]}[task]
     groups = {}
     for row in numbers:
         question, answer = f"What is {' + '.join(map(str, row))}?", str(sum(row))
@@ -82,8 +84,9 @@ def problems(task):
     return tuple([row for key in part for row in groups[key]] for part in (keys[n:], keys[:n]))
 
 
-def messages(question):
-    return [{"role": "user", "content": question}]
+def messages(question, task):
+    turns = [*EXAMPLE, question] if task == "steps" else [question]
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
 
 
 def right(prompts, responses, rows):
@@ -102,7 +105,7 @@ def measure(policy, encoding, chat, task, file):
     """Writes what a policy answers to a task's held-out questions: accuracy when sampled and when greedy, the share of
     answers that end, their length, and some of them."""
     def answers(asked, temperature):
-        prompts, lens = collate_prompts([render_messages(encoding, messages(text), chat) for _, text, _ in asked],
+        prompts, lens = collate_prompts([render_messages(encoding, messages(text, task), chat) for _, text, _ in asked],
                                         eos_ids(encoding)[0])
         rollout = generate(policy, prompts, lens, TOKENS[task], eos=eos_ids(encoding),
                            temperature=temperature, generator=generator("cpu", "held-out questions"))
@@ -138,7 +141,7 @@ def train(folder, model, task, method, seed, max_iters):
     if not (folder / "cost.json").exists():
         with atomic_write(folder / "data.jsonl") as file:
             for _, question, answer in problems(task)[0]:
-                file.write((json.dumps({"prompt": messages(question), "answer": answer}) + "\n").encode())
+                file.write((json.dumps({"prompt": messages(question, task), "answer": answer}) + "\n").encode())
         began, cpu = time.time(), time.process_time()
         train_ppo.train(train_ppo.Config(**SHARED | METHODS[method] | dict(
             init_from=model, data=str(folder / "data.jsonl"), reward=f"{__file__}:right", out_dir=str(folder),

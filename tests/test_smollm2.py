@@ -10,7 +10,7 @@ from pretrained import LLAMA, save_pretrained
 from tokenizer import get_tokenizer
 
 
-@pytest.mark.parametrize("task, n", [("sums", 2), ("chains", 3), ("parity", 1)])
+@pytest.mark.parametrize("task, n", [("sums", 2), ("steps", 3), ("chains", 3), ("parity", 1)])
 def test_held_out_questions_share_no_numbers_with_training(task, n):
     training, heldout = smollm2.problems(task)
     assert not {tuple(sorted(row)) for row, *_ in training} & {tuple(sorted(row)) for row, *_ in heldout}
@@ -19,6 +19,14 @@ def test_held_out_questions_share_no_numbers_with_training(task, n):
         asked, expected = (f"What is {' + '.join(map(str, row))}?", str(sum(row))) if n > 1 else \
             (f"Is {row[0]} an even number?", "odd" if row[0] % 2 else "even")
         assert (question, answer) == (asked, expected)
+
+
+def test_steps_has_a_worked_example_that_no_question_repeats():
+    (asked, question, answer), *_ = smollm2.problems("steps")[1]
+    example, worked, turn = smollm2.messages(question, "steps")
+    assert [turn] == smollm2.messages(question, "chains") and turn["content"] == question
+    assert [example["role"], worked["role"]] == ["user", "assistant"] and worked["content"].endswith(" 13.")
+    assert example["content"] not in {text for part in smollm2.problems("steps") for _, text, _ in part}
 
 
 @pytest.mark.parametrize("response, score", [("3 + 4 = 7.", 1), ("7", 1), ("It is 17.", 0), ("7 is not 8", 0), ("", 0),

@@ -62,3 +62,18 @@ def test_a_run_is_measured_drawn_and_not_repeated(tmp_path, monkeypatch, capsys)
     smollm2.draw(results, str(tmp_path / "figure"))
     assert (tmp_path / "figure.png").stat().st_size > 5000
     assert json.loads((tmp_path / "group_0" / "data.jsonl").read_text().splitlines()[0])["prompt"][0]["role"] == "user"
+
+
+@pytest.mark.slow
+def test_the_command_writes_a_figure_and_its_numbers(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    model = GPT(GPTConfig(vocab_size=257, block_size=256, n_layer=1, n_head=2, n_embd=16, **LLAMA.kind))
+    save_pretrained(model, get_tokenizer("bytes"), tmp_path / "model")
+    config = smollm2.Config(model=str(tmp_path / "model"), task="steps", out_dir=str(tmp_path / "out"), seeds=1,
+                            seeds_no_kl=0, critics=False, max_iters=6, workers=1, save=str(tmp_path / "figure"))
+    results = smollm2.main(config)
+    assert results.keys() == {"before", "group"} and results["before"][0]["questions"] == 130
+    assert json.loads((tmp_path / "figure.json").read_text())["runs"] == json.loads(json.dumps(results))
+    prompt = json.loads((tmp_path / "out" / "steps" / "group_0" / "data.jsonl").read_text().splitlines()[0])["prompt"]
+    assert [message["role"] for message in prompt] == ["user", "assistant", "user"]
+    assert "2/2  group_0 run" in capsys.readouterr().out

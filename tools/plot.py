@@ -165,7 +165,7 @@ def draw(folders, save, metrics=None):
     if sizes != [1]:
         note += f"     line and band: mean, lowest and highest of {' or '.join(map(str, sizes))} runs"
     if any(bounds != (None, None) for bounds in ranges):
-        note += "     green: outside of it a rule in support/metrics.py, which averages over iterations, may warn"
+        note += "     green: where no rule of support/metrics.py warns"
     figure.supxlabel(textwrap.fill(note, 58 * columns), fontsize=9)
     finish(plt, figure, save)
 

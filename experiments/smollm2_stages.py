@@ -6,12 +6,12 @@ human comparisons of HH, and SmolLM2-135M-Instruct.
 
 The short comparisons are split by prompt into two halves. train_sft.py learns the first half's chosen answers and
 train_rm.py its comparisons: that reward model is the proxy. A second reward model, from the same SFT model, learns the
-other half: the judge. PPO maximises the proxy at several kl_coef, with prompts that neither half has, and --eval asks
-the judge about held-out ones. Both scores are in standard deviations of the SFT model's answers, from a mean of 0, so
+other half: the judge. PPO maximises the proxy at two kl_coef, and once in larger steps without the KL term, with
+prompts that neither half has, and --eval asks the judge about held-out ones. Both scores are in standard deviations of the SFT model's answers, from a mean of 0, so
 where the proxy's rises alone PPO has found what is wrong with the proxy [Gao et al. 2023, 2210.10760]. The judge
 is no human: it has the proxy's trunk and size, and shares what both took from the pretraining.
 
-What out_dir holds already is not repeated, so delete it after changing a flag. A seed takes about an hour of two cores.
+What out_dir holds already is not repeated, so delete it after changing a flag. A seed takes about an hour and a quarter of two cores.
 Drawing needs matplotlib.
 """
 
@@ -42,7 +42,8 @@ from support.stages import load_reward_model, read_start
 from tokenizer import DataError, encode_response, eos_ids, render_messages, run_tokenizer
 from tools.plot import COLOURS, import_pyplot, read_run
 
-KL_COEFS = (0.0, 0.05)
+RUNS = {"kl_coef 0": dict(kl_coef=0.0, lr=1e-5), "kl_coef 0.05": dict(kl_coef=0.05, lr=1e-5),
+        "kl_coef 0, lr 3e-5": dict(kl_coef=0.0, lr=3e-5)}  # what a run is called, and its flags
 PROMPT_TOKENS, RESPONSE_TOKENS = 64, 48  # the longest of the comparisons that are used; EOS counts
 PPO_PROMPT_TOKENS = 96                   # the longest prompt of PPO, which so has more of them
 ROWS = 8                                 # texts in a forward pass of the judge
@@ -130,9 +131,9 @@ class Judge:
                             + encode_response(self.encoding, response) for row, response in zip(rows, responses)])
 
 
-def train_at(folder, seed, kl_coef, max_iters):
-    """One run of PPO in folder/kl_coef <x>, with looks at held-out prompts every 5 rollouts."""
-    run = folder / f"kl_coef {kl_coef}"
+def train_at(folder, seed, name, max_iters):
+    """One run of PPO in folder/name, with looks at held-out prompts every 5 rollouts."""
+    run = folder / name
     if (run / "done").exists():
         return
     run.mkdir(exist_ok=True)
@@ -141,27 +142,27 @@ def train_at(folder, seed, kl_coef, max_iters):
     train_ppo.train(train_ppo.Config(
         data=str(folder.parent / "prompts.jsonl"), init_from=str(folder / "sft.pt"),
         rm=str(folder / "proxy" / "rm.pt"), eval=f"{run / 'judge.py'}:judge", out_dir=str(run), seed=seed, device="cpu",
-        advantage="group", samples_per_prompt=4, batch_size=16, minibatches=2, micro_batch_size=8, lr=1e-5,
-        max_iters=max_iters, max_new_tokens=RESPONSE_TOKENS, kl_coef=kl_coef, log_interval=1, sample_interval=5,
-        save_interval=10**6, overwrite=True))
+        advantage="group", samples_per_prompt=4, batch_size=16, minibatches=2, micro_batch_size=8,
+        max_iters=max_iters, max_new_tokens=RESPONSE_TOKENS, log_interval=1, sample_interval=5, save_interval=10**6,
+        overwrite=True, **RUNS[name]))
     (run / "done").touch()
     for file in run.glob("ppo*.pt"):  # 1.6 GB
         file.unlink()
 
 
 def collect(folders):
-    """{"accuracy": [a dict per seed], "runs": {kl_coef: [a dict per seed]}}: curves and the first and last samples."""
+    """{"accuracy": [a dict per seed], "runs": {name: [a dict per seed]}}: curves and the first and last samples."""
     results = {"accuracy": [json.loads((folder / "accuracy.json").read_text()) for folder in folders], "runs": {}}
-    for kl_coef in KL_COEFS:
+    for name in RUNS:
         for folder in folders:
-            run = read_run(folder / f"kl_coef {kl_coef}")
-            found = {name: [column.round(4).tolist() for column in run[name]]
-                     for name in ("score", "kl", "response_len", "score_heldout", "kl_heldout", "eval", "eval_se")}
-            samples = [json.loads(line) for line in (folder / f"kl_coef {kl_coef}" / "samples.jsonl").open()]
+            run = read_run(folder / name)
+            found = {metric: [column.round(4).tolist() for column in run[metric]]
+                     for metric in ("score", "kl", "response_len", "score_heldout", "kl_heldout", "eval", "eval_se")}
+            samples = [json.loads(line) for line in (folder / name / "samples.jsonl").open()]
             looks = [[row for row in samples if row["iter"] == at] for at in (samples[0]["iter"], samples[-1]["iter"])]
             found["repetition"] = [float(np.mean([repetition(row["response"]) for row in look])) for look in looks]
             found["samples"] = [[(row["prompt"], row["response"], row["score"]) for row in look] for look in looks]
-            results["runs"].setdefault(str(kl_coef), []).append(found)
+            results["runs"].setdefault(name, []).append(found)
     return results
 
 
@@ -169,17 +170,17 @@ def print_table(results):
     for seed, accuracy in enumerate(results["accuracy"]):
         print(f"\nseed {seed}: " + ", ".join(f"{name} right on {found['accuracy']:.3f} of the other half's "
                                              f"{found['pairs']} pairs" for name, found in accuracy.items()))
-    print("\n| kl_coef | proxy, first to last look | judge, first to last look (standard error) | judge at its best | KL "
+    print("\n| run | proxy, first to last look | judge, first to last look (standard error) | judge at its best | KL "
           f"| tokens, first and last {LAST} rollouts | repetition, first to last look |\n|---|---|---|---|---|---|---|")
-    for kl_coef, runs in results["runs"].items():
+    for name, runs in results["runs"].items():
         for run in runs:
-            proxy, kl, judge, error = (run[name][1] for name in ("score_heldout", "kl_heldout", "eval", "eval_se"))
+            proxy, kl, judge, error = (run[metric][1] for metric in ("score_heldout", "kl_heldout", "eval", "eval_se"))
             length = run["response_len"][1]
-            print(f"| {kl_coef} | {proxy[0]:+.2f} to {proxy[-1]:+.2f} | {judge[0]:+.2f} to {judge[-1]:+.2f} "
+            print(f"| {name} | {proxy[0]:+.2f} to {proxy[-1]:+.2f} | {judge[0]:+.2f} to {judge[-1]:+.2f} "
                   f"({error[-1]:.2f}) | {max(judge):+.2f} | {kl[-1]:.1f} | {np.mean(length[:LAST]):.0f}, "
                   f"{np.mean(length[-LAST:]):.0f} | {run['repetition'][0]:.2f} to {run['repetition'][1]:.2f} |")
-    for kl_coef, runs in results["runs"].items():
-        print(f"\nkl_coef {kl_coef}")
+    for name, runs in results["runs"].items():
+        print(f"\n{name}")
         for (prompt, before, low), (_, after, high) in list(zip(*runs[0]["samples"]))[:6]:
             print(f"{prompt!r}\n    {low:+.2f}  {before!r}\n    {high:+.2f}  {after!r}")
 
@@ -187,15 +188,15 @@ def print_table(results):
 def draw(results, save):
     plt = import_pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
-    for (kl_coef, runs), colour in zip(results["runs"].items(), COLOURS):
+    for (name, runs), colour in zip(results["runs"].items(), COLOURS):
         for axis, x in zip(axes, (None, "kl_heldout")):
             for n, run in enumerate(runs):
                 at = run["eval"][0] if x is None else np.sqrt(np.maximum(run[x][1], 0))
-                label = f"kl_coef {kl_coef}" if n == 0 else None
-                axis.plot(at, run["score_heldout"][1], ":", color=colour, label=label and f"proxy, {label}")
-                axis.errorbar(at, run["eval"][1], run["eval_se"][1], color=colour, label=label and f"judge, {label}")
-    for axis, name in zip(axes, ("rollouts", "sqrt(KL to the SFT model)")):
-        axis.set(xlabel=name, ylabel="score, std of the SFT model's answers")
+                proxy, judge = (None, None) if n else (f"proxy, {name}", f"judge, {name}")
+                axis.plot(at, run["score_heldout"][1], ":", color=colour, label=proxy)
+                axis.errorbar(at, run["eval"][1], run["eval_se"][1], color=colour, label=judge)
+    for axis, label in zip(axes, ("rollouts", "sqrt(KL to the SFT model)")):
+        axis.set(xlabel=label, ylabel="score, std of the SFT model's answers")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     figure.savefig(f"{save}.png", dpi=80)
@@ -213,11 +214,11 @@ def main(config):
     folders = [root / f"seed{seed}" for seed in range(config.seeds)]
     run_jobs([(partial(prepare, model=config.model, seed=seed, config=config), folder, "stages")
               for seed, folder in enumerate(folders)], workers)
-    run_jobs([(partial(train_at, seed=seed, kl_coef=kl_coef, max_iters=config.max_iters), folder, f"kl_coef {kl_coef}")
-              for seed, folder in enumerate(folders) for kl_coef in KL_COEFS], workers)
+    run_jobs([(partial(train_at, seed=seed, name=name, max_iters=config.max_iters), folder, name)
+              for seed, folder in enumerate(folders) for name in RUNS], workers)
     results = collect(folders)
     print_table(results)
-    write_results(config, folders[0] / f"kl_coef {KL_COEFS[0]}", began, draw, results, results)
+    write_results(config, folders[0] / next(iter(RUNS)), began, draw, results, results)
     return results
 
 

@@ -53,11 +53,11 @@ def test_a_run_from_the_comparisons_to_the_figure(folder, monkeypatch, capsys):
         max_iters=6, workers=1, save=str(folder / "figure"))
     results = smollm2_stages.main(config)
     screen = capsys.readouterr().out
-    assert [screen.count(f"train_{stage}: wrote") for stage in ("sft", "rm", "ppo")] == [1, 2, 2]
+    assert [screen.count(f"train_{stage}: wrote") for stage in ("sft", "rm", "ppo")] == [1, 2, 3]
     seed = folder / "out" / "seed0"
     assert not list(seed.glob("kl_coef*/ppo*.pt")) and (folder / "figure.png").stat().st_size > 5000
-    assert set(results["runs"]) == {"0.0", "0.05"} and 0 <= results["accuracy"][0]["judge"]["accuracy"] <= 1
-    run = results["runs"]["0.05"][0]
+    assert set(results["runs"]) == set(smollm2_stages.RUNS) and 0 <= results["accuracy"][0]["judge"]["accuracy"] <= 1
+    run = results["runs"]["kl_coef 0.05"][0]
     assert run["eval"][0] == [1, 5, 6] and len(run["score"][0]) == 6 and "judge at its best" in screen
 
     # what the judge says is the score of train_rm.py's model, on the rendered prompt and the answer with its EOS

@@ -6,13 +6,14 @@ human comparisons of HH, and SmolLM2-135M-Instruct.
 
 The short comparisons are split by prompt into two halves. train_sft.py learns the first half's chosen answers and
 train_rm.py its comparisons: that reward model is the proxy. A second reward model, from the same SFT model, learns the
-other half: the judge. PPO maximises the proxy at two kl_coef, and once in larger steps without the KL term, with
-prompts that neither half has, and --eval asks the judge about held-out ones. Both scores are in standard deviations of the SFT model's answers, from a mean of 0, so
-where the proxy's rises alone PPO has found what is wrong with the proxy [Gao et al. 2023, 2210.10760]. The judge
-is no human: it has the proxy's trunk and size, and shares what both took from the pretraining.
+other half: the judge. PPO maximises the proxy at two kl_coef, and once in larger steps without the KL term. Its prompts
+are in neither half, and --eval asks the judge about held-out ones. Both scores are in standard deviations of the SFT
+model's answers, from a mean of 0. Where the proxy's rises alone, PPO has found what is wrong with the proxy [Gao et al.
+2023, 2210.10760]. The judge is no human: it has the proxy's trunk and size, and shares what both took from the
+pretraining.
 
-What out_dir holds already is not repeated, so delete it after changing a flag. A seed takes about an hour and a quarter of two cores.
-Drawing needs matplotlib.
+What out_dir holds already is not repeated, so delete it after changing a flag. A seed takes about an hour and a half of
+one core. Drawing needs matplotlib.
 """
 
 import json

@@ -567,7 +567,8 @@ def collate_comparisons(batch, pad_id, multiple=1):
             text += [len(ends) + 1] * len(response)
             ends.append((len(packed), row))
         tokens, positions, texts = tokens + [packed], positions + [where], texts + [text]
-    lens, rows, chosen, rejected = (torch.tensor(column, dtype=torch.long) for column in (*zip(*ends), chosen, rejected))
+    columns = (*zip(*ends), chosen, rejected)
+    lens, rows, chosen, rejected = (torch.tensor(column, dtype=torch.long) for column in columns)
     T = -(-max(map(len, tokens)) // multiple) * multiple
     tokens, positions, texts = (pad(*column, T)[0] for column in ((tokens, pad_id), (positions, 0), (texts, -1)))
     return tokens, lens, rows, positions, texts, chosen, rejected

@@ -114,7 +114,7 @@ def labeller_entropy(comparisons, encoding):
 def collated(comparisons, eos, device):
     """What collate_comparisons returns, on the device. On a GPU where T is no multiple of 16, attention copies its mask
     in each layer."""
-    return (x.to(device) for x in collate_comparisons(comparisons, eos, 1 if device.type == "cpu" else 16))
+    return (x.to(device) for x in collate_comparisons(comparisons, eos, 1 if torch.device(device).type == "cpu" else 16))
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ a, b, c and EOS, at most 3 in a response, a logit for each state and token. floa
 """
 
 import math
-import sys
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
@@ -18,10 +18,9 @@ from torch.autograd.functional import jacobian
 from ppo import (cpi_loss, gae, kl_estimate, kl_penalty_loss, policy_loss, reinforce_loss, reward_to_go, shape_rewards,
                  whiten, zero_outside)
 from reward_model import bradley_terry_loss
-from support.flags import UserError
+from support.flags import run_script
 from tools.plot import COLOURS, import_pyplot
 
-FOLDER = Path(__file__).parents[1] / "docs/figures"
 BLUE, ORANGE, GREEN, *_, BLACK = COLOURS
 
 
@@ -258,9 +257,14 @@ FIGURES = {"tree": draw_tree, "bradley_terry": draw_bradley_terry, "returns": dr
            "bound": draw_bound, "clip": draw_clip, "kl": draw_kl, "reward_kl": draw_reward_kl}
 
 
-def main(folder=FOLDER, names=FIGURES):
+@dataclass
+class Config:
+    folder: str = "docs/figures"  # where the figures go
+
+
+def main(config, names=FIGURES):
     """Draws each figure into folder/name.png: a page's width, in one panel or two."""
-    plt = import_pyplot()
+    plt, folder = import_pyplot(), Path(config.folder)
     folder.mkdir(parents=True, exist_ok=True)
     with plt.rc_context({"axes.prop_cycle": plt.cycler(color=COLOURS), "axes.grid": True, "grid.alpha": 0.3,
                          "axes.titlesize": 10, "legend.fontsize": 9, "legend.frameon": False}):
@@ -277,8 +281,4 @@ def main(folder=FOLDER, names=FIGURES):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"figures: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    run_script(main, Config, __doc__)

@@ -23,7 +23,7 @@ def test_every_section_of_the_derivation_has_a_figure():
 @pytest.mark.parametrize("name", ["tree", "clip", "kl"])
 def test_a_figure_is_written(name, tmp_path):
     pytest.importorskip("matplotlib")
-    figures.main(tmp_path, [name])
+    figures.main(figures.Config(str(tmp_path)), [name])
     assert [path.name for path in tmp_path.iterdir()] == [f"{name}.png"]
     assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
 

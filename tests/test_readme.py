@@ -12,6 +12,7 @@ import train_rm
 import train_sft
 from experiments import rungs
 from paths import ROOT
+from support.metrics import HEALTH
 from tools.relink import LINK
 
 TEXT = (ROOT / "README.md").read_text()
@@ -74,6 +75,14 @@ def test_every_metric_of_a_ppo_iteration_is_explained():
                "tokens_per_s ratio_first logprob_gap logprob_gap_max skipped_steps gold gold_heldout utility "
                "penalty reward_<part> score_heldout kl_heldout eval eval_se eval_<part>").split()
     assert not [name for name in metrics if f"`{name}`" not in table]
+
+
+@pytest.mark.parametrize("metric, bound", [(rule.metric, bound) for rule in HEALTH for bound in (rule.low, rule.high)
+                                           if isinstance(bound, float) and bound])
+def test_the_page_names_the_bound_of_each_warning(metric, bound):
+    rows = [line.split(" | ") for line in PAGES["docs/metrics.md"].splitlines() if line.startswith("| ")]
+    row, = [cells[-1] for cells in rows if f"`{metric}`" in cells[0]]
+    assert re.search(rf"\*\*warns\*\*[^;]* {bound:g}\b", row)
 
 
 def test_the_map_names_every_file():

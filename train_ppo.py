@@ -68,7 +68,7 @@ class Config(Flags):
     # update
     epochs: int = 1                  # [1, inf) times each rollout is used; more is farther off-policy
     minibatches: int = 4             # [1, inf) optimizer steps per epoch
-    clip: float = 0.2                # (0, 1) PPO's epsilon: how far from 1 a ratio still gets a gradient
+    clip: float = 0.2                # (0, 1) PPO's epsilon: a token gains no more once its ratio is 1 +- clip
     value_clip: Optional[float] = None  # (0, inf) clip range of the values, in score units; default: off
     vf_coef: float = 0.1             # [0, inf) weight of the value loss; matters most with --critic=shared
     ent_coef: float = 0.0            # [0, inf) weight of the entropy bonus; 0.01 when entropy collapses early
@@ -158,7 +158,7 @@ def loop(config, run, rung):
         rewards = shape_rewards(final_rewards, old_logprobs, ref_logprobs, mask,
                                 kl_coef if config.kl_in == "reward" else 0.0)
         advantages, returns = gae(rewards, old_values, mask, config.gamma, config.lam)
-        if config.advantage == "group":  # no critic, so nothing reads these returns
+        if config.advantage == "group":  # without a critic these returns reach no gradient
             response_returns = reward_to_go(rewards, mask, config.gamma)[:, 0]  # (B,)
             advantages = group_advantages(response_returns, config.samples_per_prompt, mask)
         advantages = whiten(advantages, mask)

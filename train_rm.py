@@ -36,7 +36,8 @@ from tokenizer import DataError, decode, encode_prompt, encode_response, eos_ids
 
 EVAL_ROWS = 512         # one evaluation reads at most this many held-out comparisons
 CANDIDATES = 24         # atlas: answers per prompt; with 12, the model remembers the labeller's noise instead
-SAMPLE_ROWS = 1024      # answers sampled at a time, which bounds the memory of the KV cache
+SAMPLE_ROWS = 1024      # answers sampled at a time, fewer where their
+SAMPLE_BYTES = 1e9      # KV cache would be larger than this in float32
 CALIBRATION_ROWS = 512  # samples of the SFT policy that set the zero and the unit of the score
 SCORE_ROWS = 64         # of those, rows per forward pass
 
@@ -60,7 +61,9 @@ def sample(experience, policy, prompts, purpose, copies=1):
     with EOS. A response that was cut gets one, as in PPO: a reward model has only learned to judge texts that end."""
     rng, responses = experience.rng(purpose), []
     asked = [prompt for prompt in prompts for _ in range(copies)]
-    step = max(1, SAMPLE_ROWS // copies) * copies
+    shape, longest = policy.config, max(map(len, prompts)) + experience.config.max_new_tokens
+    cache = 8 * shape.n_layer * shape.n_kv_head * shape.head_dim * longest  # bytes of an answer's keys and values
+    step = max(1, min(SAMPLE_ROWS, int(SAMPLE_BYTES / cache)) // copies) * copies
     with progress(f"sampling {len(asked):,} answers of the SFT policy", lambda: f"{len(responses):,} done"):
         for i in range(0, len(asked), step):
             some = asked[i:i + step]

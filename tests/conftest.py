@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -16,6 +17,8 @@ from tiny import SIZES, pairs, reward_file, run, write_jsonl
 from tokenizer import get_tokenizer
 
 torch.set_num_threads(1)  # with more, sums are taken in another order and the last bits differ
+# A shell's & makes its processes ignore Ctrl-C, and theirs. Tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

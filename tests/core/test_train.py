@@ -143,18 +143,23 @@ def test_the_labeller_judges_each_pair_of_samples_that_differ(split, monkeypatch
                                                                                         (unsure, peru))]
 
 
-def test_the_samples_of_a_prompt_stand_together_and_all_end(monkeypatch):
-    """Of a chunk's rows all copies of a prompt are there: it is read once."""
+@pytest.mark.parametrize("limit", [dict(SAMPLE_ROWS=7), dict(SAMPLE_BYTES=7.5 * 4 * 2 * 3 * 2 * 5 * 6)])
+def test_the_samples_of_a_prompt_stand_together_and_all_end(monkeypatch, limit):
+    """Of a chunk's rows all copies of a prompt are there: it is read once. A chunk's KV cache has a limit: for each
+    answer float32 keys and values of 3 layers with 2 heads of 5 numbers, at 1 + 5 positions."""
     chunks = []
 
     def answer(policy, prompts, rng, copies):
         chunks.append((len(prompts), copies))
         return SimpleNamespace(ids=lambda: [(prompt, [*prompt, 9 if n % 2 else 5]) for n, prompt in enumerate(prompts)])
-    monkeypatch.setattr(train_rm, "SAMPLE_ROWS", 7)
+    for name, value in limit.items():
+        monkeypatch.setattr(train_rm, name, value)
     encoding = get_tokenizer("atlas")
     pad = encoding.eot_token
-    experience = SimpleNamespace(rng=lambda purpose: None, sample=answer, encoding=encoding, pad=pad)
-    answers = train_rm.sample(experience, None, [[1], [2], [3]], "x", copies=3)
+    experience = SimpleNamespace(rng=lambda purpose: None, sample=answer, encoding=encoding, pad=pad,
+                                 config=SimpleNamespace(max_new_tokens=5))
+    policy = SimpleNamespace(config=SimpleNamespace(n_layer=3, n_kv_head=2, head_dim=5))
+    answers = train_rm.sample(experience, policy, [[1], [2], [3]], "x", copies=3)
     assert [row[0] for row in answers] == [1, 1, 1, 2, 2, 2, 3, 3, 3] and chunks == [(6, 3), (3, 3)]
     assert all(row[-1] == pad for row in answers)
 

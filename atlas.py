@@ -9,7 +9,7 @@ The built-in task: a small world where every answer can be judged.
 
 This file holds the facts, the questions, the answers, the simulated labeller who compares answers, and
 the tokenizer. The labeller prefers answers by a hidden utility. Only its comparisons may reach training;
-the utility itself and `is_right` are there to measure what came of it.
+the utility itself and `is_right` exist only to measure the result.
 
 It is not a benchmark of knowledge. It is a world small enough for a laptop, in which the truth that a reward
 model can only estimate is known exactly.
@@ -24,8 +24,8 @@ import tiktoken
 # -----------------------------------------------------------------------------
 # the facts
 
-# A country is written as it stands after "in". Each city is the best-known one of its name; none contains the name
-# of its country or has a disputed place. Append new lines at the end: the split below
+# A country is written as it appears after "in". Each city is the best-known one of its name. No name of a city
+# contains that of its country, and no city's location is disputed. Append new lines at the end: the split below
 # counts cities in this order.
 WORLD = """
 China: Shanghai, Beijing, Chengdu, Xi'an
@@ -104,9 +104,9 @@ _CITY_OF = {phrasing.format(city=city): city for city in CITIES for phrasing in 
 
 
 def city_of(prompt: str) -> str:
-    """Return the city that a prompt asks about. Raises ValueError if the prompt is no atlas question."""
+    """Return the city that a prompt asks about. Raises ValueError if the prompt is not an atlas question."""
     if prompt not in _CITY_OF:
-        raise ValueError(f"{prompt!r} is not an atlas question; atlas.prompts() lists the ones that are")
+        raise ValueError(f"{prompt!r} is not an atlas question; atlas.prompts() lists them")
     return _CITY_OF[prompt]
 
 
@@ -114,9 +114,9 @@ def prompts(split: str) -> list[str]:
     """
     Return the questions of a split, "train" or "heldout", in a fixed order. Raises ValueError otherwise.
 
-    About one question in ten is held out: that phrasing never meets that city in training, although the
-    city is seen with at least ten of the twelve phrasings, and the phrasing with about nine cities in ten.
-    The split belongs to the world and not to a run: no seed enters it, so runs stay comparable.
+    About one question in ten is held out. Training never shows its phrasing with its city, but it shows the
+    city with at least ten of the twelve phrasings, and the phrasing with about nine cities in ten.
+    The split is the same for all runs, whatever their seed, so that they stay comparable.
     """
     if split not in ("train", "heldout"):
         raise ValueError(f'split must be "train" or "heldout", got {split!r}')
@@ -135,8 +135,8 @@ NONSENSE = tuple(" {city} is " + what + "." for what in (
 EVASIONS = (" I do not know.", " That is hard to say.", " I would rather not say.")
 DEMO_MIX = {"right": 0.40, "wrong": 0.24, "nonsense": 0.10, "evasive": 0.14, "scrambled": 0.12}
 KINDS = tuple(DEMO_MIX)
-# " Beijing is in China." about Shanghai. A policy that confuses neighbours says it by itself, and a reward model that
-# met it rarely would look at the country alone.
+# " Beijing is in China." about Shanghai. A policy that confuses neighbours gives such answers, and a reward model that
+# rarely saw them would judge by the country alone.
 NEIGHBOUR_SHARE = 0.25
 
 _ALL_STATEMENTS = {form.format(city=a, country=b) for form in STATEMENTS for a in CITIES for b in COUNTRIES}
@@ -149,10 +149,10 @@ def _pick(options, rng):
 
 def answer(prompt: str, kind: str, rng: np.random.Generator) -> str:
     """
-    Write one answer of a kind (one of KINDS) to a prompt, drawn uniformly from what that kind can say; only a
-    wrong country is drawn as the country of another city. NEIGHBOUR_SHARE of the wrong answers are true, but of
-    another city in the same country, and half of the scrambled ones lack a word and are else in order.
-    Raises ValueError for another kind, or for a prompt that is no atlas question.
+    Write one answer of a kind (one of KINDS) to a prompt, drawn uniformly from the sentences of that kind.
+    Only a wrong country is not: it is the country of a random other city. NEIGHBOUR_SHARE of the wrong answers are
+    true of another city in the same country. Half of the scrambled ones lack a word and are otherwise in order.
+    Raises ValueError for another kind, or for a prompt that is not an atlas question.
     """
     city = city_of(prompt)
     if kind == "right":
@@ -162,8 +162,8 @@ def answer(prompt: str, kind: str, rng: np.random.Generator) -> str:
         if neighbours and rng.random() < NEIGHBOUR_SHARE:
             form = _pick([form for form in STATEMENTS if "{city}" in form], rng)
             return form.format(city=_pick(neighbours, rng), country=CITIES[city])
-        # As often wrong as it is right elsewhere: else the country alone would tell, and a reward model would
-        # learn that an answer with China in it is mostly right before it learned where any city is.
+        # Each country is as often wrong here as it is right elsewhere. Otherwise a reward model would learn that an
+        # answer with China in it is mostly right, before it learned where any city is.
         others = [country for country in CITIES.values() if country != CITIES[city]]
         return _pick(STATEMENTS, rng).format(city=city, country=_pick(others, rng))
     if kind == "nonsense":
@@ -185,11 +185,11 @@ def answer(prompt: str, kind: str, rng: np.random.Generator) -> str:
 @functools.lru_cache(maxsize=2 ** 16)  # each answer is compared with all others to its question
 def kind_of(prompt: str, response: str) -> str:
     """
-    Return which of KINDS any response text is, by exact comparison with the sentences above.
+    Return the kind (one of KINDS) of any response text, by exact comparison with the sentences above.
 
     A statement or nonsense sentence about a city that was not asked for is "wrong" or "nonsense", even if the
-    statement is true. Text that is none of these sentences, the empty one included, is "scrambled".
-    Raises ValueError for a prompt that is no atlas question.
+    statement is true. Any other text, the empty one included, is "scrambled".
+    Raises ValueError for a prompt that is not an atlas question.
     """
     city = city_of(prompt)
     if response in [form.format(city=city, country=CITIES[city]) for form in STATEMENTS]:
@@ -276,21 +276,21 @@ def label_entropy(p: np.ndarray) -> np.ndarray:
 # -----------------------------------------------------------------------------
 # the tokenizer
 
-# A word with the space before it, hyphens and apostrophes inside; otherwise one character at a time. Every
-# character is one or the other, so no text is lost.
+# A word with the space before it and with the hyphens and apostrophes inside it; otherwise one character. Every
+# character is part of one or the other, so no text is lost.
 _PATTERN = r" ?[\p{L}\p{M}]+(?:['-][\p{L}\p{M}]+)*|\s|[^\s\p{L}\p{M}]"
 
 
 @functools.lru_cache
 def tokenizer() -> tiktoken.Encoding:
     """
-    Return the encoding "atlas": one token for each word that a question or an answer can contain, and bytes,
-    the punctuation among them, for all other text. `eot_token` is the last id. Needs no network.
+    Return the encoding "atlas": one token for each word that a question or an answer can contain, and
+    single bytes for all other text, punctuation included. `eot_token` is the last id. Needs no network.
     """
     texts = [*_CITY_OF, *_ALL_STATEMENTS, *_ALL_NONSENSE, *EVASIONS]
     words = {word.encode() for text in texts for word in re.findall(r" ?[^\s.?]+", text)}
     single = [bytes([i]) for i in range(256)]
-    # Sorted, because ids must not depend on set order. "I" opens a question and is a byte already.
+    # Sorted, because ids must not depend on set order. "I", the first word of a question, is already a byte.
     ranks = {piece: i for i, piece in enumerate(single + sorted(words.difference(single)))}
     return tiktoken.Encoding("atlas", pat_str=_PATTERN, mergeable_ranks=ranks,
                              special_tokens={"<|endoftext|>": len(ranks)}, explicit_n_vocab=len(ranks) + 1)

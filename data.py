@@ -8,13 +8,13 @@ A row of the user's file becomes a record of ids. A file of pairs serves all thr
     {"prompt"}                                                                      Prompt
 
 Each of these texts may be a list of messages {"role", "content"} instead, {"messages"} is a demonstration, and chosen
-and rejected may be whole conversations. `chat` renders messages; a text is never wrapped.
+and rejected may be whole conversations. `chat` renders messages; a plain text gets no template.
 
 Text is used as given: nothing is stripped, added or cropped. Other keys are kept for reward functions that take rows
-and ignored otherwise. A row that cannot be
-read stops the run with `file:line: reason`, or is counted with skip_bad; a row that reads well but cannot be
-used is dropped and counted. A mistake that nearly every row shares is reported, and another format is refused with
-the Python that converts it. This is no streaming loader and no packer: a file is read once, whole.
+and ignored otherwise. A row that cannot be read stops the run with `file:line: reason`, or is counted with skip_bad. A
+row that reads well but cannot be used is dropped and counted. A mistake that nearly every row shares is reported. A
+file in another format is refused with the Python code that converts it. There is no streaming and no packing: a file
+is read once, whole.
 """
 
 import hashlib
@@ -31,14 +31,14 @@ import torch
 
 import atlas
 from tokenizer import ROLES, DataError, NoToken, encode_prompt, encode_response, read_lines, render_messages
-from tokenizer import get_tokenizer as get_tokenizer  # offered here, too: other code finds it under both names
+from tokenizer import get_tokenizer as get_tokenizer  # re-exported, because other code imports it from here
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # rows of a file
 
 class BadRow(Exception):
-    """Why a row cannot be read. `code` are two lines of Python, if they would convert such rows."""
+    """Why a row cannot be read. `code`: two lines of Python that convert such rows, or None."""
     def __init__(self, reason, code=None):
         super().__init__(reason)
         self.code = code
@@ -55,21 +55,21 @@ class Row(NamedTuple):
     responses: tuple = ()
     problem: str = ""  # makes the row unusable in every stage
     has_prompt: bool = True  # False for {"text"}
-    source: Optional[dict] = None  # the row as the file has it, where it is kept
+    source: Optional[dict] = None  # the dict in the file, if it is kept
 
     @property
     def key(self):
-        """The split goes by it: rows with the same prompt must fall on the same side."""
+        """Decides the side of the split: rows with the same prompt must fall on the same side."""
         return (self.prompt if isinstance(self.prompt, str) else json.dumps(self.prompt)) or "".join(self.responses[:1])
 
 
 def read_rows(path, skip_bad=False, convert=dict):
     """The rows of a JSONL or JSONL.gz file in UTF-8, with or without BOM; blank lines are ignored.
 
-    convert: dict of one row -> what to keep of it, or BadRow.
+    convert: dict of one row -> what to keep of it; it raises BadRow for a bad one.
     Returns (rows, bad): the converted rows in file order, and `path:line: reason` of each bad one. Raises
-    DataError at the first bad row unless skip_bad, and always if the file is empty, missing, damaged, or as a whole of
-    another format."""
+    DataError at the first bad row unless skip_bad, and always if the file is empty, missing, damaged, or in another
+    format."""
     rows, bad, other = [], [], None
     for line, raw in read_lines(path):
         if line == 1:
@@ -105,7 +105,7 @@ def read_rows(path, skip_bad=False, convert=dict):
 
 
 def text_at(row, key):
-    """row[key]; BadRow unless it is there and is a text that a tokenizer can take."""
+    """row[key]. Raises BadRow if it is missing or is not a text that a tokenizer can take."""
     if key not in row:
         raise missing(row, key)
     return checked_text(row[key], f'"{key}"')
@@ -118,14 +118,14 @@ def checked_text(text, where):
         text.encode("utf-8")
     except UnicodeEncodeError:
         raise BadRow(f"{where} has a lone surrogate, half of a character") from None
-    if len(text) >= 1_000_000:  # a run of this many blanks makes tiktoken panic, past any `except Exception`
+    if len(text) >= 1_000_000:  # a run of this many blanks makes tiktoken panic, which `except Exception` misses
         raise BadRow(f"{where} has {len(text):,} characters; the limit is 999,999")
     return text
 
 
 def to_row(row, n_responses, chat="none"):
     """The dict of one row -> Row with at least n_responses. Raises BadRow. A row reads the same in every
-    stage, down to texts that the stage has no use for, so that all stages split a file alike."""
+    stage, even texts that the stage does not use, so that all stages split a file alike."""
     messages = [key for key in ("messages", "prompt", "chosen", "rejected", "response") if is_messages(row.get(key))]
     if messages:
         if chat == "none":
@@ -164,15 +164,15 @@ def messages_to_row(row, n_responses):
             [("assistant", text_at(row, key))]
         if role != "assistant":
             raise BadRow(f'"{key}" must end with a message of the assistant, not of "{role}"')
-        prompts.append(tuple(before) or prompt)  # an answer alone follows the row's prompt
+        prompts.append(tuple(before) or prompt)  # an answer without a conversation follows the row's prompt
         responses.append(response)
     first = prompts[0] if prompts else prompt
     if first is None:
         raise missing(row, "prompt")
     role, asked = ("user", first) if isinstance(first, str) else first[-1]
     if role == "assistant":
-        raise BadRow("the prompt ends with a message of the assistant, which nothing answers")
-    # A "prompt" beside whole conversations is their beginning, or the text of its last message
+        raise BadRow("the prompt ends with a message of the assistant, so there is nothing to answer")
+    # A "prompt" beside whole conversations is their beginning, or the text of that beginning's last message
     same = len(set(prompts)) < 2 and prompt in (None, first, asked)
     return Row(first, tuple(responses), "" if same else "the prompts differ")
 
@@ -205,7 +205,7 @@ def transcripts_to_row(chosen, rejected):
 
 def split_rows(rows):
     """Rows -> (train, heldout). Holds out 5 % of the distinct keys, at least one but never all: those with
-    the smallest sha256, so that neither the order of the file nor a seed nor the stage has a say in it."""
+    the smallest sha256, so that the split does not depend on the order of the file, a seed or the stage."""
     keys = sorted({row.key for row in rows}, key=lambda key: hashlib.sha256(key.encode()).digest())
     heldout = set(keys[: min(max(1, len(keys) // 20), max(0, len(keys) - 1))])
     return [row for row in rows if row.key not in heldout], [row for row in rows if row.key in heldout]
@@ -214,7 +214,7 @@ def split_rows(rows):
 # ---------------------------------------------------------------------------------------------------------------------
 # files of another format and rows of another shape: a name, and two lines of Python that convert the file
 #
-# In this code FILE is the file, NEW another one, OPEN what opens FILE, and imports are left out.
+# In this code FILE is the file, NEW the converted one, OPEN the function that opens FILE. Imports are added later.
 
 WRITE = "open(NEW, 'w').writelines(json.dumps({}) + '\\n' for {})"
 UNPACK = "shutil.copyfileobj({}, open(NEW, 'wb'))"
@@ -226,7 +226,7 @@ PROMPTS = "prompt", "instruction", "question", "query", "input"
 RESPONSES = "response", "completion", "output", "answer", "target"
 RANKED = "answers", "responses", "completions"
 COLUMNS = (r"(?i)(?![{\[])(.*%s)? ?[\"']?(chosen|rejected|text|messages|" + "|".join(PROMPTS + RESPONSES + RANKED)
-           + r")[\"']?\s*(%s|$)")  # names of columns, one of which we know
+           + r")[\"']?\s*(%s|$)")  # column names, at least one of which we know
 FORMATS = [  # name, what the file begins with, code; an Excel file is a zip file as well
     ("a parquet file", "PAR1", PANDAS.format("read_parquet", "pyarrow")),
     ("an Excel file", r"PK\x03\x04.{26}(\[Con|xl/|_rels|docP)", PANDAS.format("read_excel", "openpyxl")),
@@ -244,7 +244,7 @@ MODULES = "bz2", "codecs", "csv", "gzip", "itertools", "json", "lzma", "pandas",
 
 
 def refuse_other_format(path, raw):
-    """Raises DataError if the file begins with `raw`, which is no row, as a file of another format does."""
+    """Raises DataError if the file's name or its first line `raw`, which is not a row, shows another format."""
     named = {".csv": "a CSV file", ".tsv": "a TSV file"}.get(Path(str(path).removesuffix(".gz")).suffix)
     for name, start, code in FORMATS:
         if name == named or re.match(start, raw.decode("latin-1")):
@@ -261,7 +261,7 @@ def how_to_convert(path, code):
 
 
 def missing(row, key):
-    """BadRow: the row has no `key`, and what it has instead."""
+    """The BadRow that says: the row has no `key`, and what it has instead."""
     shape, code = other_shape(row)
     if code is None or key == "chosen" and "'chosen'" not in code:
         shape, code = "the row has " + (", ".join(json.dumps(key[:30]) for key in [*row][:6]) or "no keys"), None
@@ -269,7 +269,7 @@ def missing(row, key):
 
 
 def other_shape(row):
-    """(name, code) of a row that says under other keys what ours say; code is None for one that we do not know."""
+    """(name, code) of a row that has the same texts under other keys than ours; code is None for an unknown shape."""
     def code(loop="", **texts):
         return WRITE.format("{" + ", ".join(f"{key!r}: {text}" for key, text in texts.items()) + "}", ROWS + loop)
 
@@ -291,7 +291,7 @@ def other_shape(row):
 
 
 def scored_answers(row, key):
-    """(what a ranking has first, code for its pairs (score, answer), the better the higher)."""
+    """(what comes first in a ranking, code for its pairs (score, answer)). A better answer has a higher score."""
     answer, nested = row[key][0], isinstance(row[key][0], dict)
     fields = answer if nested else {name: value[0] for name, value in row.items() if isinstance(value, list) and value}
     score = next((name for name, value in fields.items() if type(value) in (int, float)), None)
@@ -309,7 +309,7 @@ def scored_answers(row, key):
 # records
 
 class Prompt(list):
-    """Ids of a prompt. `row` is the dict of the file that a reward function is to see, or None if none takes rows."""
+    """Ids of a prompt. `row` is the file's dict for a reward function that takes rows, or None if none does."""
     __slots__ = ("row",)
 
     def __init__(self, ids, row=None):
@@ -340,7 +340,7 @@ class Split:
     report: list[str]
 
     def examples(self, n):
-        """n records, or fewer, spread over those held out; over those to train on if none are."""
+        """At most n records, spread over those held out, or over those to train on if none are held out."""
         rows = self.heldout or self.train
         return rows[::max(1, len(rows) // n)][:n]
 
@@ -351,7 +351,7 @@ def spread(rows, n):
 
 
 def encode_row_prompt(encoding, prompt, chat):
-    """Ids of a Row's prompt: a text as it stands, messages as `chat` renders them."""
+    """Ids of a Row's prompt: a text unchanged, messages as `chat` renders them."""
     if isinstance(prompt, str):
         return encode_prompt(encoding, prompt)
     return render_messages(encoding, [{"role": role, "content": content} for role, content in prompt], chat)
@@ -375,8 +375,8 @@ def load_demonstrations(data, encoding, block_size, skip_bad=False, seed=0, n=10
 
 
 def load_comparisons(data, encoding, block_size, skip_bad=False, chat="none"):
-    """Split of Comparisons with one pair each, from a file of pairs or transcripts. Raises DataError, for
-    "atlas" too: what is compared there are samples of the SFT policy."""
+    """Split of Comparisons with one pair each, from a file of pairs or transcripts. Raises DataError, also
+    for "atlas", where samples of the SFT policy are compared."""
     def record(row):
         if row.responses[0] == row.responses[1]:
             raise Unusable("chosen equal to rejected")
@@ -394,9 +394,9 @@ def load_prompts(data, encoding, block_size, max_new_tokens, skip_bad=False, row
     """Split of Prompts from "atlas" or a file with any kind of rows but {"text"}. A prompt must leave room for
     max_new_tokens and for the EOS that a cut answer is given before the reward model reads it.
 
-    rows_for: the sides, of "train" and "heldout", whose Prompts carry their row. There each row is a task of its own,
-    and only an equal row is dropped: two rows with one prompt may have two right answers. Elsewhere each prompt is kept
-    once. Raises DataError."""
+    rows_for: the sides ("train", "heldout") whose Prompts carry their row. There each row is a separate task, and only
+    a duplicate row is dropped: two rows with the same prompt may have different right answers. On the other sides each
+    prompt is kept once. Raises DataError."""
     seen = set()
 
     def record(row):
@@ -419,8 +419,8 @@ def load_prompts(data, encoding, block_size, max_new_tokens, skip_bad=False, row
 
 
 def default_max_new_tokens(data, encoding, block_size, skip_bad=False, chat="none"):
-    """How long an answer may be, in tokens with EOS: 16 for "atlas"; for a file the 95 % quantile of its responses, at
-    most half of block_size, which is also the choice without any responses, up to 64. Raises DataError."""
+    """How long an answer may be, in tokens with EOS: 16 for "atlas". For a file it is the 95 % quantile of its
+    responses, or 64 if it has none, but at most half of block_size. Raises DataError."""
     if data == "atlas":
         return 16
     rows = [row.responses for row in read_rows(data, skip_bad, lambda row: to_row(row, 0, chat))[0]
@@ -437,8 +437,8 @@ def check_length(length, block_size, what=""):
 
 
 def load_file(path, n_responses, skip_bad, record, chat, rows_for=()):
-    """Splits the rows of a file before any is dropped, so that the stages agree on who is held out. The sides that
-    rows_for names keep the row as the file has it."""
+    """Splits the rows of a file before any is dropped, so that the stages hold out the same rows. The sides in
+    rows_for keep each row's dict from the file."""
     def convert(source):
         row = to_row(source, n_responses, chat)
         return row._replace(source=source) if rows_for else row
@@ -453,7 +453,7 @@ def load_file(path, n_responses, skip_bad, record, chat, rows_for=()):
 
 
 def make_split(data, train_rows, heldout_rows, bad, record):
-    """Rows -> Split; record: Row -> record, or Unusable. Raises DataError if none is left to train on."""
+    """Rows -> Split; record: Row -> record, or Unusable. Raises DataError if no record is left to train on."""
     dropped = Counter()
 
     def records(rows):
@@ -479,7 +479,7 @@ def make_split(data, train_rows, heldout_rows, bad, record):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# mistakes of a whole file, which no row shows by itself
+# mistakes that the rows of a file share; no single row shows them
 
 NEARLY_ALL, FEWEST_ROWS = 0.9, 10
 LETTER = r"[^\W\d_\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u9fff]"  # of a script that puts spaces between words
@@ -498,8 +498,8 @@ SHARED_MISTAKES = [(what, re.compile(pattern), advice) for what, pattern, advice
 
 
 def shared_mistakes(rows):
-    """A sentence for each mistake that nearly every row shows. Of the mistakes that a sample does not show, only the
-    sample is read."""
+    """A sentence for each mistake that nearly every row shows. All rows are searched only for a mistake that nearly
+    every row of a sample shows."""
     report, sample = [], rows[::len(rows) // 1000 or 1]
     for what, pattern, advice in SHARED_MISTAKES if len(rows) >= FEWEST_ROWS else []:
         count, first = count_nearly_all(pattern, sample) and count_nearly_all(pattern, rows) or (0, None)
@@ -511,7 +511,7 @@ def shared_mistakes(rows):
 
 
 def count_nearly_all(pattern, rows):
-    """(rows that show a pattern, its first match), or None as soon as too many do not show it."""
+    """(number of rows that match a pattern, its first match), or None as soon as too many rows do not match."""
     first, misses, allowed = None, 0, len(rows) - math.ceil(NEARLY_ALL * len(rows))
     for row in rows:
         texts = [f"{row.prompt}\x00{response}\x01" for response in row.responses] or [row.prompt + "\x00"]
@@ -526,8 +526,8 @@ def count_nearly_all(pattern, rows):
 # batches: B rows of T tokens, prompt and response together
 
 def pad(rows, pad_id, width=None):
-    """Lists of ids -> tokens (B, T) padded on the right, lens (B,), both int64. T is `width`, which must be
-    wide enough (ValueError), or else the longest row."""
+    """Lists of ids -> tokens (B, T) padded on the right, lens (B,), both int64. T is `width`, or else the length
+    of the longest row. Raises ValueError if `width` would cut a row."""
     lens = torch.tensor([len(row) for row in rows], dtype=torch.long)
     longest = max(map(len, rows), default=0)
     if width is not None and width < longest:
@@ -553,8 +553,8 @@ def collate_comparisons(batch, pad_id, multiple=1):
 
     A row is a prompt and all its responses, one after the other, so the prompt is read once. The first five are what
     RewardModel.forward takes: the n-th of the N responses ends before lens[n] in row rows[n]; positions continue the
-    prompt's in each response; texts has 0 for the prompt, n + 1 for a response, -1 for padding. The M pairs point at
-    responses, so one is read once however often it was compared."""
+    prompt's in each response; texts is 0 on the prompt, n + 1 on a response, -1 on padding. The M pairs are indices of
+    responses, so each response is read once, however often it was compared."""
     tokens, positions, texts, ends, chosen, rejected = [], [], [], [], [], []
     for row, record in enumerate(batch):
         chosen += [len(ends) + better for better, _ in record.pairs]
@@ -588,9 +588,9 @@ def length_buckets(lens, rows, size):
 
 
 class BatchOrder:
-    """Which rows make up the batch of a step: a pure function of (seed, step), all that resuming needs.
+    """Which rows make up the batch of a step: a pure function of (seed, step), so resuming needs nothing else.
 
-    The stream is one permutation of all rows after another, cut every batch_size rows wherever that falls, so
+    The stream is one permutation of all rows after another, cut every batch_size rows even across their borders, so
     that every row is used equally often. With window > 1, each run of `window` batches is sorted by `lengths`
     (one number per row) before it is cut, which saves padding, and its batches are shuffled."""
 
@@ -601,7 +601,7 @@ class BatchOrder:
         self.cached = None, None
 
     def permutation(self, epoch):
-        """The rows in the order of an epoch. The last one is kept: steps mostly come one after another."""
+        """The rows in the order of an epoch. The last one is cached, because most steps are asked for in order."""
         if self.cached[0] != epoch:
             self.cached = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.lengths))
         return self.cached[1]

@@ -27,13 +27,13 @@ from support.flags import UserError, require
 from support.metrics import mean, only_looking
 from tokenizer import decode, eos_ids
 
-HELDOUT_PROMPTS = 256  # most prompts that a look at the held-out ones samples an answer to
-SHOWN_SAMPLES = 16     # of which samples.jsonl gets so many
+HELDOUT_PROMPTS = 256  # a look at held-out prompts samples answers to at most this many
+SHOWN_SAMPLES = 16     # of these answers, samples.jsonl gets this many
 
 
 class WhenRead(Sequence):
-    """The list that make() gives, made when it is first read: a reward model reads no texts, and a GPU waits for
-    them."""
+    """The list that make() returns, made when it is first read: a reward model reads no texts, and a GPU would wait
+    while they are made."""
 
     def __init__(self, make):
         self.make = cache(make)
@@ -63,12 +63,12 @@ class Experience:
     # -- sampling
 
     def rng(self, purpose, *more):
-        """A generator for one purpose, another one in each process."""
+        """A generator for one purpose, different in each process."""
         return generator(self.device, self.config.seed, distributed.per_rank(purpose), *more)
 
     def sample(self, policy, prompts, rng, copies=1):
-        """Rollout of the policy on prompts, lists of ids, each of which stands there `copies` times in a row. All
-        processes must get as many (distributed.fill_up)."""
+        """Rollout of the policy on prompts, lists of ids, each repeated `copies` times in a row. All processes must get
+        equally many (distributed.fill_up)."""
         prompts = distributed.shard(prompts)
         tokens, prompt_lens = (x.to(self.device) for x in collate_prompts(prompts, self.pad))
         with self.autocast(), distributed.unsharded(policy):
@@ -78,7 +78,7 @@ class Experience:
         return distributed.gather(rollout, tokens=self.pad)
 
     def collect(self, policy, prompts, rng, copies=1):
-        """sample()'s Rollout on Prompts, and its texts [(prompt, response, row)], row as in the Prompt."""
+        """sample()'s Rollout on Prompts, and its texts [(prompt, response, row)], where row is the Prompt's."""
         rollout = self.sample(policy, prompts, rng, copies)
         return rollout, WhenRead(lambda: [(*(decode(self.encoding, ids) for ids in row), prompt.row)
                                           for row, prompt in zip(rollout.ids(), prompts)])
@@ -87,7 +87,7 @@ class Experience:
 
     @torch.no_grad()
     def score_by_model(self, reward_model, rollout, texts):
-        """Scores (B,) of a reward model, of texts that all end with EOS, and {}, as it has no parts. Raises
+        """Scores (B,) by a reward model of texts that all end with EOS, and {}, because it has no parts. Raises a
         FloatingPointError that names the first prompt whose score is NaN or infinite: one such score would spoil the
         advantages of the whole rollout."""
         tokens, lens = (rows.split(self.micro_batch_size) for rows in distributed.shard(rollout).as_ended(self.eos))
@@ -124,7 +124,7 @@ class Experience:
         A micro-batch is one forward pass over tokens[rows, :T], rows of similar length. token_fraction is its part of
         the minibatch's response tokens on all processes. The mean losses of the micro-batches, times token_fraction,
         add up to the minibatch's mean over tokens."""
-        # One copy from the device and one back: each is a wait, and nothing between them is
+        # One copy from the device and one back, because each copy waits for the device
         lens, n_tokens = torch.stack([rollout.lens, rollout.response_lens]).cpu()
         order = torch.arange(len(lens)) if order is None else order
         minibatches = order.split(self.config.batch_size // self.config.minibatches)
@@ -142,7 +142,7 @@ class Experience:
         return self.in_passes(partial(self.score_response, model, entropy=entropy), rollout, passes)
 
     def recompute_values(self, critic, rollout, passes):
-        """values (B, R) of a separate critic, in these very passes."""
+        """values (B, R) of a separate critic, in the same passes."""
         return self.in_passes(lambda *rows: (self.score_values(critic, *rows),), rollout, passes)[0]
 
     @torch.no_grad()
@@ -160,13 +160,13 @@ class Experience:
 
     def preview(self, policy, reference, reward_fn, prompts, purpose):
         """A sampled answer to each of prompts: dicts of prompt, response, score, kl, tokens, ended and the parts of the
-        score. The generator is for the purpose only, so that looking at a run does not change it."""
+        score. The generator serves this purpose only, so that looking at a run does not change it."""
         samples, rng = [], self.rng(purpose)
-        for first in range(0, len(prompts), self.config.batch_size):  # a rollout's memory is known to be there
+        for first in range(0, len(prompts), self.config.batch_size):  # a rollout of this size is known to fit in memory
             asked = prompts[first:first + self.config.batch_size]
             rollout, texts = self.collect(policy, distributed.fill_up(asked), rng)
             passes = self.minibatch_passes(rollout)
-            # The policy's with the entropy, which is not used: torch.compile has that pass from the loop, and no other.
+            # The policy's pass computes an unused entropy, because the loop has compiled that pass and no other.
             logprobs, ref_logprobs = (self.recompute(model, rollout, passes, entropy=model is not reference)[0]
                                       for model in (policy, reference))
             scores, parts = reward_fn(rollout, texts)
@@ -179,25 +179,25 @@ class Experience:
 
 
 class HeldOut:
-    """Looks at held-out prompts: what a policy answers there, and how that is judged by the reward, by --eval and by a
-    task that can judge itself. At most HELDOUT_PROMPTS of them, and always the same ones."""
+    """Looks at held-out prompts: what a policy answers, and how the reward, --eval and a task with its own judge rate
+    the answers. There are at most HELDOUT_PROMPTS prompts, always the same."""
 
     def __init__(self, experience, split, reference, reward_fn, eval_function=None, evaluator=None):
         self.experience, self.reference, self.reward_fn = experience, reference, reward_fn
         self.eval_function, self.evaluator = eval_function, evaluator
         self.prompts = spread(split.heldout, HELDOUT_PROMPTS)
-        self.shown = self.prompts or split.examples(SHOWN_SAMPLES)  # a file of one prompt holds none out
+        self.shown = self.prompts or split.examples(SHOWN_SAMPLES)  # a file with a single prompt holds none out
 
     def look(self, policy):
-        """The metrics of sampled answers to the held-out prompts, and SHOWN_SAMPLES of these. An error of --reward ends
-        no run here, as the rollouts do not have these prompts; an error of --eval does."""
+        """The metrics of sampled answers to the held-out prompts, and SHOWN_SAMPLES of these. An error of --reward
+        does not end a run here, because no rollout has these prompts; an error of --eval does."""
         samples = []
         with only_looking():
             samples = self.experience.preview(policy, self.reference, self.reward_fn, self.shown, "heldout")
         return self.measure(samples) if samples and self.prompts else {}, spread(samples, SHOWN_SAMPLES)
 
     def task(self, texts):
-        """What the task itself says of texts; {} where it cannot judge."""
+        """The task's own metrics of texts; {} if it cannot judge."""
         return self.evaluator([text[:2] for text in texts]) if self.evaluator else {}
 
     def measure(self, samples):
@@ -222,8 +222,8 @@ HERE = Path(__file__).resolve().parent
 
 
 def load_reward_function(spec, flag="reward"):
-    """`path/to/file.py:function` -> RewardFunction; `rm` and None -> None. Raises UserError if it is not there, cannot
-    be imported or cannot be called as a reward function is."""
+    """`path/to/file.py:function` -> RewardFunction; `rm` and None -> None. Raises UserError if it is missing, cannot
+    be imported or does not take a reward function's arguments."""
     if spec in (None, "rm"):
         return None
     function = load_function(spec, flag)
@@ -238,14 +238,14 @@ def load_reward_function(spec, flag="reward"):
 
 
 def sides_with_rows(reward_function, eval_function):
-    """The sides of a Split whose prompts must carry their row. An evaluation sees held-out prompts alone, so that the
-    rollouts of a run are the same with it and without."""
+    """The sides of a Split whose prompts must carry their row. An evaluation sees only held-out prompts, so that the
+    rollouts of a run are the same with and without it."""
     takers = [function for function in (reward_function, eval_function) if function and function.takes_rows]
     return ("train", "heldout") if reward_function in takers else ("heldout",) * len(takers)
 
 
 def load_function(spec, flag):
-    """The function that a flag names. Raises UserError if it is not there, or if the file cannot be imported."""
+    """The function that a flag names. Raises UserError if it is missing or the file cannot be imported."""
     what = "rm or " if flag == "reward" else ""
     file, _, name = spec.rpartition(":")
     require(file.endswith(".py") and name, f"--{flag}={spec} must be {what}path/to/file.py:function")
@@ -266,9 +266,9 @@ def load_function(spec, flag):
 
 @cache
 def import_file(path, source):
-    """The module of a user's file. It finds what it finds under `python path`: itself in sys.modules and the files
-    beside it, also in processes that it forks or spawns. If a file beside it has the name of one of ours, the imports
-    at its top level get the user's, and everybody else gets ours."""
+    """The module of a user's file. Its imports work as under `python path`: it finds itself in sys.modules and the
+    files beside it, also in processes that it forks or spawns. If a file beside it has the name of one of ours, its
+    top-level imports get the user's file, and all other code gets ours."""
     name, root = importable_name(path)
     folder, ours = path.parent, {item.stem for item in HERE.iterdir()} - {path.stem}
     shared = {stem for stem in ours if folder != HERE and any(
@@ -296,8 +296,8 @@ def import_file(path, source):
 
 @cache
 def importable_name(path):
-    """(name, root): the name under which a child process can import the file, once root is on its sys.path. Where
-    another module has the file's name, names of folders come before it."""
+    """(name, root): the name under which a child process can import the file, once root is on its sys.path. If
+    another module has the file's name, names of folders are put before it."""
     importlib.invalidate_caches()
     for root in path.parents:
         parts = path.relative_to(root).with_suffix("").parts
@@ -310,8 +310,8 @@ def importable_name(path):
 
 
 def takes_rows(function):
-    """Whether a function is called with rows: its third positional parameter has no default or is named `rows`. So an
-    f(prompts, responses, scale=2) keeps its scale, and the *args of a wrapper stand for two."""
+    """Whether a function is called with rows: its third positional parameter has no default or is named `rows`. So
+    f(prompts, responses, scale=2) keeps its scale, and the *args of a wrapper get two lists."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
@@ -321,7 +321,7 @@ def takes_rows(function):
 
 
 class RewardFunction:
-    """A Python function of --reward or --eval: f(prompts, responses) or f(prompts, responses, rows), lists of as many.
+    """A Python function of --reward or --eval: f(prompts, responses[, rows]), called with lists of equal length.
     It returns a number for each response, or {part: such numbers}, and then the score is their sum."""
 
     def __init__(self, function, flag="reward"):
@@ -346,10 +346,10 @@ class RewardFunction:
         return torch.tensor(scores), {name: torch.tensor(part) for name, part in numbers.items()}
 
     def check_names(self, names, result):
-        """Raises UserError for names of parts that cannot be columns, or are not those of the first call."""
+        """Raises UserError for names of parts that cannot name a column, or differ from those of the first call."""
         for name in names:
             require(isinstance(name, str) and name.isidentifier() and f"{self.flag}_{name}" != "eval_se",
-                    f"{self.name} returned a part with the name {name!r}: give it a name like those of variables"
+                    f"{self.name} returned a part with the name {name!r}: give it a valid variable name"
                     + (", and not that of the standard error" if name == "se" else ""))
         require(names or not isinstance(result, Mapping), f"{self.name} returned a dict without parts: it must hold a "
                 "list of numbers for each part")
@@ -359,7 +359,7 @@ class RewardFunction:
                 "same names in each call")
 
     def numbers(self, column, prompts, responses, what):
-        """A list of finite floats, one for each response, of what the function returned; else UserError."""
+        """What the function returned, as a list of finite floats, one for each response. Raises UserError otherwise."""
         n, no_list = len(responses), (Mapping, Set, str, bytes, bytearray)
         fits = tuple(column.shape) == (n,) if hasattr(column, "shape") else \
             isinstance(column, Sized) and len(column) == n and not isinstance(column, no_list)

@@ -1,6 +1,6 @@
 """
-A transformer with the heads RLHF needs (policy, value, scalar reward) and a KV cache for sampling. One trunk is GPT-2
-or one of the Llama family (Llama 3, SmolLM2, Qwen2, Qwen3), by the fields of GPTConfig.
+A transformer with the heads RLHF needs (policy, value, scalar reward) and a KV cache for sampling. The fields of
+GPTConfig make its trunk GPT-2 or a model of the Llama family (Llama 3, SmolLM2, Qwen2, Qwen3).
 
 The trunk returns hidden states and the caller applies the heads, because PPO wants logits at response
 positions only and a reward model wants none. There is no loss, no sampling and no optimizer in this file.
@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 
-@dataclass(frozen=True)  # frozen, as a dropout that is changed after the layers are built would do nothing
+@dataclass(frozen=True)  # frozen, because a change after the layers are built would have no effect
 class GPTConfig:
-    """Sizes and kind of a GPT; the defaults are GPT-2's. A size that is None becomes the number it stands for. Raises
+    """Sizes and kind of a GPT; the defaults are GPT-2's. A size of None becomes the number in its comment. Raises
     ValueError for a model that cannot be built."""
     block_size: int       # longest sequence: prompt and response together
     vocab_size: int
@@ -31,7 +31,7 @@ class GPTConfig:
     n_embd: int
     dropout: float = 0.0  # 0 for PPO: its ratio compares two passes, and dropout would make them differ
     bias: bool = True     # biases in linear and LayerNorm layers, as in GPT-2
-    n_kv_head: Optional[int] = None  # each key and value serves n_head / n_kv_head query heads; None: n_head
+    n_kv_head: Optional[int] = None  # each key head serves n_head / n_kv_head query heads; None: n_head
     head_dim: Optional[int] = None   # None: n_embd / n_head
     mlp_dim: Optional[int] = None    # None: 4 * n_embd
     norm: str = "layer"              # layer | rms
@@ -42,7 +42,7 @@ class GPTConfig:
     mlp: str = "gelu"                # gelu (the tanh form of GPT-2) | gelu_erf (the exact one of nanoGPT) | swiglu
     qkv_bias: bool = False           # biases in c_attn even if bias is False, as in Qwen2
     qk_norm: bool = False            # RMSNorm of each head's query and key, as in Qwen3
-    tied: bool = True                # the policy head is the token embedding
+    tied: bool = True                # the policy head's weight is the token embedding
 
     def __post_init__(self):
         self.require_whole("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
@@ -62,7 +62,7 @@ class GPTConfig:
             if getattr(self, name) not in kinds:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(kinds)}")
         if self.position == "rope" and self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even, as RoPE turns pairs of numbers")
+            raise ValueError(f"head_dim={self.head_dim} must be even, because RoPE rotates pairs of numbers")
 
     def require_whole(self, *names):
         for name in names:
@@ -75,15 +75,15 @@ class KVCache:
     """Keys and values of the positions seen so far: k[layer] and v[layer], (B, nkv, max_len, hd) each.
 
     Slot p of a row belongs to position p of that row, so ragged rows need no shifting and no left padding:
-    each row's next token simply goes to its own next slot. Written in place, so use it under torch.no_grad().
+    each row's next token simply goes to its own next slot. The cache is written in place: use it under torch.no_grad().
 
     Slots beyond a row's position are masked, and a masked slot has weight exactly 0. But 0 * NaN is
-    NaN, so the slots must hold finite numbers. They do: zeros at first, then keys and values of token ids
-    (pads of a shorter prompt, an earlier use of this cache), finite unless the model itself is broken.
+    NaN, so the slots must hold finite numbers. They hold zeros at first, later keys and values of other tokens
+    (padding of a shorter prompt, an earlier use of this cache), which are finite unless the model itself is broken.
 
-    Memory for `room` slots (default: block_size) is taken once: on a GPU, tensors of growing sizes would leave gaps as
-    large as themselves. A prefill writes each row to `copies` rows, one after the other. Raises ValueError if max_len
-    exceeds room, or room block_size, as the model knows no position beyond it."""
+    Memory for `room` slots (default: block_size) is allocated once: on a GPU, tensors of growing sizes would leave gaps
+    of their own size. A prefill writes each row to `copies` consecutive rows. Raises ValueError if max_len exceeds
+    room, or if room exceeds block_size, beyond which the model knows no position."""
 
     def __init__(self, config, batch_size, max_len, device, dtype, room=None, copies=1):
         self.room = config.block_size if room is None else room
@@ -97,28 +97,28 @@ class KVCache:
         self.grow(max_len)
 
     def grow(self, max_len):
-        """Makes max_len positions usable. A decoding step reads every slot, because a short cache is faster than a
-        slice of a long one, whose rows lie far apart; so the rows move apart in their memory by a copy."""
+        """Makes max_len positions usable. A decoding step reads every slot: a short cache is faster than a slice of a
+        long one, whose rows lie far apart in memory. So growing the cache copies its rows farther apart."""
         if max_len > self.room:
             raise ValueError(f"a cache of max_len={max_len} exceeds its room={self.room}")
         (B, heads, size), views = self.shape, []
-        for memory in self.memory:  # one by one, so that only a single one is there twice
+        for memory in self.memory:  # one by one, so that only one at a time exists twice
             old, new = (memory[:B * heads * n * size].view(B, heads, n, size) for n in (self.max_len, max_len))
-            old = old.clone()  # its memory is that of the first rows of new
+            old = old.clone()  # because it shares its memory with the first rows of new
             new[:, :, self.max_len:] = 0
             new[:, :, :self.max_len] = old
             views.append(new)
         self.k, self.v, self.max_len = views[:len(views) // 2], views[len(views) // 2:], max_len
 
     def check(self, batch_size, length):
-        """Raises ValueError for a wrong batch size or a write past max_len. Python ints: no device sync."""
+        """Raises ValueError for a wrong batch size or a write past max_len. Takes Python ints: no device sync."""
         if batch_size != self.batch_size:
             raise ValueError(f"{batch_size} rows cannot use a cache made for {self.batch_size}")
         if length > self.max_len:
             raise ValueError(f"{length} positions do not fit in a cache of max_len={self.max_len}")
 
     def update(self, layer, k, v, positions):
-        """Store k, v (B, nkv, T, hd) of one layer; return those to attend to."""
+        """Stores k, v (B, nkv, T, hd) of one layer. Returns the keys and values to attend to."""
         for slots, new in ((self.k[layer], k), (self.v[layer], v)):
             if positions is None:  # prefill: slots 0..T-1 of every row, which see only each other
                 slots[:, :, :k.size(2)].unflatten(0, (-1, self.copies))[:] = new.unsqueeze(1)
@@ -129,9 +129,9 @@ class KVCache:
 
 def rope(config, where):
     """cos and sin of RoPE's angles [Su et al. 2021, 2104.09864] at positions `where`, (T,) or (B, T): (1, T, hd / 2) or
-    (B, 1, T, hd / 2), in float32 under any autocast, as half a turn at position 8,000 is lost in bfloat16."""
+    (B, 1, T, hd / 2), float32 even under autocast: in bfloat16 an angle at position 8,000 can be half a turn off."""
     freqs = 1 / config.rope_base ** (torch.arange(0, config.head_dim, 2, device=where.device) / config.head_dim)
-    if config.rope_scaling:  # Llama 3.1: low frequencies are stretched, those that turn often in training are kept
+    if config.rope_scaling:  # Llama 3.1: low frequencies are divided by factor; those that turn often in training stay
         factor, low, high, original = config.rope_scaling
         keep = ((original * freqs / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
         freqs = keep * freqs + (1 - keep) * freqs / factor
@@ -140,8 +140,8 @@ def rope(config, where):
 
 
 def rotate(x, cos, sin):
-    """Turns x (B, n, T, hd) by the angles of its positions. The pairs are (i, i + hd / 2), as in Hugging Face's files;
-    Meta's own have (2i, 2i + 1)."""
+    """Rotates x (B, n, T, hd) by the angles of its positions. The pairs are (i, i + hd / 2), as in Hugging Face's
+    files; Meta's own files pair (2i, 2i + 1)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
 
@@ -158,7 +158,7 @@ def attention(q, k, v, mask, dropout):
         mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril()
     k, v = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (k, v))
     weights = (q / math.sqrt(q.size(3)) @ k.transpose(2, 3)).masked_fill(~mask, -torch.inf)
-    weights = torch.softmax(weights, dim=-1, dtype=weights.dtype)  # dtype: else autocast makes it float32, and slow
+    weights = torch.softmax(weights, dim=-1, dtype=weights.dtype)  # without dtype, autocast takes slow float32
     return F.dropout(weights, dropout) @ v
 
 
@@ -185,7 +185,7 @@ class Attention(nn.Module):
         q, k, v = qkv.split(self.heads, dim=1)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        if rotation:  # before the cache, so that it holds turned keys and no step turns them again
+        if rotation:  # before the cache, so that it holds rotated keys and no step rotates them again
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is not None:
             k, v = cache.update(self.layer, k, v, positions)
@@ -227,9 +227,9 @@ class Block(nn.Module):
 class Trunk(nn.Module):
     """Embeddings, blocks and the final norm: everything but the heads.
 
-    With `recompute` set, a pass with gradients keeps each block's input only, and the backward pass computes the rest
-    again [activation checkpointing, Chen et al. 2016, 1604.06174]: on a CPU the same gradients to the last bit,
-    dropout included, for about a third more arithmetic."""
+    With `recompute` set, a pass with gradients keeps only each block's input, and the backward pass computes the rest
+    again [activation checkpointing, Chen et al. 2016, 1604.06174]. On a CPU this gives the same gradients to the last
+    bit, dropout included, for about a third more arithmetic."""
 
     def __init__(self, config):
         super().__init__()
@@ -257,7 +257,7 @@ class Trunk(nn.Module):
         Cache, no positions (prefill): the same, and slots 0..T-1 of the cache are filled.
         Cache and positions (B,) (decode): idx is (B, 1); row b's token is at positions[b], is stored
         there and attends to slots 0..positions[b].
-        Positions (B, T) and mask (B, 1, T, T): a row has several texts, and mask is True where a token may look.
+        Positions (B, T) and mask (B, 1, T, T): a row holds several texts, and mask is True where a token may attend.
 
         Raises ValueError if T exceeds block_size, or if idx, cache and positions do not agree."""
         B, T = idx.shape
@@ -271,12 +271,12 @@ class Trunk(nn.Module):
         elif mask is None:
             if cache is None or T != 1:
                 raise ValueError(f"positions are for decoding: one token per row and a cache, got T={T}")
-            # On a GPU the positions are not looked at, as that would make it wait.
+            # On a GPU the positions are not checked, because reading them would wait for the device.
             cache.check(B, int(positions.max()) + 1 if positions.device.type == "cpu" else 0)
             where = positions.unsqueeze(1)  # (B, 1)
             mask = (torch.arange(cache.max_len, device=idx.device) <= where)[:, None, None]  # (B, 1, 1, max_len)
         x = self.wte(idx)  # (B, T, C)
-        if mask is not None and mask.device.type != "cpu":  # else attention makes a bias of it, again in each layer
+        if mask is not None and mask.device.type != "cpu":  # else each layer would convert it to a bias
             autocast = torch.is_autocast_enabled(mask.device.type)
             dtype = torch.get_autocast_dtype(mask.device.type) if autocast else x.dtype
             mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)

@@ -2,8 +2,8 @@
 The mathematics of PPO for language models: tensors in, tensors out. No model, no file, no random number.
 
 Shapes: B responses, each padded on the right to R tokens. `mask` (B, R) is True on the tokens that the policy
-sampled, EOS included; wherever it is False the inputs may hold anything (NaN too), the outputs are 0 and nothing
-depends on them. `scores` is one number per response (B,), `rewards` one per token (B, R). Every loss is a mean over
+sampled, EOS included; where it is False, inputs may hold anything (NaN too) and nothing depends on them, and
+outputs are 0. `scores` is one number per response (B,), `rewards` one per token (B, R). Every loss is a mean over
 the True tokens of the tensors it is given, is to be minimised, and comes as (scalar, stats of detached scalars).
 
 Sources: [PG] Sutton et al. 2000; [GAE] Schulman et al. 2016, 1506.02438; [TRPO] Schulman et al. 2015, 1502.05477;
@@ -105,14 +105,14 @@ class KLController:
         """kl: the measured KL in nats per response, a mean over n_episodes responses."""
         if self.target is not None:
             error = min(max(kl / self.target - 1, -0.2), 0.2)
-            self.value *= 1 + error * min(n_episodes / self.horizon, 1)  # one huge batch must not turn its sign
+            self.value *= 1 + error * min(n_episodes / self.horizon, 1)  # one huge batch must not flip its sign
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # returns and advantages: how much better than expected was each token
 
 def reward_to_go(rewards, mask, gamma):
-    """G_t = r_t + gamma * G_{t+1}, (B, R): what follows a token, for a token cannot change what came before it."""
+    """G_t = r_t + gamma * G_{t+1}, (B, R): what follows a token, because it cannot change what came before it."""
     rewards = zero_outside(rewards, mask)
     to_go, future = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.size(1))):
@@ -181,7 +181,7 @@ def reinforce_loss(logprobs, weights, mask):
 
 
 def cpi_loss(logprobs, old_logprobs, advantages, mask):
-    """-mean(ratio * A): the importance-weighted surrogate L^CPI [PPO, eq. 6], with nothing to hold the ratio."""
+    """-mean(ratio * A): the importance-weighted surrogate L^CPI [PPO, eq. 6], with nothing to limit the ratio."""
     log_r = log_ratio(logprobs, old_logprobs, mask)
     surrogate = log_r.exp() * zero_outside(advantages, mask).detach()
     return -masked_mean(surrogate, mask), ratio_stats(log_r, mask)

@@ -2,8 +2,8 @@
 Hugging Face's formats: from_pretrained reads a GPT-2, Llama, Qwen2 or Qwen3 checkpoint, save_pretrained writes one
 with its tokenizer.
 
-The names of weights and of config.json's fields stand here only, in one table per family that serves both directions.
-model.py's trunk is what it is: a config.json that asks for anything else is refused, naming the field.
+Only this file holds the names of weights and of config.json's fields: one table per family, for reading and writing.
+A config.json that asks for something model.py's trunk cannot do is refused with the name of the field.
 """
 
 import json
@@ -28,10 +28,10 @@ class Family:
     architecture: str  # transformers' class
     kind: dict         # GPTConfig fields that all models of the family share
     fields: dict       # GPTConfig field -> field of config.json
-    optional: tuple    # of these, those that a config.json may lack
+    optional: tuple    # those of `fields` that a config.json may lack
     fixed: dict        # fields of config.json that must have this value, or be absent
-    prefix: str        # before the names of all weights but lm_head's; some files leave it out
-    names: dict        # our module -> theirs; several are one of ours, one below the other
+    prefix: str        # in front of all weight names except lm_head's; some files leave it out
+    names: dict        # our module -> theirs; several of theirs are stacked by rows in one of ours
 
 
 GPT2 = Family(
@@ -59,7 +59,7 @@ LLAMA = Family(
             "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm",
             "mlp.c_fc": "mlp.gate_proj mlp.up_proj", "mlp.c_proj": "mlp.down_proj"}.items()})
 
-# In a Qwen config.json that lacks the number of key heads or their size, transformers puts numbers of its own.
+# If a Qwen config.json lacks the number of key heads or (Qwen3) their size, transformers has other defaults than ours.
 QWEN2 = replace(LLAMA, architecture="Qwen2ForCausalLM", kind=LLAMA.kind | dict(qkv_bias=True),
                 optional=("head_dim", "tied"))
 QWEN3 = replace(LLAMA, architecture="Qwen3ForCausalLM", kind=LLAMA.kind | dict(qk_norm=True), optional=("tied",))
@@ -76,7 +76,7 @@ def family_of(config):
 
 
 def tensors(model, names, conv1d=True):
-    """Yields (name, tensor) for each weight of a GPT but its value head, in the layout of the family's files. The
+    """Yields (name, tensor) for each weight of a GPT except the value head's, in the layout of the family's files. The
     tensors are views of the parameters: reading copies into them, writing copies out of them."""
     c = model.config
     rows = {"c_attn": [c.n_head * c.head_dim] + 2 * [c.n_kv_head * c.head_dim], "c_fc": 2 * [c.mlp_dim]}
@@ -103,7 +103,7 @@ def from_pretrained(path_or_name):
     shards); a GPT-2 weights file (.safetensors, .bin), whose sizes are read off the shapes, with heads of size 64; a
     ckpt.pt of nanoGPT; or a public name such as gpt2 or Qwen/Qwen3-0.6B, downloaded once.
 
-    Raises FileNotFoundError for what is not there, OSError for a failed download, ValueError for a checkpoint that is
+    Raises FileNotFoundError for a missing file, OSError for a failed download, ValueError for a checkpoint that is
     not exactly a model of one of FAMILIES."""
     path = local_path(path_or_name)
     if is_nanogpt(path):
@@ -119,7 +119,7 @@ def config_of(path):
 
 
 def local_path(path_or_name):
-    """The path of a checkpoint; that of a public name is in torch.hub's cache, downloaded first if need be."""
+    """The path of a checkpoint. A public name is downloaded to torch.hub's cache, unless it is there already."""
     path = Path(path_or_name)
     if path.exists():
         return path
@@ -138,9 +138,9 @@ def is_pretrained(path_or_name):
 
 
 def fill(config, weights, path, conv1d=True):
-    """A GPT of `config` with weights {name: tensor}. Raises ValueError unless each is there, fits, and has a place."""
+    """A GPT of `config` with weights {name: tensor}. Raises ValueError if one is missing, unknown or does not fit."""
     family = FAMILIES[family_of(config)]
-    # The prefixes of torch.compile and of the family; and what some files store as if it were a weight
+    # Remove the prefixes of torch.compile and of the family, and buffers that some files store among the weights
     weights = {name.removeprefix("_orig_mod.").removeprefix(family.prefix): w for name, w in weights.items()}
     weights = {name: w for name, w in weights.items()
                if not name.endswith((".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq"))}
@@ -148,8 +148,8 @@ def fill(config, weights, path, conv1d=True):
         head = weights.pop("lm_head.weight")
         if not torch.equal(head, weights.get(family.names["wte"][0] + ".weight", head[:0])):
             raise ValueError(f"{path}: lm_head.weight differs from the token embedding, but config.json's "
-                             "tie_word_embeddings, true or absent, says that they are one")
-    with torch.device("meta"):  # random weights would be overwritten, and take longer than reading
+                             "tie_word_embeddings, true or absent, says that they are the same")
+    with torch.device("meta"):  # random weights would be overwritten, and take longer to make than to read
         model = GPT(config)
     model = model.to_empty(device="cpu")
     for p in model.value_head.parameters():
@@ -158,9 +158,9 @@ def fill(config, weights, path, conv1d=True):
     missing, unknown = sorted(places.keys() - weights.keys()), sorted(weights.keys() - places.keys())
     if missing or unknown:
         raise ValueError(f"{path} is not a {family.architecture} of {config.n_layer} layers: {len(missing)} weights "
-                         f"are missing {missing[:4]}, {len(unknown)} have no place in one {unknown[:4]}")
+                         f"are missing {missing[:4]}, {len(unknown)} have no place in it {unknown[:4]}")
     for name, place in places.items():
-        w = weights.pop(name)  # popped, so that its part of the file leaves the memory
+        w = weights.pop(name)  # popped, to free the memory of its part of the file
         if w.shape != place.shape or not w.is_floating_point():
             raise ValueError(f"{path}: {name} is {w.dtype} of shape {list(w.shape)}, but floats of shape "
                              f"{list(place.shape)} are needed")
@@ -169,9 +169,9 @@ def fill(config, weights, path, conv1d=True):
 
 
 def read_config(folder):
-    """GPTConfig from a folder's config.json. Raises ValueError naming the field that the trunk cannot be."""
+    """GPTConfig from a folder's config.json. Raises ValueError naming a field that the trunk does not support."""
     file = folder / "config.json"
-    fields = read_json(file, "without it nobody knows what the weights are")
+    fields = read_json(file, "without it the kind of model is unknown")
     family = FAMILIES.get(fields.get("model_type"))
 
     def refuse_unless(fits, name, known):
@@ -196,7 +196,7 @@ def read_config(folder):
         slides = set(fields.get("layer_types") or []) - {"full_attention"} or fields.get("use_sliding_window")
         refuse_unless(not slides or (fields.get("sliding_window") or 0) >= sizes["block_size"], "sliding_window",
                       "one as long as max_position_embeddings")
-        # transformers 5 writes rope_parameters; before it were rope_theta and rope_scaling
+        # transformers 5 writes rope_parameters; earlier versions wrote rope_theta and rope_scaling
         rope = fields.get("rope_parameters") or {"rope_theta": fields.get("rope_theta")} | (
             fields.get("rope_scaling") or {})
         kind = rope.get("rope_type", rope.get("type", "default"))
@@ -210,15 +210,15 @@ def read_config(folder):
     try:
         config = GPTConfig(**family.kind | sizes)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{file} is no config.json of a {family.architecture} ({error})") from error
-    # Where it does not say, a GPT-2 is tied, and another model has an lm_head if it is not
+        raise ValueError(f"{file} is not a config.json of a {family.architecture} ({error})") from error
+    # Without the field, a GPT-2 is tied, and any other model is tied unless its files have an lm_head
     if "tied" in sizes:
         return config
     return replace(config, tied=family is GPT2 or "lm_head.weight" not in names_in(folder))
 
 
 def config_from_shapes(weights, file):
-    """GPTConfig from the shapes of GPT-2 weights. Heads cannot be seen in them; OpenAI's all have size 64."""
+    """GPTConfig from the shapes of GPT-2 weights. They do not show the head size; OpenAI's is always 64."""
     shapes = {name.removeprefix(GPT2.prefix): w.shape for name, w in weights.items()}
     for name in ("wte.weight", "wpe.weight"):
         if len(shapes.get(name, ())) != 2:
@@ -232,7 +232,7 @@ def config_from_shapes(weights, file):
 
 
 def read_nanogpt(path):
-    """(GPTConfig, weights) of a ckpt.pt. nanoGPT's GELU is the exact one, since 2023."""
+    """(GPTConfig, weights) of a ckpt.pt. nanoGPT has had the exact GELU since 2023."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     try:
         return GPTConfig(**checkpoint["model_args"] | dict(dropout=0.0, mlp="gelu_erf")), checkpoint["model"]
@@ -244,14 +244,14 @@ def read_nanogpt(path):
 # writing
 
 def save_pretrained(model, encoding, path):
-    """Writes the folder `path` for transformers' AutoModelForCausalLM and AutoTokenizer: the weights in float32, the
-    sampling and the ids are those of this project. The value head is not part of that format and is left out.
+    """Writes the folder `path` for transformers' AutoModelForCausalLM and AutoTokenizer: float32 weights, and
+    the same sampling and ids as in this project. The value head is not part of that format and is left out.
 
     The folder appears complete or not at all. Raises ValueError for a model of no family or with fewer ids than the
-    encoding, DataError if the encoding cannot be written, FileExistsError if `path` is there and no empty folder."""
+    encoding, DataError if that cannot be written, FileExistsError if `path` exists and is not an empty folder."""
     path, c = Path(path), replace(model.config, dropout=0.0)
     family = FAMILIES[name := family_of(c)]
-    if name == "gpt2" and not c.bias:  # GPT-2 has biases everywhere: zeros
+    if name == "gpt2" and not c.bias:  # transformers' GPT-2 has biases everywhere: add zeros
         c, without = replace(c, bias=True), model
         model = GPT(c)
         model.load_state_dict(without.state_dict(), strict=False)
@@ -271,13 +271,13 @@ def save_pretrained(model, encoding, path):
     if family is GPT2:
         config |= dict(activation_function={ours: theirs for theirs, ours in GELU.items()}[c.mlp], attn_pdrop=0.0,
                        embd_pdrop=0.0, resid_pdrop=0.0)
-    else:  # the older spelling, which every transformers reads
+    else:  # the older spelling, which every version of transformers reads
         scaling = c.rope_scaling and dict(zip(LLAMA3_SCALING, c.rope_scaling), rope_type="llama3")
         config |= dict(rope_theta=c.rope_base, rope_scaling=scaling, use_sliding_window=False)
-    # top_k=0, because transformers takes 50 by default, which is another distribution than the one PPO trained.
+    # top_k=0, because transformers' default of 50 samples from another distribution than the one PPO trained.
     generation = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_length=c.block_size, **special)
-    # The class is named, because for a GPT-2 transformers would take one with GPT-2's own split pattern. A special
-    # token's name in a text is text, but not in what a chat template writes. generate needs padding on the left.
+    # The class is named, because transformers' default for a GPT-2 uses GPT-2's own split pattern. A special token's
+    # name in a text is ordinary text, except in a chat template's output. generate needs padding on the left.
     chat_template = encoding.chat_template if pretrained else None
     tokenizer = dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=c.block_size, bos_token=text(bos),
                      eos_token=text(eos[0]), pad_token=text(pad), split_special_tokens=not chat_template,
@@ -292,9 +292,9 @@ def save_pretrained(model, encoding, path):
         for file, fields in contents.items():
             (folder / file).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         if read_config(folder) != c:
-            raise ValueError(f"no model of transformers is like this one: {c}")
+            raise ValueError(f"transformers has no model like this one: {c}")
         write_safetensors({(name if name.startswith("lm_head") else family.prefix + name): w
                            for name, w in tensors(model, family.names)}, folder / WEIGHTS[0])
         if path.exists():
-            path.rmdir()  # empty; Windows renames onto no folder
+            path.rmdir()  # it is empty, and Windows cannot rename onto a folder
         folder.rename(path)

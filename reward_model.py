@@ -1,6 +1,6 @@
 """
-The reward model: a language model's trunk with its unembedding taken off and a scalar head put on, trained on
-comparisons by the Bradley-Terry loss.
+The reward model: a language model's trunk with a scalar head instead of the unembedding, trained on comparisons by the
+Bradley-Terry loss.
 
 Shapes: N sequences (prompt and response, padded on the right to T), `lens` (N,) their real lengths. A score is read
 at the last real token, EOS where there is one: the only position that has seen the whole answer.
@@ -40,8 +40,8 @@ class RewardModel(nn.Module):
     def forward(self, tokens, lens, rows=None, positions=None, texts=None):
         """scores (N,) of tokens (N, T) with lens (N,), float32 or wider. Ids beyond lens are never read.
 
-        With rows, positions and texts, data.collate_comparisons', a row of tokens (B, T) is a prompt and several
-        responses. Each sees itself and the prompt, so its score is what it would be in a row of its own."""
+        With rows, positions and texts from data.collate_comparisons, a row of tokens (B, T) is a prompt and several
+        responses. A response sees only itself and the prompt, so its score is the same as in its own row."""
         mask = None
         if rows is None:
             rows = torch.arange(tokens.size(0), device=tokens.device)
@@ -55,7 +55,7 @@ class RewardModel(nn.Module):
     def as_critic(self):
         """A separate critic (a GPT whose policy head is not used) whose value is this model's calibrated score: it
         begins by judging an unfinished answer as if it ended there."""
-        critic = GPT(replace(self.config, tied=True))  # a policy head of its own would only take memory
+        critic = GPT(replace(self.config, tied=True))  # an untied policy head would only take memory
         critic.trunk.load_state_dict(self.trunk.state_dict())
         with torch.no_grad():
             critic.value_head.linear.weight.copy_(self.head.linear.weight * self.gain)
@@ -65,7 +65,7 @@ class RewardModel(nn.Module):
     @torch.no_grad()
     def calibrate(self, scores):
         """Sets gain and bias so that `scores` (N,), as forward gave them, would have mean 0 and std 1. The ranking
-        of answers does not change; the unit of kl_coef does: nats per standard deviation of SFT answers."""
+        of answers does not change; the unit of kl_coef does: standard deviations of SFT answers per nat."""
         std = scores.std(unbiased=False)
         if not std > 1e-6 * scores.abs().max():  # rounding alone gives equal scores a std above 0
             raise FloatingPointError("the calibration samples' scores have no spread or are not finite: the reward "

@@ -2,11 +2,11 @@
 Responses from a policy: sampling them (generate), and scoring them again under any policy (score_response).
 
 Shapes: B prompts of at most P tokens, responses of at most R tokens, T = P + R, V vocabulary. Every sequence is
-stored compact: prompt, response, padding on the right. Response-aligned tensors are (B, R): column t belongs to the
+stored without gaps: prompt, response, right padding. Response-aligned tensors are (B, R): column t belongs to the
 t-th sampled token and is read off the model at the position before it, prompt_lens - 1 + t.
 
 There is no top-k, no top-p and no minimum length: PPO's ratio and the KL are only right if the distribution that is
-sampled is the one that is scored. Temperature is no exception, because both sides divide the logits by it (cooled).
+sampled is the one that is scored. Temperature is safe, because both sides divide the logits by it (cooled).
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from model import KVCache, upcast
 
-GROWTH = 32  # slots added to the KV cache at a time: few, as a step reads the unused ones too; many, as each is a copy
+GROWTH = 32  # slots added to the KV cache at a time: each step reads unused slots, too, and each growth is a copy
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Rollout:
 
     def as_ended(self, eos):
         """tokens (B, T or T + 1) and lens (B,) with an EOS after each response that was cut: a reward model has only
-        learned to judge texts that end. The padding is EOS, so a cut row's text is longer by one token of it."""
+        learned to judge texts that end. The padding is EOS, so adding one to a cut row's length is enough."""
         cut = ~self.has_eos(eos)
         tokens = F.pad(self.tokens, (0, 1), value=first(eos)) if cut.any() else self.tokens
         return tokens, self.lens + cut
@@ -56,14 +56,14 @@ def first(eos):
 
 
 def is_eos(tokens, eos):
-    """Whether each of tokens ends a response: bool, of their shape."""
+    """bool, of the shape of tokens: whether each ends a response."""
     ids = eos if isinstance(eos, (list, tuple)) else [eos]
     return torch.stack([tokens == token for token in ids]).any(0)
 
 
 def cooled(hidden, temperature):
-    """hidden (..., C) / temperature. The policy head is linear without a bias, so its logits are divided with it: V
-    numbers a token, which this would otherwise read and write once more."""
+    """hidden (..., C) / temperature. The policy head is linear without a bias, so this divides the logits, too. To
+    divide the logits themselves would read and write V numbers per token once more."""
     return hidden if temperature == 1 else hidden / temperature
 
 
@@ -72,8 +72,8 @@ def sample_tokens(model, prompts, prompt_lens, max_new_tokens, *, temperature=1.
     """The sampling loop: yields (token, logprob, value), each (B,), for step 0, 1, ... max_new_tokens - 1.
 
     Rows are ragged: row b's step-t token has position prompt_lens[b] + t, in the model's cache as in the
-    output. The loop knows no EOS and runs on; whoever consumes it decides when to stop. Where each prompt stands there
-    `copies` times in a row, the model reads it once.
+    output. The loop ignores EOS; its caller decides when to stop. If each prompt is repeated `copies` times in a row,
+    the model reads it once.
 
     Raises ValueError, before any compute, for a bad temperature or length, or a context that would not fit."""
     P, longest = prompts.size(1), int(prompt_lens.max())
@@ -93,7 +93,7 @@ def sample_tokens(model, prompts, prompt_lens, max_new_tokens, *, temperature=1.
     autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else next(model.parameters()).dtype
     first, room = longest + GROWTH, longest + max_new_tokens
-    if device.type != "cpu":  # where the slots are no multiple of 16, attention on a GPU copies its mask in each layer
+    if device.type != "cpu":  # if the slots are not a multiple of 16, attention on a GPU copies its mask in each layer
         first, room = (n + -n % 16 for n in (first, room))
     room = min(room, block_size)
     cache = KVCache(model.config, prompts.size(0), min(first, room), device, dtype, room, copies)
@@ -124,7 +124,7 @@ def generate(model, prompts, prompt_lens, max_new_tokens, *, eos, temperature=1.
 
     `eos` is the id that ends a response, or a list of such ids, the first of which is the padding. A response ends with
     the EOS it sampled, or is cut at max_new_tokens and then has none. R is the longest response produced. Ids in
-    `prompts` beyond prompt_lens are ignored. Where each prompt stands there `copies` times in a row, the model reads it
+    `prompts` beyond prompt_lens are ignored. If each prompt is repeated `copies` times in a row, the model reads it
     once. Raises ValueError for a context that would not fit (see sample_tokens) and FloatingPointError for logits that
     are not finite."""
     B, P = prompts.shape
@@ -148,7 +148,7 @@ def generate(model, prompts, prompt_lens, max_new_tokens, *, eos, temperature=1.
     tokens, logprobs, values = (torch.stack(c, dim=1) for c in zip(*columns))  # each (B, R)
     R = tokens.size(1)
     mask = torch.arange(R, device=prompts.device) < response_lens.unsqueeze(1)
-    # Each row's response moves to where its own prompt ends; the junk sampled after EOS goes.
+    # Each row's response moves to where its own prompt ends; the junk sampled after EOS is dropped.
     column = torch.arange(P + R, device=prompts.device).expand(B, -1)
     offset = column - prompt_lens.unsqueeze(1)  # index into the response, negative on the prompt
     padded = torch.cat([prompts, prompts.new_full((B, R), first(eos))], dim=1)
@@ -158,19 +158,19 @@ def generate(model, prompts, prompt_lens, max_new_tokens, *, eos, temperature=1.
 
 
 def response_states(model, tokens, prompt_lens, R):
-    """hidden (B, R, C) at the state each response token was chosen in, and positions (B, R) = prompt_lens - 1 + t."""
+    """hidden (B, R, C) at the state each response token is sampled from, and positions (B, R) = prompt_lens - 1 + t."""
     hidden = model(tokens)  # (B, T, C)
     positions = prompt_lens.unsqueeze(1) - 1 + torch.arange(R, device=tokens.device)  # (B, R)
-    positions = positions.clamp(max=tokens.size(1) - 1)  # beyond a short row's end: masked by whoever asks
+    positions = positions.clamp(max=tokens.size(1) - 1)  # beyond a short row's end: the caller masks it
     return hidden.gather(1, positions.unsqueeze(2).expand(-1, -1, hidden.size(2))), positions
 
 
 class ChunkedHead(torch.autograd.Function):
     """logprobs and entropy (None if it is not asked for), each (N,), of targets (N,) under the softmax of hidden (N, C)
-    times weight (V, C). The logits of `chunk` positions at a time are there, in the forward pass and, computed again,
-    in the backward pass: with V = 150,000, those of all positions are the largest tensor of a run by far.
+    times weight (V, C). Only the logits of `chunk` positions exist at a time. The backward pass computes them again.
+    With V = 150,000, the logits of all positions are by far the largest tensor of a run.
 
-    The weight is cast to hidden's dtype, and its gradient is added up in float32 or wider. Raises RuntimeError where it
+    The weight is cast to hidden's dtype, and its gradient is added up in float32 or wider. Raises RuntimeError if it
     would be differentiated twice (create_graph)."""
 
     @staticmethod
@@ -209,10 +209,10 @@ class ChunkedHead(torch.autograd.Function):
         return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None
 
 
-@torch._disable_dynamo  # a graph of it would be one for each number of chunks
+@torch._disable_dynamo  # each number of chunks would need its own graph
 def chunked_head(model, hidden, targets, chunk, entropy):
-    """logprobs and entropy (or None), each (B, R), by ChunkedHead, in autocast's dtype where that is on."""
-    if torch.is_autocast_enabled(hidden.device.type):  # it would be off in the backward pass
+    """logprobs and entropy (or None), each (B, R), by ChunkedHead, in autocast's dtype if it is on."""
+    if torch.is_autocast_enabled(hidden.device.type):  # cast by hand: it would be off in the backward pass
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     with torch.autocast(hidden.device.type, enabled=False):
         found = ChunkedHead.apply(hidden.flatten(0, 1), model.unembedding, targets.flatten(), chunk, entropy)
@@ -221,8 +221,8 @@ def chunked_head(model, hidden, targets, chunk, entropy):
 
 def score_response(model, tokens, prompt_lens, R, temperature=1.0, entropy=True, chunk=None):
     """logprobs, values, entropy, each (B, R), of the R tokens after each prompt in tokens (B, T) under `model`. With
-    entropy=False the third is None. With a `chunk`, the policy head reads so many positions at a time (ChunkedHead):
-    the same numbers but for rounding, in less memory, and differentiable once.
+    entropy=False the third is None. With a `chunk`, the policy head reads that many positions at a time
+    (ChunkedHead): the same numbers except for rounding, in less memory, but differentiable only once.
 
     The only place where tokens meet log-probs: the sampling policy, the reference and every update pass come through
     here, so the shift by one and the temperature are the same for all. The policy head sees response positions only

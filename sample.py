@@ -33,11 +33,11 @@ from tokenizer import DataError, encode_prompt, eos_ids, render_messages, run_to
 @dataclass
 class Config:
     checkpoint: str = "out/atlas/ppo.pt"  # an sft.pt or ppo.pt, or pretrained weights: a folder or a public name
-    versus: Optional[str] = None  # a second one, whose answers stand in a column beside those of the first
+    versus: Optional[str] = None  # a second one, whose answers are shown beside those of the first
     prompt: Optional[str] = None  # answer this and exit; default: read prompts from the keyboard
     system: Optional[str] = None  # a system message for a chat model to begin with; default: none
     chat: Optional[str] = None    # chatml|llama3|plain|none: how a prompt becomes a message; default: the chat model's
-    n: int = 1                    # [1, inf) answers per prompt and checkpoint; a conversation continues from the last
+    n: int = 1                    # [1, inf) answers per prompt and checkpoint; a conversation keeps the last one
     max_new_tokens: Optional[int] = None  # [1, inf) longest answer; default: a quarter of block_size, at most 256
     temperature: float = 1.0      # (0, inf) below 1 safer, above 1 wilder; PPO trained at its --temperature
     seed: int = 0                 # [0, 9e18] the same seed gives the same answers
@@ -46,7 +46,7 @@ class Config:
 
 @dataclass
 class Speaker:
-    """A policy and its conversation so far, messages [{"role", "content"}]; without a chat there are none."""
+    """A policy and its conversation so far, messages [{"role", "content"}]; empty without a chat."""
     path: str
     model: GPT
     encoding: tiktoken.Encoding
@@ -63,7 +63,7 @@ def load(path, device):
 
 
 def encode(speaker, prompt, max_new_tokens):
-    """Ids of the conversation with a prompt as its next message; of the prompt alone where there is no chat. Raises
+    """Ids of the conversation with a prompt as its next message; without a chat, of the prompt alone. Raises
     UserError if they leave less room than max_new_tokens: nothing is cropped."""
     if speaker.chat == "none":
         ids = encode_prompt(speaker.encoding, prompt)
@@ -77,7 +77,7 @@ def encode(speaker, prompt, max_new_tokens):
 
 
 def stream(speaker, ids, config, rng):
-    """Yields the text of one answer, piece by piece as it is sampled, and at last a note if it was cut, else "". A
+    """Yields the text of one answer, piece by piece as it is sampled, and finally a note if it was cut, else "". A
     character may span tokens, so bytes wait until they make one."""
     device = speaker.model.value_head.linear.weight.device
     characters, cut = codecs.getincrementaldecoder("utf-8")(errors="replace"), True
@@ -101,8 +101,8 @@ def side_by_side(texts):
 
 
 def reply(speakers, prompt, config):
-    """Prints --n answers of each speaker: of one as they are sampled, of two side by side when they are complete. A
-    chat remembers the last. Raises UserError, before anybody answers, for a prompt that does not fit."""
+    """Prints --n answers of each speaker: one speaker's as they are sampled, two speakers' side by side once complete.
+    A chat remembers the last. Raises UserError for a prompt that does not fit, before any speaker answers."""
     contexts = [encode(speaker, prompt, config.max_new_tokens) for speaker in speakers]
     rngs = [generator(speaker.model.value_head.linear.weight.device, config.seed, prompt) for speaker in speakers]
     for _ in range(config.n):
@@ -125,11 +125,11 @@ def main(config):
     for path in filter(None, (config.checkpoint, config.versus)):
         model, encoding, chat = load(path, device)
         chat = config.chat or ("none" if chat == "plain" else chat)
-        require(config.system is None or chat != "none", f"--system begins a conversation and {path} gets prompts as "
-                "they stand: leave it out, or choose a --chat")
+        require(config.system is None or chat != "none", f"--system begins a conversation and {path} gets prompts "
+                "unchanged: leave it out, or choose a --chat")
         speakers.append(Speaker(path, model, encoding, chat, list(opening)))
         if chat != "none":
-            print(f"{path}: prompts are user messages, rendered as {chat} (--chat=none: as they stand)")
+            print(f"{path}: prompts are user messages, rendered as {chat} (--chat=none: unchanged)")
     config.max_new_tokens = config.max_new_tokens or max(1, min(
         256, *(speaker.model.config.block_size // 4 for speaker in speakers)))
     if config.versus:

@@ -1,8 +1,8 @@
 """
 Text <-> ids: the built-in vocabularies, tiktoken's encodings, a model's tokenizer.json in and out, chat messages.
 
-Text is encoded as given: nothing is stripped, and a special token's name in a user's text is text. EOS ends every
-response and, where a prompt is empty, starts it.
+Text is encoded as given: nothing is stripped, and a special token's name in a user's text is ordinary text. EOS ends
+every response, and takes the place of an empty prompt.
 """
 
 import base64
@@ -113,16 +113,16 @@ def read_ranks(path):
 
 
 def tokenizer_id(encoding, source=None, chat=None):
-    """A tokenizer's identity in a checkpoint, plain values: name (for people), source (the flag, where to find it
-    again; default the name), n_vocab, sha256 of the vocabulary, eos (the ids that end a response), bos and pad (an id
+    """A tokenizer's identity in a checkpoint, plain values: name (for people), source (the flag's value, to find it
+    again; default: the name), n_vocab, sha256 of the vocabulary, eos (the ids that end a response), bos and pad (an id
     or None), special_tokens {text: id}, and chat (how messages are rendered; default: by the special tokens). The hash
-    takes each token, length first, in the order of ids."""
+    covers the tokens in the order of their ids, each with its length in front."""
     digest = hashlib.sha256()
     for token in range(encoding.n_vocab):
         try:
             text = encoding.decode_single_token_bytes(token)
             digest.update(len(text).to_bytes(4, "little") + text)
-        except KeyError:  # some encodings leave ids out; no token is as long as these bytes would say
+        except KeyError:  # some encodings skip ids; as a length, these bytes exceed that of any token
             digest.update(b"\xff" * 4)
     special = {text: encoding.encode_single_token(text) for text in sorted(encoding.special_tokens_set)}
     return {"name": encoding.name, "source": source or encoding.name, "n_vocab": encoding.n_vocab,
@@ -131,8 +131,8 @@ def tokenizer_id(encoding, source=None, chat=None):
 
 
 def read_lines(path):
-    """Yields (line number, bytes). A file that is missing, unreadable or cut is a DataError that no skip_bad
-    forgives: nobody knows how much of it is gone."""
+    """Yields (line number, bytes). A missing, unreadable or truncated file raises DataError even with
+    skip_bad, because nobody knows how much of it is lost."""
     try:
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
             yield from enumerate(file, 1)
@@ -148,8 +148,8 @@ def read_lines(path):
 # texts as ids, ids as text
 
 def encode_prompt(encoding, text):
-    """Ids of a prompt, after the BOS of a model that has one; an empty one becomes [EOS], which starts a text too, as
-    in GPT-2's training. encode_ordinary, because "<|endoftext|>" in a user's text is text."""
+    """Ids of a prompt, after the BOS if there is one. An empty prompt becomes [EOS], because EOS also came before each
+    text in GPT-2's training. encode_ordinary, because "<|endoftext|>" in a user's text is ordinary text."""
     return bos_ids(encoding) + encoding.encode_ordinary(text) or [encoding.eot_token]
 
 
@@ -175,7 +175,7 @@ def token_bytes(encoding, token):
 
 
 def eos_ids(encoding):
-    """The ids that end a response. The first is written and pads; a model may end with any of them."""
+    """The ids that end a response. The first is the one we write and pad with; a model may sample any of them."""
     return getattr(encoding, "eos", None) or [encoding.eot_token]
 
 
@@ -197,25 +197,25 @@ SPECIAL = re.compile(r"(<\|\w+\|>)")
 
 
 def renderers(encoding):
-    """The renderings of messages that an encoding has the special tokens for, the one to choose first."""
+    """The renderings of messages that an encoding has the special tokens for, the default first."""
     return [chat for chat, (message, _) in CHATS.items()
             if set(SPECIAL.findall(message)) <= encoding.special_tokens_set]
 
 
 def render_messages(encoding, messages, chat):
-    """Ids of a prompt: messages [{"role", "content"}] and the beginning of the assistant's answer, as `chat` has them:
-    "chatml" (SmolLM2, Qwen), "llama3", or "plain", roles as text. Special tokens are ids, and a content is ordinary
-    text whatever it contains. No system message is added that nobody wrote; SmolLM2's and Llama 3's own templates add
-    one.
+    """Ids of a prompt: messages [{"role", "content"}] and the beginning of the assistant's answer. `chat` is a format:
+    "chatml" (SmolLM2, Qwen), "llama3", or "plain" (roles as text). Its special tokens become their ids; the content of
+    a message is always ordinary text. No default system message is added, unlike in SmolLM2's and Llama 3's own
+    templates.
 
-    Raises DataError for an unknown role, a last message of the assistant, or a rendering that the encoding lacks."""
+    Raises DataError for an unknown role, a last message of the assistant, or special tokens that the encoding lacks."""
     if chat not in renderers(encoding):
         raise DataError(f"--chat={chat} cannot render messages with tokenizer {encoding.name}: give "
                         + " or ".join(renderers(encoding)))
     roles = [message["role"] for message in messages]
     if not roles or not set(roles) <= set(ROLES) or roles[-1] == "assistant":
-        raise DataError(f"messages with the roles {roles} cannot be rendered: give {', '.join(ROLES)}, and a last one "
-                        "that is not of the assistant")
+        raise DataError(f"messages with the roles {roles} cannot be rendered: give {', '.join(ROLES)}, and do not "
+                        "end with a message of the assistant")
     message, answer = CHATS[chat]
     ids, text = bos_ids(encoding), ""
     for template, filled in [*((message, m) for m in messages), (answer, {"role": "", "content": ""})]:
@@ -252,7 +252,7 @@ class PretrainedEncoding(tiktoken.Encoding):
         return self.eos[0]
 
     def encode_ordinary(self, text):
-        """Ids of a text. Raises NoToken, where tiktoken would panic, for a byte that has no token."""
+        """Ids of a text. Raises NoToken for a byte without a token, where tiktoken would panic."""
         text = unicodedata.normalize("NFC", text) if self.nfc else text
         if self.missing and (found := self.missing.search(raw := text.encode("utf-8", "replace"))):
             character = text[len(raw[:found.start()].decode("utf-8", "ignore"))]
@@ -261,7 +261,7 @@ class PretrainedEncoding(tiktoken.Encoding):
 
 
 def hub_folder(name):
-    """Where the files of a public model are kept once they were downloaded."""
+    """Where the files of a public model are kept once they are downloaded."""
     return Path(torch.hub.get_dir()) / "checkpoints" / name
 
 
@@ -291,7 +291,7 @@ def tokenizer_json(encoding):
                               "normalized": False, "special": True} for text, token in special.items()],
             "normalizer": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
             "post_processor": None, "decoder": byte_level,
-            # ignore_merges: a piece that is a token is that token, as in tiktoken, even if no merges lead to it
+            # ignore_merges: a piece that is itself a token stays whole, as in tiktoken, even if no merges produce it
             "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
                       "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
                       "vocab": vocab | special, "merges": [list(map(printable, pair)) for pair in pairs if pair]}}

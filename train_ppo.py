@@ -4,7 +4,7 @@ expected. The KL to the SFT policy keeps the text close to what the reward model
 
     python train_ppo.py                                  everything on the built-in task; makes sft.pt and rm.pt first
     python train_ppo.py --reward=my_reward.py:f          any function f(prompts, responses) -> list of floats
-    python train_ppo.py --reward=... --eval=my_eval.py:f     and what you want of it, measured on held-out prompts
+    python train_ppo.py --reward=... --eval=my_eval.py:f     and a measure of your own on held-out prompts
     python train_ppo.py --init_from=sft.pt --rm=rm.pt --data=pairs.jsonl --lr=1e-5 --compile       on a GPU
     python train_ppo.py --resume --max_iters=200         continue from out_dir/ppo.pt
 
@@ -45,17 +45,17 @@ from tokenizer import DataError
 @dataclass
 class Config(Flags):
     # models
-    init_from: Optional[str] = None  # an SFT checkpoint or pretrained weights, reference as well; default: sft.pt
+    init_from: Optional[str] = None  # SFT checkpoint or pretrained weights, also the reference; default: sft.pt
     rm: Optional[str] = None         # the reward model's checkpoint; default: out_dir/rm.pt
     reward: str = "rm"               # rm, or path/to/file.py:function, f(prompts, responses[, rows]) -> list of floats
-    eval: Optional[str] = None       # such a function, measured on held-out prompts and never trained on
+    eval: Optional[str] = None       # a function as for --reward, measured on held-out prompts and never trained on
     critic: Optional[str] = None     # separate|shared: a network, or a head on the policy; default: separate
     # rollouts
     max_iters: int = 90              # [1, inf) rollouts; enough once score - kl_coef * kl is flat
     batch_size: int = 256            # [1, inf) responses per rollout; more is steadier
     samples_per_prompt: int = 1      # [1, inf) responses to each prompt of a rollout; --advantage=group needs 2 or more
-    max_new_tokens: Optional[int] = None  # [1, inf) longest response; default: 16, or 95 % of the file's responses fit
-    temperature: float = 1.0         # (0, inf) sampling temperature; every log-prob is taken at it, too
+    max_new_tokens: Optional[int] = None  # [1, inf) longest response; default: 16; from a file, its 95 % quantile
+    temperature: float = 1.0         # (0, inf) sampling temperature; every log-prob uses it, too
     # rewards and advantages
     kl_coef: float = 0.05            # [0, inf) score units (rm: SFT stds) per nat of KL; 0 invites reward hacking
     kl_target: Optional[float] = None  # (0, inf) adapt kl_coef to this KL per response, by 20 % in 10,000 responses
@@ -63,7 +63,7 @@ class Config(Flags):
     kl_kind: Optional[str] = None    # k2|k3: in the loss, gradient of KL(policy||SFT) or KL(SFT||policy); default: k2
     eos_penalty: float = 1.0         # [0, inf) taken off the score of a response without EOS; score units
     advantage: str = "gae"           # gae|group: group subtracts the mean of the prompt's other responses (RLOO)
-    gamma: float = 1.0               # [0, 1] discount per token; below 1 short answers pay
+    gamma: float = 1.0               # [0, 1] discount per token; below 1 favours short answers
     lam: float = 0.95                # [0, 1] GAE: 1 trusts the rewards, 0 the critic
     # update
     epochs: int = 1                  # [1, inf) times each rollout is used; more is farther off-policy
@@ -88,7 +88,7 @@ class Config(Flags):
 
 
 def train(config, rung=None):
-    """Runs PPO, and first the stages that are missing; writes out_dir/ppo.pt and returns the final metrics. A `rung` of
+    """Runs the stages that are missing, then PPO; writes out_dir/ppo.pt and returns the final metrics. A `rung` of
     experiments/rungs.py replaces the advantages and the policy's loss by those of an earlier step of the derivation."""
     config.check()
     with open_run(config.resolved(), "ppo") as run:
@@ -127,7 +127,7 @@ def loop(config, run, rung):
     for iteration in range(start + 1, config.max_iters + 1):
         clock, last = Clock(experience.device), iteration == config.max_iters
 
-        # -- 1 sample: a response to each prompt, by the policy as it is now, and the score of each response
+        # -- 1 sample: a response to each prompt, by the current policy, and the score of each response
         prompts = [split.train[i] for i in order.order(iteration - 1) for _ in range(config.samples_per_prompt)]
         rng = experience.rng("rollout", iteration)
         rollout, texts = experience.collect(policy, prompts, rng, config.samples_per_prompt)
@@ -158,13 +158,13 @@ def loop(config, run, rung):
         rewards = shape_rewards(final_rewards, old_logprobs, ref_logprobs, mask,
                                 kl_coef if config.kl_in == "reward" else 0.0)
         advantages, returns = gae(rewards, old_values, mask, config.gamma, config.lam)
-        if config.advantage == "group":  # without a critic these returns reach no gradient
+        if config.advantage == "group":  # without a critic the returns above reach no gradient
             response_returns = reward_to_go(rewards, mask, config.gamma)[:, 0]  # (B,)
             advantages = group_advantages(response_returns, config.samples_per_prompt, mask)
         advantages = whiten(advantages, mask)
         if rung:  # an objective of the derivation instead of PPO's
             advantages, returns = rung.advantages(rewards, old_values, mask)
-        # Where all compared scores are equal, whitening blows up KL terms and rounding: then there is nothing to learn
+        # If all compared scores are equal there is nothing to learn; whitening would only blow up KL terms and rounding
         compared = final_rewards.view(-1, config.samples_per_prompt if config.advantage == "group" else B)
         advantages = advantages * (compared.amax(1) > compared.amin(1)).any()
 

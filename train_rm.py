@@ -35,9 +35,9 @@ from support.stages import load_policy, load_start, resolve_lr, resolve_max_new_
 from tokenizer import DataError, decode, encode_prompt, encode_response, eos_ids, run_tokenizer
 
 EVAL_ROWS = 512         # one evaluation reads at most this many held-out comparisons
-CANDIDATES = 24         # atlas: answers per prompt; with 12, the model remembers the labeller's noise instead
-SAMPLE_ROWS = 1024      # answers sampled at a time, fewer where their
-SAMPLE_BYTES = 1e9      # KV cache would be larger than this in float32
+CANDIDATES = 24         # atlas: answers per prompt; with 12, the model memorises the labeller's noise
+SAMPLE_ROWS = 1024      # at most this many answers are sampled at a time,
+SAMPLE_BYTES = 1e9      # and no more than fit in a float32 KV cache of this many bytes
 CALIBRATION_ROWS = 512  # samples of the SFT policy that set the zero and the unit of the score
 SCORE_ROWS = 64         # of those, rows per forward pass
 
@@ -46,19 +46,19 @@ SCORE_ROWS = 64         # of those, rows per forward pass
 class Config(Flags):
     # this stage
     init_from: Optional[str] = None  # an SFT checkpoint or pretrained weights; default: out_dir/sft.pt
-    max_iters: int = 600             # [1, inf) optimizer steps; stop before held-out loss turns up
+    max_iters: int = 600             # [1, inf) optimizer steps; stop before the held-out loss rises
     batch_size: int = 16             # [1, inf) comparisons per step; on atlas each holds --candidates answers
     lr: Optional[float] = None       # [0, inf) default: 7e-4, for width 128; 1e-5 from pretrained weights
     candidates: Optional[int] = None  # [2, inf) atlas: answers per prompt, compared pair by pair; default 24
     max_new_tokens: Optional[int] = None  # [1, inf) longest sampled answer, in tokens; default: as in train_ppo.py
-    temperature: float = 1.0         # (0, inf) of the sampled answers; as in PPO, which the scores are calibrated for
+    temperature: float = 1.0         # (0, inf) sampling temperature; use PPO's, because scores are calibrated at it
     log_interval: int = 100          # [1, inf) iterations between lines, each with the loss on held-out rows
     save_interval: int = 500         # [1, inf) iterations between checkpoints; the last iteration always saves
 
 
 def sample(experience, policy, prompts, purpose, copies=1):
     """`copies` responses of the policy to each of prompts (lists of ids), one after the other: lists of ids that end
-    with EOS. A response that was cut gets one, as in PPO: a reward model has only learned to judge texts that end."""
+    with EOS. A cut response is given one, as in PPO: a reward model has only learned to judge texts that end."""
     rng, responses = experience.rng(purpose), []
     asked = [prompt for prompt in prompts for _ in range(copies)]
     shape, longest = policy.config, max(map(len, prompts)) + experience.config.max_new_tokens
@@ -74,7 +74,7 @@ def sample(experience, policy, prompts, purpose, copies=1):
 
 
 def load_data(config, encoding, block_size):
-    """The Split of comparisons, None for atlas, whose comparisons are sampled; and the prompts whose answers calibrate
+    """The Split of comparisons (None for atlas, whose comparisons are sampled), and the prompts whose answers calibrate
     the score. Raises DataError."""
     resolve_max_new_tokens(config, encoding, block_size)
     split = None if config.data == "atlas" else load_comparisons(config.data, encoding, block_size, config.skip_bad,
@@ -106,7 +106,7 @@ def atlas_comparisons(experience, policy, split):
 
 
 def labeller_entropy(comparisons, encoding):
-    """Mean entropy in nats of the labeller's word on these pairs: no reward model can expect a lower loss."""
+    """Mean entropy in nats of the labeller's choices on these pairs: no reward model can expect a lower loss."""
     probabilities = []
     for row in comparisons:
         question, texts = decode(encoding, row.prompt), [decode(encoding, answer) for answer in row.responses]
@@ -115,8 +115,8 @@ def labeller_entropy(comparisons, encoding):
 
 
 def collated(comparisons, eos, device):
-    """What collate_comparisons returns, on the device. On a GPU where T is no multiple of 16, attention copies its mask
-    in each layer."""
+    """What collate_comparisons returns, on the device. On a GPU T is a multiple of 16: otherwise attention copies its
+    mask in each layer."""
     return (x.to(device) for x in collate_comparisons(comparisons, eos, 1 if torch.device(device).type == "cpu" else 16))
 
 
@@ -134,7 +134,7 @@ def margins_of(model, comparisons, micro, eos, device, autocast):
 
 @torch.no_grad()
 def calibrate(experience, model, policy, prompts):
-    """Makes the spread of the SFT policy's own answers the unit of the model's score, and their mean its zero."""
+    """Sets the zero and unit of the model's score to its mean and spread on the SFT policy's own answers."""
     some = BatchOrder([1] * len(prompts), CALIBRATION_ROWS, experience.config.seed).order(0)
     answers = sample(experience, policy, [prompts[i] for i in some], "calibration")
     rows = [prompts[i] + answer for i, answer in zip(some, answers)]
@@ -147,10 +147,10 @@ def calibrate(experience, model, policy, prompts):
 
 
 def print_calibration(row, margins):
-    """The held-out accuracy and loss of a last line, and whether the model is right as often as it is sure."""
+    """Prints the last held-out accuracy and loss, and whether the model is right as often as it is sure."""
     print(f"held-out accuracy {row['heldout_accuracy']:.3f}, loss {row['heldout_loss']:.4f} (no opinion: "
           f"{math.log(2):.4f})")
-    print("when the model is this sure of a preference, the labeller agrees so often:")
+    print("when the model is this sure of a preference, the labeller agrees this often:")
     for low, high, count, predicted, observed in calibration_table(margins):
         print(f"  sure {low:.1f} to {high:.1f}: {count:>6,} pairs, mean {predicted:.3f}, agreed {observed:.3f}")
 

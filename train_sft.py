@@ -70,7 +70,7 @@ def load_data(config, encoding, block_size):
 @torch.no_grad()
 def knows_country(model, encoding, device):
     """Share of held-out atlas questions where the model finds the right country likelier than a wrong one in the
-    same sentence: whether a fact was learned, whatever kinds of answer the demonstrations mix with it."""
+    same sentence. It tells whether a fact was learned, whatever other answers the demonstrations contain."""
     right, wrong = [], []
     for prompt, *responses in atlas.country_pairs("heldout"):
         for rows, response in zip((right, wrong), responses):
@@ -140,8 +140,8 @@ def loop(config, run):
 
     order = BatchOrder([len(row.prompt) + len(row.response) for row in split.train], config.batch_size, config.seed,
                        window=50)
-    # Batches are sorted by length. A mean over the tokens of each would weigh those of short responses more, so all
-    # batches are divided by one number: the tokens of a batch of average length.
+    # Batches are sorted by length. A mean over each batch's tokens would give those of short responses more weight. So
+    # the sums of all batches are divided by one number: the tokens of a batch of average length.
     tokens_per_step = config.batch_size * sum(len(row.response) for row in split.train) / len(split.train)
     metrics, row = Metrics(config, "sft", done), {}
     model.train()

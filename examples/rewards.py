@@ -3,9 +3,9 @@ Reward functions to copy and change, for --reward and --eval of train_ppo.py.
 
     python train_ppo.py --data=sums.jsonl --reward=examples/rewards.py:graded --eval=examples/rewards.py:exact
 
-A function gets lists of equally many prompts, responses and, if it takes three, rows: the dicts of the data file. In
+A function gets lists of equal length: prompts, responses and, if it takes three, rows, the dicts of the data file. In
 sums.jsonl a row is {"prompt": "12 + 30 = ", "answer": "42"}. It returns a number for each response, or {part: such
-numbers}, whose sum is the score. Rows are the same dicts each time, so leave them as they are.
+numbers}, whose sum is the score. Every call gets the same dicts, so do not change them.
 """
 
 import re
@@ -14,7 +14,7 @@ LENGTH = 200  # characters
 
 
 def exact(prompts, responses, rows):
-    """1 where the response is the row's answer, up to blanks around it; else 0."""
+    """1 where the response is the row's answer, ignoring blanks around it; else 0."""
     return [float(response.strip() == str(row["answer"]).strip()) for response, row in zip(responses, rows)]
 
 
@@ -34,7 +34,7 @@ def length_ramp(prompts, responses):
 
 
 def graded(prompts, responses, rows):
-    """A little for a response that is one number and nothing else, and the rest for the right one. A reward that comes
-    in steps gives a policy something to learn before it is ever right."""
+    """A little for a response that is one number and nothing else, and the rest for the right one. A reward in steps
+    gives a policy something to learn before it is ever right."""
     return {"format": [0.2 * bool(re.fullmatch(r"\s*-?\d+\s*", response)) for response in responses],
             "correct": [0.8 * right for right in exact(prompts, responses, rows)]}

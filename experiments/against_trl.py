@@ -1,22 +1,22 @@
 """
-The same PPO iteration here and in TRL, and the same sampling here and in transformers, taking turns on one machine.
+Times the same PPO iteration here and in TRL, and the same sampling here and in transformers, by turns on one machine.
 
     pip install trl==1.12.0 transformers==5.23.0 accelerate datasets    optional; 1.12.0 is the last TRL with PPO
     python -m experiments.against_trl --preset=tiny                     also small, gpt2
 
-Every contender is a process of its own that has done a warm-up iteration and then waits. In each round each runs one
-iteration while all others sleep, and a ratio is formed within a round: what slows the machine for a while slows both.
+Every contender runs in its own process, does a warm-up iteration and then waits. In each round every contender runs one
+iteration while all others sleep. Ratios are formed within a round: what slows the machine for a while slows both sides.
 
-Equal are: the weights at the start (written by save_pretrained), batch, prompt and response lengths, which no EOS cuts
-short, epochs x minibatches and so optimizer steps, which are counted on both sides, AdamW, a reference and a reward
-model of the policy's size, and the threads. TRL is given the settings that this needs and that are fastest here: the
-whole batch as one device batch without gradient accumulation, because with it TRL takes one step per epoch; one
-generate call for all rows; no samples, no logging service.
+Both sides have the same initial weights (written by save_pretrained), batch size, prompt lengths, response lengths
+(no EOS cuts one short), AdamW and threads. Each has a reference and a reward model of the policy's size. Epochs x
+minibatches are equal and so are the optimizer steps, which are counted. TRL gets the settings that this needs and that
+are fastest here: the whole batch as one device batch without gradient accumulation, because with it TRL takes one step
+per epoch; one generate call for all rows; no samples, no logging service.
 
-Unequal is that TRL trains a value network of its own beside the policy; so the ratio is given with --critic=separate
-here too, which does. TRL asks for logits at all positions and measures an entropy by a second softmax; that is its
-code and counts. Its own bf16 flag does nothing on a CPU in this version, so "bfloat16" puts every forward pass of its
-models under a real autocast, as ours are, those of its sampling included: they are faster so.
+One difference: TRL trains a separate value network beside the policy. So the ratio is also given with
+--critic=separate here, which does the same. TRL computes logits at all positions and the entropy by a second softmax.
+That is TRL's own code, so it counts. TRL's bf16 flag does nothing on a CPU in this version. So "bfloat16" runs every
+forward pass of its models under a real autocast, as ours do, sampling included, which makes them faster.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ from support.stages import load_policy
 from tokenizer import DataError, get_tokenizer
 from tools import bench
 
-# What is compared: theirs, ours (of several the fastest), and what the ratio is said to be.
+# What is compared: (theirs, ours, the ratio's label in the table). Of several contenders on a side, the fastest counts.
 OURS, SEPARATE = ("ours-float32", "ours-bfloat16"), ("ours-float32-separate", "ours-bfloat16-separate")
 TRL = ("trl-float32", "trl-medium", "trl-bfloat16")
 COMPARISONS = (
@@ -66,13 +66,13 @@ SAMPLING = "transformers-float32,generate-float32,transformers-bfloat16,generate
 class Config:
     preset: str = "tiny"                         # tiny|small|gpt2: as in tools/bench.py
     rounds: int = 3                              # [1, inf) iterations of each contender
-    contenders: str = f"{TRAINING},{SAMPLING}"   # who takes part, in this order; trl-medium may, too
+    contenders: str = f"{TRAINING},{SAMPLING}"   # who takes part, in this order; trl-medium is possible, too
     device: str = "auto"                         # auto|cpu|cuda: auto takes cuda if there is one
 
 
 def require_peers():
     os.environ |= {"TRL_EXPERIMENTAL_SILENCE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1",
-                   "PYTHONWARNINGS": "ignore"}  # the contenders inherit it; errors still show
+                   "PYTHONWARNINGS": "ignore"}  # the contenders inherit these; errors still show
     try:
         import datasets  # noqa: F401
         import transformers  # noqa: F401
@@ -83,7 +83,7 @@ def require_peers():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# contenders: each is a process. It receives the dtype of an iteration and sends its row
+# contenders: each is a process that receives the dtype of an iteration and sends its row back
 
 class Turn:
     """A contender's end of the pipe."""
@@ -92,7 +92,7 @@ class Turn:
         self.connection, self.dtype = connection, None
 
     def wait(self):
-        """Sleeps until it is this process's turn. Raises bench.Enough when there will be none."""
+        """Sleeps until it is this process's turn. Raises bench.Enough when there are no more turns."""
         try:
             self.dtype = self.connection.recv()
         except EOFError:
@@ -120,9 +120,9 @@ def run_ours(turn, folder, size, device, contender):
 
 
 def under_autocast(module, turn, device):
-    """Every forward of `module` runs under a bfloat16 autocast while it is the turn of that dtype; logits leave in
-    float32, as accelerate's mixed precision has it. Per forward, as autocast keeps its casts of the weights until it
-    ends, and the optimizer changes the weights."""
+    """Makes every forward of `module` run under a bfloat16 autocast in the turns of that dtype. Logits come out in
+    float32, as in accelerate's mixed precision. Each forward has its own autocast, because autocast keeps its casts of
+    the weights until it ends, and the optimizer changes the weights."""
     forward = module.forward
 
     @functools.wraps(forward)
@@ -146,7 +146,7 @@ def run_trl(turn, folder, size, device, contender):
     from transformers import (GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast, TrainerCallback)
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-    steps, tokens = [], []  # of an iteration
+    steps, tokens = [], []  # of one iteration
 
     class TakesTurns(TrainerCallback):
         def on_train_begin(self, *args, **kwargs):
@@ -267,8 +267,8 @@ def take(pipe, contender):
         pipe.send(contender.split("-")[1])
         return pipe.recv()
     except (EOFError, ConnectionError):
-        raise UserError(f"{contender} died: its error stands above, unless memory ran out. Let fewer take part at "
-                        "a time with --contenders") from None
+        raise UserError(f"{contender} died: see its error above. If there is none, memory probably ran out: let "
+                        "fewer take part at a time with --contenders") from None
 
 
 def print_tables(rows):

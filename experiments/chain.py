@@ -8,9 +8,9 @@ A task with longer answers than atlas: count up or down from a digit, 18 steps i
         --eval=experiments/chain.py:all_right --max_new_tokens=38 --batch_size=128 --kl_coef=0.01 --max_iters=80
 
 A prompt is a letter that means nothing, the first digit, and the direction: "k7+=". The right answer is "7>8>9>0>1" and
-so on. In the demonstrations a step goes wrong with probability 0.1, in every fourth row 0.3, and what follows goes on
-from there. The reward is the share of right steps, and it comes at the end: the critic has to find the step that lost
-it.
+so on. In the demonstrations a step goes wrong with probability 0.1, in every fourth row 0.3, and the next steps count
+on from the wrong digit. The reward is the share of right steps. It comes at the end, so the critic has to find out
+which step lost it.
 """
 
 import json
@@ -46,7 +46,7 @@ def demonstrations(rng):
 
 
 def n_right(prompt, response):
-    """How many of the STEPS digits follow from the one before, the first from the prompt; 0 for anything else."""
+    """How many of the STEPS digits follow from the one before, the first from the prompt; 0 for another format."""
     digits, step = response.split(">"), 1 if prompt[2] == "+" else 9
     if len(digits) != STEPS or not all(len(digit) == 1 and digit in string.digits for digit in digits):
         return 0

@@ -4,7 +4,7 @@ Draws the figures of docs/derivation.md, at least one per section, into docs/fig
     python -m experiments.figures
 
 Each curve is an output of ppo.py's own functions. Expectations are sums over the 40 responses of a toy language: tokens
-a, b, c and EOS, at most 3 in a response, a logit for each state and token. float64, fixed seeds. Needs matplotlib.
+a, b, c and EOS, at most 3 in a response, with a logit for each state and token. float64, fixed seeds. Needs matplotlib.
 """
 
 import math
@@ -84,14 +84,14 @@ def gradient(weights):
 
 
 def best_baseline():
-    """b(s) of each token's state (40, R): the weighted least squares that make the variance smallest."""
+    """b(s) of each token's state (40, R), by the weighted least squares that minimise the variance."""
     by_state = torch.stack([((STATES == s).unsqueeze(2) * PSI).sum(1) for s in range(len(PREFIXES))], -1)
     root, target = P_OLD.sqrt().view(-1, 1, 1), (RETURNS.unsqueeze(2) * PSI).sum(1, keepdim=True).mT
     return torch.linalg.lstsq((root * by_state).flatten(0, 1), (root * target).flatten(0, 1)).solution[:, 0][STATES]
 
 
 def along_a_line(steps):
-    """J - J_old, the surrogate L, the KL(old || new) of a response and its maximum over states, along a direction."""
+    """J - J_old, the surrogate L, the KL(old || new) of a response and its maximum over states, along a line."""
     def expected(loss, theta):
         return -float(P_OLD @ per_response(loss, logprobs(theta), logprobs(OLD), ADVANTAGES, MASK))
 
@@ -263,7 +263,7 @@ class Config:
 
 
 def main(config, names=FIGURES):
-    """Draws each figure into folder/name.png: a page's width, in one panel or two."""
+    """Draws each figure into folder/name.png, as wide as a page, with one panel or two."""
     plt, folder = import_pyplot(), Path(config.folder)
     folder.mkdir(parents=True, exist_ok=True)
     with plt.rc_context({"axes.prop_cycle": plt.cycler(color=COLOURS), "axes.grid": True, "grid.alpha": 0.3,

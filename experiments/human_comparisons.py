@@ -2,15 +2,16 @@
 Human comparisons: does a small reward model, from scratch or on the trunk of the review model, beat chance and the
 rule that the longer answer is better?
 
-    python -m experiments.sentiment ...        first: its out_dir holds the tokenizer and the trunk
+    python -m experiments.sentiment ...        first: its out_dir gets the tokenizer and the trunk
     python -m experiments.human_comparisons --hh=hh.jsonl.gz --llmbar=llmbar.jsonl.gz --hhh=hhh.jsonl.gz
 
-Each file is split into folds by prompt, a reward model is trained by train_rm.py on all folds but one and judged on
-that one, and the judgements are pooled: every pair is judged once, by a model that never saw its prompt. Beside it
-stand the length rule, which learns nothing, and a bag of words trained on the same folds. The models read the last
-PROMPT_TOKENS of a prompt and the first RESPONSE_TOKENS of an answer; the rule and the bag of words read everything.
+Each file is split into folds by prompt. train_rm.py trains a reward model on all folds but one, and that model judges
+the remaining fold. So every pair is judged once, by a model that never saw its prompt, and the judgements are pooled.
+The length rule, which learns nothing, and a bag of words trained on the same folds are judged as well. The models read
+the last PROMPT_TOKENS of a prompt and the first RESPONSE_TOKENS of an answer. The rule and the bag of words read
+everything.
 
-What out_dir holds already is not repeated. Drawing needs matplotlib.
+Results already in out_dir are not computed again. Drawing needs matplotlib.
 """
 
 import json
@@ -39,7 +40,7 @@ from tokenizer import DataError, decode, encode_prompt, encode_response, get_tok
 from tools.plot import COLOURS, import_pyplot
 
 PROMPT_TOKENS, RESPONSE_TOKENS = 56, 80
-MIN_PAIRS = 20  # a point of the figure stands for at least so many
+MIN_PAIRS = 20  # every point of the figure covers at least this many
 STARTS = ("scratch", "reviews")  # where a reward model's trunk comes from
 OVER = {"over_longer": "longer-is-better", "over_shorter": "shorter-is-better"}  # the table's differences
 
@@ -50,12 +51,12 @@ class Config:
     llmbar: str = "data/llmbar_mtbench_human_pairs.jsonl.gz"  # the same
     hhh: str = "data/hhh_alignment_pairs.jsonl.gz"           # the same
     sentiment: str = "out/sentiment"           # out_dir of experiments/sentiment.py
-    out_dir: str = "out/human_comparisons"     # a folder per file, start, seed and fold
+    out_dir: str = "out/human_comparisons"     # a folder for each file, start, seed and fold
     seeds: int = 4                             # [1, inf) seeds 0, 1, ... of the folds and of the training
-    folds: int = 3                             # [2, inf) parts of a file; each is judged by a model of the others
+    folds: int = 3                             # [2, inf) parts of a file; a model trained on the others judges each
     max_epochs: float = 1.0                    # (0, inf) passes over the training pairs, 16 at a time
     workers: Optional[int] = None              # [1, inf) runs at a time, each on one thread; default: one per core
-    save: str = "docs/human_comparisons"       # the figure and its numbers, less .png and .json
+    save: str = "docs/human_comparisons"       # path of the figure and its numbers, without .png or .json
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -68,7 +69,7 @@ def read_pairs(path):
 
 
 def fold_of(keys, n_folds, seed):
-    """The fold (N,) of each row: rows with the same key are in the same one, and folds hold equally many keys."""
+    """The fold (N,) of each row: rows with the same key share a fold, and all folds hold equally many keys."""
     distinct = sorted(set(keys))
     order = np.random.default_rng(seed).permutation(len(distinct))
     fold = {distinct[i]: n % n_folds for n, i in enumerate(order)}
@@ -76,9 +77,9 @@ def fold_of(keys, n_folds, seed):
 
 
 def interval(values, groups):
-    """(mean, low, high) of values (S, N) of S seeds: 95 % by the normal approximation. Two parts add up: other prompts,
-    of the seeds' mean, where values of the same group may depend on each other in any way and groups may not (the
-    cluster-robust variance [Liang & Zeger 1986]); and other seeds, of which one alone says nothing."""
+    """(mean, low, high) of values (S, N) of S seeds: the 95 % interval by the normal approximation. Its variance has
+    two parts. One is over prompts, for the mean over seeds: values of one group may depend on each other in any way,
+    groups may not (cluster-robust [Liang & Zeger 1986]). The other is over seeds, and needs more than one."""
     values = np.atleast_2d(np.asarray(values, dtype=float))
     pairs, seeds = values.mean(0), values.mean(1)
     _, group = np.unique(np.asarray(groups), return_inverse=True)
@@ -105,7 +106,7 @@ def crop(encoding, row):
 # jobs
 
 def scratch_trunk(folder, sentiment):
-    """folder/sft.pt: the review model's sizes, but the random weights that it started from. A learning rate of 0."""
+    """Makes folder/sft.pt: the review model's sizes with its initial random weights, kept by a learning rate of 0."""
     sft = load_checkpoint(Path(sentiment) / "sft.pt", "sft")["model_config"]
     train_once(train_sft, "sft", train_sft.Config(
         data=str(Path(sentiment) / "sft.jsonl"), tokenizer=str(Path(sentiment) / "tokenizer.tiktoken"),
@@ -114,8 +115,8 @@ def scratch_trunk(folder, sentiment):
 
 
 def judge_fold(folder, path, trunk, tokenizer, seed, fold, config):
-    """Trains on the other folds and writes folder/margins.json: {row: score difference chosen - rejected}, without the
-    calibration for PPO, because this is what the Bradley-Terry model turns into a probability."""
+    """Trains on the other folds and writes folder/margins.json: {row: score of chosen - score of rejected}. The
+    scores lack the calibration for PPO, because the Bradley-Terry model turns raw differences into probabilities."""
     if (folder / "margins.json").exists():
         return
     encoding, rows = get_tokenizer(tokenizer), read_pairs(path)
@@ -123,7 +124,7 @@ def judge_fold(folder, path, trunk, tokenizer, seed, fold, config):
     texts = [crop(encoding, row) for row in rows]
     write_rows(folder / "train.jsonl", [text for text, other in zip(texts, folds) if other != fold])
     n_iters = max(1, round(config.max_epochs * (folds != fold).sum() / 16))
-    # The answers that calibration samples are no use here, so they are short.
+    # The answers that calibration samples are not needed here, so they are short.
     train_rm.train(train_rm.Config(data=str(folder / "train.jsonl"), init_from=str(trunk), out_dir=str(folder),
                                    seed=seed, device="cpu", max_iters=n_iters, lr=3e-4, max_new_tokens=1,
                                    overwrite=True, save_interval=10**6))
@@ -156,7 +157,7 @@ def bag_of_words_margins(rows, folds):
 
 
 def pooled(folder, name, n_folds):
-    """Margins (N,) of all rows: those that the runs folder/<name><fold> wrote."""
+    """Margins (N,) of all rows, from the files that the runs folder/<name><fold> wrote."""
     margins = {}
     for fold in range(n_folds):
         margins |= json.loads((folder / f"{name}{fold}" / "margins.json").read_text())
@@ -165,8 +166,8 @@ def pooled(folder, name, n_folds):
 
 def results_of(rows, learned, config):
     """{"rows", "prompts", "judges": {name: {"accuracy", "over_longer", "over_shorter", "over_words", "seeds",
-    "calibration"}}} of one file. learned: {name: out-of-fold margins (N,) of each seed}, beside which the rules and the
-    bag of words stand. Rules learn nothing, so all their seeds are the same."""
+    "calibration"}}} of one file. learned: {name: out-of-fold margins (N,) of each seed}; the rules and the bag of
+    words are added. Rules learn nothing, so all their seeds are the same."""
     keys = [row.prompt for row in rows]
     longer = np.array([len(row.responses[0]) - len(row.responses[1]) for row in rows])
     margins = {"longer is better": [longer] * config.seeds, "shorter is better": [-longer] * config.seeds}
@@ -207,7 +208,7 @@ def draw(results, save):
         learned = [(name, numbers) for name, numbers in result["judges"].items() if "calibration" in numbers]
         for n, (name, numbers) in enumerate(learned):
             _, _, count, predicted, observed = map(np.array, zip(*numbers["calibration"]))
-            count = count / len(numbers["seeds"])  # the seeds judge the same pairs, so that they count once
+            count = count / len(numbers["seeds"])  # the seeds judge the same pairs, so each pair counts once
             error = 1.96 * np.sqrt(observed * (1 - observed) / count)
             # side by side, so that bars do not cover each other
             x, y, error = (values[count >= MIN_PAIRS] for values in (predicted + 0.004 * (n - 1), observed, error))
@@ -224,11 +225,11 @@ def draw(results, save):
 def main(config):
     check_domains(config)
     require_one_process("experiments/human_comparisons.py")
-    import_pyplot()  # a missing matplotlib is said before the training, not after
+    import_pyplot()  # reports a missing matplotlib before the training, not after
     workers, began, root = config.workers or os.cpu_count(), time.time(), Path(config.out_dir)
     files = {"HH harmless": config.hh, "LLMBar and MT-Bench": config.llmbar, "HHH": config.hhh}
     for path in files.values():
-        read_pairs(path)  # a missing or damaged file is said before the training, not after
+        read_pairs(path)  # reports a missing or damaged file before the training
     run_jobs([(partial(scratch_trunk, sentiment=config.sentiment), root / "scratch", "sft")], workers)
     trunks = {"scratch": root / "scratch" / "sft.pt", "reviews": Path(config.sentiment) / "sft.pt"}
     tokenizer = str(Path(config.sentiment) / "tokenizer.tiktoken")

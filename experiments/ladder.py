@@ -7,12 +7,13 @@ The ladder of the derivation on the built-in task: what each rung was meant to f
                                                               reward_to_go, baseline, gae, cpi, kl_penalty, clip
 
 The SFT policy and the reward model are trained once per seed and shared. Every run of a seed gets the same prompts in
-the same order, in 50 rollouts. What differs is --objective and what follows from it: up to `gae` a rollout allows one
-optimizer step, from `cpi` on it is used for four, in two epochs. The runs named "8 epochs" use it for sixteen, so that
-the ratio has time to run away, and have 12 rollouts. TRPO's critic takes eight steps of half the size per rollout.
+the same order, in 50 rollouts. Runs differ in --objective and what follows from it. Up to `gae` a rollout allows one
+optimizer step. From `cpi` on it is used for four steps, in two epochs. The runs named "8 epochs" use it for sixteen
+steps, so that the ratio has time to run away, and have 12 rollouts. TRPO's critic takes eight steps of half the size
+per rollout.
 
-Runs that out_dir holds already are not repeated: delete it after changing the task or a default of the first two
-stages. --redraw draws the numbers of an earlier run. Drawing needs matplotlib.
+Runs already in out_dir are not repeated: delete out_dir after changing the task or a default of the first two stages.
+--redraw draws the figure again from the numbers of an earlier run. Drawing needs matplotlib.
 """
 
 import contextlib
@@ -50,11 +51,11 @@ RUNS = {name: {"objective": name} for name in ONE_STEP} | {
     name: {"objective": name, "epochs": 2, "minibatches": 2} for name in REUSE} | {"trpo": {}} | {
     f"{name}, 8 epochs": {"objective": name, "epochs": 8, "minibatches": 2, "max_iters": 12}
     for name in ("cpi", "clip")}
-# Where the estimators' variances are compared: after a third of a run, as the critic knows nothing at the start and
-# nothing is left to learn at the end.
+# Where the estimators' variances are compared: after a third of a run, because the critic knows nothing at the start
+# and nothing is left to learn at the end.
 PROBE = {"objective": "baseline", "max_iters": 15}
 DRAWS, RESPONSES = 48, 64  # gradients in a variance, and responses behind each gradient
-LAST = 10                  # rollouts at the end of a run that its row of the table is a mean of
+LAST = 10                  # a run's row of the table is a mean over this many last rollouts
 
 
 @dataclass
@@ -63,20 +64,20 @@ class Config:
     seeds: int = 4                 # [1, inf) seeds 0, 1, ...
     max_iters: int = 50            # [2, inf) rollouts of each run
     workers: Optional[int] = None  # [1, inf) runs at a time, each on one thread; default: one per core
-    save: str = "docs/ladder"      # the figure and its numbers, less .png and .json
-    redraw: bool = False           # draw the numbers that `save` holds again; nothing is trained
+    save: str = "docs/ladder"      # path of the figure and its numbers, without .png or .json
+    redraw: bool = False           # draw the figure again from the numbers in `save`, without training
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# jobs: each runs in a process of its own and returns nothing, because its files say what came out
+# jobs: each runs in its own process and returns nothing, because its results are in files
 
 def prepare(folder, seed):
-    """Trains the sft.pt and rm.pt that the runs of a seed share, where they are missing."""
+    """Trains the sft.pt and rm.pt that the runs of a seed share, if they are missing."""
     stages.prepare(train_ppo.Config(out_dir=str(folder), seed=seed, device="cpu"), sft=train_sft, rm=train_rm)
 
 
 def train(folder, seed, name, **flags):
-    """One run from the shared sft.pt and rm.pt of `folder` into folder/name, unless it is there with these flags."""
+    """One run from the shared sft.pt and rm.pt of `folder` into folder/name, unless it exists with these flags."""
     module = trpo if name == "trpo" else rungs
     config = module.Config(**{
         "out_dir": str(folder / name), "seed": seed, "device": "cpu", "overwrite": True, "save_interval": 10**6,
@@ -87,7 +88,7 @@ def train(folder, seed, name, **flags):
         saved, resolved = load_checkpoint(path, stage), config if name == "trpo" else config.resolved()
         sources = {"sft": load_checkpoint(config.init_from, "sft")["sha256"],
                    "rm": load_checkpoint(config.rm, "rm")["sha256"]}
-        # None stands for a default that the run has resolved and the checkpoint holds
+        # None means a default, which the run resolved and the checkpoint holds
         asked = {name: value for name, value in asdict(resolved).items() if value is not None}
         same = saved["flags"].keys() == asdict(resolved).keys() and asked.items() <= saved["flags"].items()
         if saved["finished"] and same and saved["sources"] == sources:
@@ -101,7 +102,7 @@ def checkpoint_of(folder, name):
 
 
 def job(job_function, folder, name):
-    """Runs function(folder) on one thread, what it prints going to folder/name.log. Returns its seconds."""
+    """Runs job_function(folder) on one thread; its output goes to folder/name.log. Returns its seconds."""
     torch.set_num_threads(1)
     began = time.time()
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,8 +112,8 @@ def job(job_function, folder, name):
 
 
 def run_jobs(jobs, workers):
-    """jobs: [(function, folder, name)], each in a process of its own. Longest ones should come first. Raises the first
-    exception of any."""
+    """Runs jobs, [(function, folder, name)], each in its own process. The longest should come first. Raises the first
+    exception of any job."""
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
         futures = {pool.submit(job, *spec): f"{spec[1].name} {spec[2]}" for spec in jobs}
         for n, future in enumerate(as_completed(futures), 1):
@@ -120,12 +121,12 @@ def run_jobs(jobs, workers):
 
 
 def write_results(config, run, began, draw, results, contents):
-    """Writes config.save + .json (the dict contents, the flags, and what made them, as the header of the folder `run`
-    says) and .png, which draw(results, config.save) draws. began: time.time() at the start, for the closing line."""
+    """Writes config.save + .json (the dict contents, the flags, and the commit, torch and machine from the header of
+    the folder `run`). draw(results, config.save) makes .png. began: time.time() at the start, for the closing line."""
     header = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
     made_by = {name: header[name] for name in ("commit", "torch", "device", "threads")}
     Path(config.save).parent.mkdir(parents=True, exist_ok=True)
-    # Where files lie on the machine that ran it helps nobody elsewhere: of a path the last part is kept.
+    # The folders of the machine that ran it help nobody elsewhere, so only the last part of a path is kept.
     flags = {name: Path(value).name if isinstance(value, str) else value for name, value in asdict(config).items()}
     Path(f"{config.save}.json").write_text(json.dumps({"config": flags, **made_by, **contents}) + "\n")
     draw(results, config.save)
@@ -137,7 +138,7 @@ def write_results(config, run, began, draw, results, contents):
 
 def gradient_variances(folder, seed):
     """{objective: variance of the policy's gradient from RESPONSES responses, summed over parameters}, at the probe's
-    policy and critic, all on the same DRAWS draws. The rungs that reuse a rollout begin it with gae's gradient."""
+    policy and critic, all on the same DRAWS draws. The rungs that reuse a rollout first take gae's gradient."""
     torch.set_num_threads(1)
     probe = load_checkpoint(folder / "probe" / "ppo.pt", "ppo")
     sft = load_checkpoint(folder / "sft.pt", "sft")
@@ -206,7 +207,7 @@ def print_table(results):
 
 
 def draw(results, save):
-    """Accuracy of each rung on axes of their own, and below them the gradients' variances and the runs of 8 epochs."""
+    """Draws each rung's accuracy on its own axes, and below them the gradients' variances and the runs of 8 epochs."""
     plt = import_pyplot()
     figure, axes = plt.subplots(3, 4, figsize=(10, 7), constrained_layout=True)
     rungs_shown, overdone = ([name for name in results if (" epochs" in name) == long] for long in (False, True))
@@ -242,13 +243,13 @@ def draw(results, save):
     for axis in (*axes[1], *axes[2, 1:]):
         axis.set_xlabel("rollouts")
     figure.savefig(f"{save}.png", dpi=110)
-    from PIL import Image  # comes with matplotlib; 64 colours are a third of the bytes
+    from PIL import Image  # comes with matplotlib; 64 colours take a third of the bytes
     Image.open(f"{save}.png").convert("RGB").quantize(64).save(f"{save}.png", optimize=True)
     plt.close(figure)
 
 
 def band(axis, curves, colour, label=None):
-    """The mean over seeds against the rollout, in a band from the lowest to the highest. curves: a list per seed."""
+    """Plots the mean over seeds by rollout, in a band from the lowest seed to the highest. curves: a list per seed."""
     curves = np.array(curves)
     x = np.arange(1, curves.shape[1] + 1)
     axis.plot(x, curves.mean(0), color=colour, label=label)
@@ -258,7 +259,7 @@ def band(axis, curves, colour, label=None):
 def main(config):
     check_domains(config)
     require_one_process("experiments/ladder.py")
-    import_pyplot()  # a missing matplotlib is said before half an hour of training, not after
+    import_pyplot()  # reports a missing matplotlib before half an hour of training, not after
     if config.redraw:
         results = json.loads(Path(f"{config.save}.json").read_text())["runs"]
         draw(results, config.save)

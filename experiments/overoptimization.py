@@ -4,12 +4,12 @@ from the SFT policy, for PPO at several kl_coef and for best-of-n.
 
     python -m experiments.overoptimization              four seeds: docs/overoptimization.png and .json
 
-The reward model is a weak one on purpose, a proxy trained for a few steps on a few comparisons: it can be hacked within
-a laptop's time. Only the built-in task can draw this, because only there the labeller's utility is known. Score and
-utility are in standard deviations of the SFT policy's answers, from a mean of 0, and d = sqrt(KL) as in Gao et al.
-2023, 2210.10760, whose forms are fitted to the utility: d (a - b log d) for PPO and d (a - b d) for best-of-n.
+The reward model is weak on purpose: a proxy trained for a few steps on a few comparisons, so that a laptop is fast
+enough to hack it. Only the built-in task allows this, because only there the labeller's utility is known. Score and
+utility are in standard deviations of the SFT policy's answers, whose mean is 0. d is sqrt(KL), as in Gao et al. 2023,
+2210.10760. Their forms are fitted to the utility: d (a - b log d) for PPO and d (a - b d) for best-of-n.
 
-The SFT policies are the ladder's, where its out_dir holds them. Drawing needs matplotlib.
+The ladder's SFT policies are used if they are in out_dir. Drawing needs matplotlib.
 """
 
 import json
@@ -41,8 +41,8 @@ from tools.plot import import_pyplot, read_run
 KL_COEFS = (0.0, 0.05, 0.2)
 N_SAMPLES = 128                      # answers per question that best-of-n is computed from
 BEST_OF = (1, 2, 4, 8, 16, 32, 64)
-FIT_UP_TO = 3.0                      # d; farther out the utility nears its floor, which the fitted forms do not know
-LAST = 10                            # rollouts at the end of a run that its row of the table is a mean of
+FIT_UP_TO = 3.0                      # d; farther out the utility nears its floor, which the fitted forms lack
+LAST = 10                            # a run's row of the table is a mean over this many last rollouts
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Config:
     rm_iters: int = 60             # [1, inf) optimizer steps of the proxy; more makes it harder to hack
     candidates: int = 6            # [2, inf) answers per question that the proxy's comparisons are made of
     workers: Optional[int] = None  # [1, inf) runs at a time, each on one thread; default: one per core
-    save: str = "docs/overoptimization"  # the figure and its numbers, less .png and .json
+    save: str = "docs/overoptimization"  # path of the figure and its numbers, without .png or .json
 
 
 def train_proxy(folder, seed, rm_iters, candidates):
@@ -63,7 +63,7 @@ def train_proxy(folder, seed, rm_iters, candidates):
     path = config.folder / "rm.pt"
     saved = load_checkpoint(path, "rm") if path.exists() else None
     sft = load_checkpoint(folder / "sft.pt", "sft")["sha256"]
-    # None stands for a default that the run has resolved and the checkpoint holds
+    # None means a default, which the run resolved and the checkpoint holds
     asked = {name: value for name, value in asdict(config).items() if value is not None}
     same = saved and saved["finished"] and asked.items() <= saved["flags"].items()
     if not (same and saved["sources"]["sft"] == sft):
@@ -76,14 +76,14 @@ def train_at(folder, seed, kl_coef, max_iters):
 
 
 def best_of_n_weights(n, n_drawn):
-    """Probability (total,) that the answer of each rank, worst first, is the best of n drawn from `total` answers and
-    not put back: C(rank - 1, n - 1) / C(total, n). An expectation over all draws, where one draw would be noise."""
+    """Probability (n_drawn,) that the answer of each rank, worst first, is the best of n picked from n_drawn answers
+    without replacement: C(rank - 1, n - 1) / C(n_drawn, n). It averages over all picks, where one would be noisy."""
     return np.array([math.comb(rank, n - 1) / math.comb(n_drawn, n) for rank in range(n_drawn)])
 
 
 def best_of_n_kl(p, n):
     """KL(best of n || p) for the probabilities p (K,) of distinct answers, worst first. At most log n - (n - 1) / n,
-    which it comes near where every p is small [Beirami et al. 2024, 2401.01879]."""
+    and close to that if every p is small [Beirami et al. 2024, 2401.01879]."""
     below = p.cumsum() - p
     q = (below + p) ** n - below ** n
     return float((q * np.log(q / p))[q > 0].sum())
@@ -108,7 +108,7 @@ def best_of_n(folder, seed):
     utility = np.array([atlas.utility(questions[i // N_SAMPLES], decode(encoding, answer))
                         for i, answer in enumerate(answers)]).reshape(scores.shape)
     ranked = np.argsort(scores, axis=1)
-    # Per question, how often each distinct answer was sampled, worst first: answers that are alike have one score.
+    # Per question, how often each distinct answer was sampled, worst first: identical answers have the same score.
     shares = []
     for i in range(len(questions)):
         same = answers[i * N_SAMPLES:(i + 1) * N_SAMPLES]
@@ -204,7 +204,7 @@ def draw(results, save):
 def main(config):
     check_domains(config)
     require_one_process("experiments/overoptimization.py")
-    import_pyplot()  # a missing matplotlib is said before the training, not after
+    import_pyplot()  # reports a missing matplotlib before the training, not after
     workers, began = config.workers or os.cpu_count(), time.time()
     folders = [Path(config.out_dir) / f"seed{seed}" for seed in range(config.seeds)]
     run_jobs([(partial(prepare, seed=seed), folder, "stages") for seed, folder in enumerate(folders)], workers)

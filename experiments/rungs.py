@@ -6,7 +6,7 @@ differs from the one before by what the derivation changed. From baseline on, ad
     python -m experiments.ladder                            all of them, and TRPO: see experiments/ladder.py
 
 reinforce, reward_to_go, baseline and gae take one optimizer step per rollout: they are on-policy, so their gradient is
-right only for the policy that sampled. cpi, kl_penalty and clip take several, and the ratio corrects.
+right only for the policy that sampled. cpi, kl_penalty and clip take several, and the ratio corrects for it.
 """
 
 from dataclasses import dataclass
@@ -45,9 +45,9 @@ class Config(train_ppo.Config):
         rung = f"--objective={self.objective} with --advantage={self.advantage}"
         for name in ("epochs", "minibatches") if self.objective in ONE_STEP else ():
             require(getattr(self, name) in (None, 1), f"--{name}={getattr(self, name)}, but {rung} takes one step per "
-                    "rollout: its formula holds for the policy that sampled; cpi, kl_penalty and clip may reuse one")
+                    "rollout: its formula holds for the policy that sampled; use cpi, kl_penalty or clip")
         require(self.advantage == "gae" or self.objective in ("baseline", *REUSE), "--advantage=group is a baseline, "
-                f"which has no place in --objective={self.objective}: use baseline or cpi to clip")
+                f"which has no place in --objective={self.objective}: use baseline, cpi, kl_penalty or clip")
         refuse_given(self, UNUSED[self.objective], f"in {rung}")
         train_ppo.Config.check(self.resolved())
 
@@ -59,7 +59,7 @@ class PenaltyController:
     It may oscillate: a factor of 2 in the coefficient is about a factor of 4 in the KL. Adam's step length hardly
     depends on the loss's scale, so if one step overshoots the target, the coefficient grows without end."""
 
-    LOWEST = 1e-6  # without a bound it would reach exactly 0, which no doubling leaves
+    LOWEST = 1e-6  # without a bound it would reach exactly 0, and doubling could not raise it again
 
     def __init__(self, target, coef=1.0):
         if not (target > 0 and coef > 0):
@@ -82,9 +82,9 @@ def token_advantages(objective, rewards, values, mask, gamma, lam, group_size=No
     critic's value V. gae, cpi, kl_penalty, clip: GAE with lam. With a group_size, the mean return of the prompt's other
     responses replaces V.
 
-    All have the same expected gradient if gamma = 1 (gae, cpi, kl_penalty, clip: and lam = 1, or an exact critic).
-    Below 1, only reinforce keeps the exact factor gamma^t in front of the later tokens; the others drop it, as is
-    usual."""
+    All have the same expected gradient if gamma = 1 (gae, cpi, kl_penalty and clip also need lam = 1 or an exact
+    critic). With gamma below 1, only reinforce keeps the exact factor gamma^t in front of the later tokens. The others
+    drop it, as is usual."""
     returns = reward_to_go(rewards, mask, gamma).detach()
     if objective == "reinforce":
         return zero_outside(returns[:, :1].expand_as(returns), mask), returns
@@ -103,7 +103,7 @@ def surrogate_loss(objective, logprobs, old_logprobs, advantages, mask, clip=Non
         return kl_penalty_loss(logprobs, old_logprobs, advantages, mask, penalty)
     if objective == "clip":
         return policy_loss(logprobs, old_logprobs, advantages, mask, clip)
-    # The first four take one step per rollout, at pi = pi_old: the ratio is in no formula, but it is still measured.
+    # The first four take one step per rollout, at pi = pi_old: no formula has the ratio, but it is still measured.
     loss, _ = reinforce_loss(logprobs, advantages, mask)
     return loss, ratio_stats(log_ratio(logprobs, old_logprobs, mask), mask)
 

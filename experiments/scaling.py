@@ -1,14 +1,14 @@
 """
-How the cost of an iteration grows, measured beside what the FLOPs say it should.
+How the cost of an iteration grows: measured, and as its FLOPs predict.
 
     python -m experiments.scaling                                        docs/scaling.png and .json, about 10 minutes
     python -m experiments.scaling --processes=1,2                        with a panel over processes of one thread each
     python -m experiments.scaling --paper                                on many GPUs: computed, not measured
 
-Width, batch and response length are each doubled from a common start, all else equal, by runs of tools/bench.py in
-processes of their own. The exponents are slopes of straight lines in log-log; the expected one is that of the FLOPs of
-a process, which bench.work counts, over the same points, so it has no free number. Seconds fall short of it where small
-matrices do not reach the machine's rate: the measured slope over width is then the lower one.
+Width, batch and response length each vary by factors of two around a common size, all else equal. Each point is a run
+of tools/bench.py in its own process. Exponents are slopes of straight lines in log-log. The expected exponent is that
+of a process's FLOPs over the same points, which bench.work counts, so it has no free parameter. The measured slope over
+width is lower where small matrices do not reach the machine's rate.
 
 Drawing needs matplotlib.
 """
@@ -37,16 +37,16 @@ STAGES = ("rollout", "score", "update", "iter")
 
 @dataclass
 class Config:
-    iters: int = 3                   # [1, inf) iterations that each median is over
+    iters: int = 3                   # [1, inf) iterations behind each median
     dtype: str = "float32"           # float32|bfloat16: bfloat16 is autocast
     processes: Optional[str] = None  # numbers of torchrun processes, such as 1,2,4, at START's batch; default: none
     paper: bool = False              # print the estimate for 1 to 1,024 GPUs instead
-    save: str = "docs/scaling"       # the figure and its numbers, less .png and .json
+    save: str = "docs/scaling"       # path of the figure and its numbers, without .png or .json
 
 
 def run_bench(config, size, processes=None):
-    """The JSON line of tools/bench.py for a size, in a process of its own with all threads, or in `processes` of them
-    under torchrun with one thread each, so that twice the processes have twice the cores."""
+    """The JSON line of tools/bench.py for a size: from one process with all threads or, if given, from `processes` of
+    them under torchrun with one thread each, so that twice the processes have twice the cores."""
     environment = os.environ | ({"OMP_NUM_THREADS": "1"} if processes else {})
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     flags = {"iters": config.iters, "dtype": config.dtype, "json": True} | asdict(size)
@@ -72,13 +72,13 @@ def slope(x, y):
 # ---------------------------------------------------------------------------------------------------------------------
 # on paper
 
-# What is taken for granted of a GPU and its network. Rates are shares of the data sheet of an H100 SXM.
+# What is assumed of a GPU and its network. Rates are shares of those in the data sheet of an H100 SXM.
 ASSUMED = {
     "rate": 0.45 * 989e12,      # FLOP/s in bfloat16
     "bandwidth": 0.7 * 3.35e12,  # bytes/s of its memory
-    "launches": 15 * 5e-6,      # seconds per layer and decoding step: 15 kernels, none hidden
-    "inside": 0.8 * 450e9,      # bytes/s and direction between the 8 GPUs of a node
-    "between": 0.8 * 50e9,      # bytes/s and direction of each GPU's share of the network between nodes
+    "launches": 15 * 5e-6,      # seconds per layer and decoding step: 15 kernel launches, none hidden
+    "inside": 0.8 * 450e9,      # bytes/s per direction between the 8 GPUs of a node
+    "between": 0.8 * 50e9,      # bytes/s per direction of each GPU's share of the network between nodes
     "hop": 20e-6,               # seconds for each of the 2 log2(n) hops of an all-reduce
 }
 
@@ -91,8 +91,8 @@ def all_reduce_seconds(n_bytes, gpus, node=8):
 
 
 def on_paper(size, gpus):
-    """{stage: seconds} of one iteration where each GPU holds the whole model and works on a batch of `size`, and
-    float32 gradients are averaged at each optimizer step."""
+    """{stage: seconds} of one iteration if each GPU holds the whole model and works on a batch of `size`, and float32
+    gradients are averaged at each optimizer step."""
     pieces = bench.work(size, "shared", 2)
     seconds = {stage: bench.floor_seconds(part, ASSUMED["rate"], lambda working_set: ASSUMED["bandwidth"])
                for stage, part in pieces.items()}
@@ -102,14 +102,14 @@ def on_paper(size, gpus):
 
 
 def print_paper():
-    """GPT-2 XL, as the batch grows with the GPUs and as it stays; efficiency is tokens/s per GPU against 8 GPUs."""
+    """GPT-2 XL with a batch that grows with the GPUs, then with a fixed one. Efficiency: tokens/s per GPU against 8."""
     names = ("rollout", "score", "update", "all-reduce")
     print("computed, not measured: GPT-2 XL, prompt 64, response 128, 4 epochs x 4 minibatches, data parallel\n"
           "assumed: " + ", ".join(f"{name} {value:.3g}" for name, value in ASSUMED.items()) + "\n")
     print("| responses | GPUs | each | " + " | ".join(names) + " | iteration, s | response tokens/s | efficiency |")
     print("|" + "---|" * 10)
     for batches in ((512, 4096, 65536), (4096, 4096, 4096)):
-        speeds = []  # of a GPU
+        speeds = []  # per GPU
         for batch, gpus in zip(batches, (8, 64, 1024)):
             seconds = on_paper(replace(bench.GPT2_XL, batch_size=batch // gpus), gpus)
             seconds_each = sum(seconds.values())
@@ -151,7 +151,7 @@ def main(config):
     require_one_process("experiments/scaling.py")
     if config.paper:
         return print_paper()
-    import_pyplot()  # a missing matplotlib is said before the runs, not after
+    import_pyplot()  # reports a missing matplotlib before the runs, not after
     began, results, line = time.time(), {}, {}
     sweeps = {name: [(x, replace(START, **{name: x}), None) for x in xs] for name, xs in SWEEPS.items()}
     if config.processes:

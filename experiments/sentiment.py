@@ -1,22 +1,22 @@
 """
-Real reviews: a policy is made to continue the first words of a film review positively, and somebody else judges it.
+Real reviews: a policy learns to continue the first words of a film review positively, and a separate judge rates it.
 
     python -m experiments.sentiment --labelled=train.jsonl.gz --test=test.jsonl.gz --unsup=unsup.jsonl.gz
 
-Rows are {"text", "label"} (1 positive, 0 negative), of the unsup file {"text"}: the Large Movie Review Dataset [Maas
-et al. 2011] or any texts alike. Who sees what: the tokenizer and the SFT policy see `unsup`, the reward model the even
-rows of `labelled`, the judge the odd ones, PPO the openings of all rows of `test` but the last N_EVAL. Policies are
-measured on the openings of those last rows, the reward model and the judge on all of `test` but the few rows outside
-the last N_EVAL that begin like one of them. No row is in two of these parts, though reviews may begin alike.
+Rows are {"text", "label"} (1 positive, 0 negative), or {"text"} in the unsup file: the Large Movie Review Dataset [Maas
+et al. 2011] or any similar texts. The tokenizer and the SFT policy see `unsup`. The reward model sees the even rows of
+`labelled`, the judge the odd ones. PPO sees the openings of all rows of `test`, except the last N_EVAL and the few
+that begin like one of them. Policies are measured on the openings of the last N_EVAL, the reward model and the judge on
+all of `test` except those few. No row is in two of these parts, though reviews in two parts may begin alike.
 
-Every text is cut to its first `text_tokens` tokens and ends with EOS there; the reward model and the judge also learn
-from the passages of that length that follow in a review, with the review's label. So the policy learns when to stop,
-and the reward model reads in PPO what it was trained on, an EOS at the usual place. PROMPT stands before every text,
-because the two reviews of a pair must share a prompt. The judge is a bag of words and never part of the training: where
-the reward model's score rises and the judge's does not, PPO has found the reward model's mistakes.
+Every text is cut to its first `text_tokens` tokens and ends with EOS there. So the policy learns when to stop, and the
+reward model reads in PPO what it was trained on, with EOS at the usual place. The reward model and the judge also learn
+from the later passages of that length in a review, with the review's label. PROMPT precedes every text, because the two
+reviews of a pair must share a prompt. The judge is a bag of words and never part of the training. If the reward model's
+score rises and the judge's does not, PPO has found the reward model's mistakes.
 
-One SFT policy is shared; seeds differ in the reward model and in PPO. What out_dir holds already is not repeated:
-delete it after changing the data or the sizes. Drawing needs matplotlib.
+All seeds share one SFT policy; they differ in the reward model and in PPO. Results already in out_dir are not computed
+again: delete out_dir after changing the data or the sizes. Drawing needs matplotlib.
 """
 
 import json
@@ -49,7 +49,7 @@ from tools.plot import COLOURS, import_pyplot, read_run
 KL_COEFS = (0.0, 0.05, 0.2)
 PROMPT = ">"
 OPENING = 4      # words of a review that the policy continues
-PAIRINGS = 2     # pairs that a labelled passage is in, each with another one of the other label
+PAIRINGS = 2     # pairs per labelled passage, each with another passage of the opposite label
 N_EVAL = 512     # held-out openings; one continuation of each is judged
 MEASURES = ("kl", "score", "judge", "positive", "perplexity", "repetition", "distinct_1", "distinct_2", "length",
             "eos_rate")
@@ -72,7 +72,7 @@ class Config:
     max_iters: int = 40             # [1, inf) rollouts of each PPO run, of 128 continuations each
     every: int = 5                  # [1, inf) rollouts between looks at the policy
     workers: Optional[int] = None   # [1, inf) runs at a time, each on one thread; default: one per core
-    save: str = "docs/sentiment"    # the figure and its numbers, less .png and .json
+    save: str = "docs/sentiment"    # path of the figure and its numbers, without .png or .json
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -91,8 +91,8 @@ def cut(encoding, text, n_tokens):
 
 
 def passages(encoding, text, n_tokens):
-    """A text in runs of whole words, each as long as n_tokens tokens allow. The first is cut(...); of the others, one
-    shorter than half of that is left out, and so is what follows a word that is longer than all of it."""
+    """A text in runs of whole words, each as long as n_tokens tokens allow. The first is cut(...). Later runs of fewer
+    than half as many tokens are left out. The runs end before a word of more than n_tokens tokens."""
     runs, rest = [], one_line(text)
     while rest and (run := cut(encoding, rest, n_tokens)):
         runs.append(run)
@@ -111,8 +111,8 @@ def opening(text):
 
 
 def split_texts(config):
-    """{who: rows}: which rows of the files each of them sees. No row is in two of them, and no row of "prompts" begins
-    like one of "test"."""
+    """{who: rows}: the rows of the files that each one sees. No two share a row, and no row of "prompts" begins like
+    one of "test"."""
     labelled, test, unsup = (data.read_rows(path)[0] for path in (config.labelled, config.test, config.unsup))
     openings = {opening(row["text"]) for row in test[-N_EVAL:]}
     return {"sft": unsup, "rm": labelled[::2], "judge": labelled[1::2], "test": test[-N_EVAL:],
@@ -125,7 +125,7 @@ def write_rows(path, rows):
 
 
 def prepare_texts(config):
-    """Writes tokenizer.tiktoken and the data files of the three stages into out_dir, unless they are there."""
+    """Writes tokenizer.tiktoken and the data files of the three stages into out_dir, unless they exist."""
     folder, thirds = Path(config.out_dir), split_texts(config)
     folder.mkdir(parents=True, exist_ok=True)
     ranks = folder / "tokenizer.tiktoken"
@@ -145,7 +145,7 @@ def prepare_texts(config):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the judge, and the same thing as a baseline for the reward model
+# the judge, and the same classifier as a baseline for the reward model
 
 def fit_linear(features, labels, l2=1e-3):
     """Weights (V,) of a logistic regression on sparse features (N, V) for labels (N,) in {0, 1}: the minimum of the
@@ -170,7 +170,7 @@ def words_of(text):
 
 
 class Vocabulary:
-    """Which words a text has, as a sparse row: the words that min_count of `texts` have. Column 0 is 1 in every row."""
+    """Words of a text as a sparse row of 0 and 1: those in min_count or more of `texts`. Column 0 is 1 in every row."""
 
     def __init__(self, texts, min_count=5):
         counts = Counter(word for text in texts for word in words_of(text))
@@ -185,8 +185,8 @@ class Vocabulary:
 
 
 class Judge:
-    """Bag-of-words logistic regression on texts and their labels (1 positive, 0 negative); probabilities(texts) that
-    they are positive, (N,)."""
+    """Bag-of-words logistic regression on texts and their labels (1 positive, 0 negative). probabilities(texts)
+    returns the probability (N,) that each is positive."""
 
     def __init__(self, texts, labels):
         self.vocabulary = Vocabulary(texts)
@@ -200,13 +200,13 @@ class Judge:
 
 
 def repetition(text):
-    """Share of a text's 3-grams of words that it had already; 0 for a text of fewer than 3 words."""
+    """Share of a text's 3-grams of words that occurred before in it; 0 for a text of fewer than 3 words."""
     grams = ngrams(text, 3)
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def distinct(texts, n):
-    """Different n-grams of all texts over n-grams of all texts [Li et al. 2016, 1510.03055]."""
+    """Number of different n-grams in all texts over the number of n-grams [Li et al. 2016, 1510.03055]."""
     grams = [gram for text in texts for gram in ngrams(text, n)]
     return len(set(grams)) / max(1, len(grams))
 
@@ -220,7 +220,7 @@ def ngrams(text, n):
 # stages: train_sft, train_rm and train_ppo do the training
 
 def train_once(module, stage, config):
-    """Runs a stage until its checkpoint stands at max_iters; goes on with one of the same flags that does not yet."""
+    """Runs a stage to max_iters. Resumes a checkpoint with the same flags, and overwrites one with other flags."""
     path = config.folder / f"{stage}.pt"
     saved = load_checkpoint(path, stage) if path.exists() else None
     same = bool(saved) and saved["iter"] <= config.max_iters and asdict(config) == saved["flags"] | {
@@ -246,7 +246,7 @@ def train_reward_model(folder, config, seed):
 
 
 def run_ppo(folder, config, seed, kl_coef):
-    """One PPO run in folder/kl_coef <x>, with a look at the policy every `every` rollouts: curve.json."""
+    """One PPO run in folder/kl_coef <x>. Measures the policy every `every` rollouts, into curve.json."""
     run = folder / f"kl_coef {kl_coef}"
     run.mkdir(exist_ok=True)
     ppo = train_ppo.Config(
@@ -322,9 +322,9 @@ def columns(rows):
 
 
 def examine(config, folders):
-    """What the judges are worth, on reviews that none of them saw, cut like all others: the accuracy of the judge, and
-    over pairs of a positive and a negative one that of each seed's reward model and of a bag of words trained on the
-    reward model's own texts; and the measures of the real reviews behind the held-out openings."""
+    """Two dicts. The first says how accurate the judges are on reviews that none of them saw, cut like all others: the
+    judge, and over pairs of a positive and a negative review the judge, each seed's reward model and a bag of words
+    trained on the reward model's texts. The second has the measures of the real reviews with the held-out openings."""
     encoding, thirds = prepare_texts(config)
     texts, labels = columns(thirds["prompts"] + thirds["test"])
     texts = [cut(encoding, text, config.text_tokens) for text in texts]
@@ -349,7 +349,7 @@ def paired_accuracy(scores, good):
 
 @torch.no_grad()
 def real_reviews(measure, texts):
-    """The measures that make sense for the reviews themselves, behind the same openings."""
+    """The measures that make sense for the real reviews with the same openings."""
     rows = [encode_prompt(measure.encoding, PROMPT + opening(text)) for text in texts]
     rest = [encode_response(measure.encoding, text[len(opening(text)):]) for text in texts]
     tokens, prompt_lens, _, mask = data.collate_demonstrations(
@@ -377,7 +377,7 @@ def collect(folders, kl_coefs):
 
 
 def step_seconds(root, folders):
-    """{stage: median seconds of a step}, which pauses of a shared machine do not move much."""
+    """{stage: median seconds of a step}. Pauses of a shared machine hardly move a median."""
     runs = {"sft": [root], "rm": folders, "ppo": [folder / f"kl_coef {x}" for folder in folders for x in KL_COEFS]}
     return {stage: float(np.median(np.concatenate([read_run(run, stage)["seconds"][1] for run in some])))
             for stage, some in runs.items()}
@@ -390,7 +390,7 @@ def over_seeds(values, digits):
 
 
 def print_table(results):
-    """Every second look at the policies and the last one, then what the judges are worth, then samples, as Markdown."""
+    """Prints Markdown: every second look at the policies and the last, the accuracy of the judges, and samples."""
     digits = {name: {"judge": 3, "positive": 3, "repetition": 3, "perplexity": 0}.get(name, 2) for name in MEASURES}
     print("\n| policy, rollouts | " + " | ".join(MEASURES) + " |\n|" + "---|" * (len(MEASURES) + 1))
     for n, (kl_coef, run) in enumerate(results["ppo"].items()):
@@ -424,7 +424,7 @@ def draw(results, save):
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), constrained_layout=True)
     for axis, (name, title, unit) in zip(axes.flat, panels):
         for n, (kl_coef, run) in enumerate(results["ppo"].items()):
-            for kl, values in zip(run["kl"], run[name]):  # a seed each
+            for kl, values in zip(run["kl"], run[name]):  # one line per seed
                 axis.plot(np.clip(kl, 0, None), values, color=COLOURS[n], linewidth=0.8, alpha=0.35)
             axis.plot(np.clip(np.mean(run["kl"], 0), 0, None), np.mean(run[name], 0), ".-", color=COLOURS[n],
                       linewidth=2.4, markersize=9, label=f"kl_coef {kl_coef}")
@@ -451,8 +451,8 @@ def main(config):
     check_domains(config)
     require_one_process("experiments/sentiment.py")
     require(config.max_iters % config.every == 0, f"--max_iters={config.max_iters} is no multiple of "
-            f"--every={config.every}, so that the last rollouts would be left out: change one of them")
-    import_pyplot()  # a missing matplotlib is said before the training, not after
+            f"--every={config.every}, so the last rollouts would be left out: change one of them")
+    import_pyplot()  # reports a missing matplotlib before the training, not after
     workers, began, root = config.workers or os.cpu_count(), time.time(), Path(config.out_dir)
     prepare_texts(config)
     folders = [root / f"seed{seed}" for seed in range(config.seeds)]

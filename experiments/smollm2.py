@@ -3,15 +3,16 @@ PPO on a chat model that people know: SmolLM2-135M-Instruct learns to answer sum
 
     python -m experiments.smollm2 --model=SmolLM2-135M-Instruct          a folder, or a public name
 
-The reward is verifiable: 1 if the last number of the answer is the sum, which stands in a column of the data, and
-eos_penalty less if the answer does not end. --task has three others. There is no reward model. All weights are trained,
-in float32, on one thread a run. Runs differ in the seed and in the method: `group` compares 4 answers to each of 4
-questions, `critic` gives 16 questions one answer each and trains a second copy of the model as critic. Both see 16
-answers an iteration.
+The reward is verifiable: 1 if the last number of the answer is the sum, which is a column of the data. An answer that
+does not end loses eos_penalty. --task has three other tasks. There is no reward model. All weights are trained, in
+float32, on one thread per run. Runs differ in the seed and in the method. `group` compares 4 answers to each of 4
+questions. `critic` gives one answer to each of 16 questions and trains a second copy of the model as critic. Both see
+16 answers per iteration.
 
-Held-out questions share no pair of numbers with those of training, swapped pairs included. Each is answered several
-times before and after, at the temperature of the training, and once greedily. A run's checkpoint is deleted when it has
-been measured: what out_dir holds already is not repeated, so delete it after changing a flag. Drawing needs matplotlib.
+Held-out questions share no pair of numbers with the training questions, not even swapped. Each is answered several
+times before and after training, at the training temperature, and once greedily. A run's checkpoint is deleted once it
+has been measured. Results already in out_dir are not computed again, so delete out_dir after changing a flag. Drawing
+needs matplotlib.
 """
 
 import itertools
@@ -42,7 +43,7 @@ from tools.plot import COLOURS, import_pyplot, read_run
 METHODS = {"group": dict(advantage="group", samples_per_prompt=4),
            "critic": dict(critic="separate"),
            "group, no KL": dict(advantage="group", samples_per_prompt=4, kl_coef=0.0)}
-TOKENS = {"sums": 16, "steps": 24, "chains": 24, "parity": 20}  # the longest answer
+TOKENS = {"sums": 16, "steps": 24, "chains": 24, "parity": 20}  # tokens of the longest answer
 EXAMPLE = "What is 3 + 4 + 6?", "3 + 4 = 7, and 7 + 6 = 13."     # the turn before each question of `steps`
 SHARED = dict(batch_size=16, minibatches=2, kl_coef=0.02, temperature=0.7, log_interval=1, sample_interval=10**6,
               save_interval=10**6, micro_batch_size=8)
@@ -53,22 +54,22 @@ SHOWN = 12    # questions whose answers are kept
 @dataclass
 class Config:
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"  # a folder of pretrained weights, or a public name
-    task: str = "sums"              # sums|steps|chains|parity: a + b, a + b + c after EXAMPLE or without, or parity
+    task: str = "sums"              # sums|steps|chains|parity: a + b; a + b + c after an example; a + b + c; even/odd
     out_dir: str = "out/smollm2"    # a folder per run
     seeds: int = 4                  # [1, inf) seeds 0, 1, ... of `group` and `critic`
     seeds_no_kl: int = 2            # [0, inf) seeds of `group` with kl_coef=0
     critics: bool = True            # train `critic` runs, too
     max_iters: int = 40             # [2, inf) rollouts of each run
     workers: Optional[int] = None   # [1, inf) runs at a time, each on one thread; default: one per core
-    save: str = "docs/smollm2"      # the figure and its numbers, less .png and .json
+    save: str = "docs/smollm2"      # path of the figure and its numbers, without .png or .json
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the task
 
 def problems(task):
-    """(training, held-out) questions: lists of (numbers, question, answer). Numbers in another order are on the same
-    side, and those of EXAMPLE on none."""
+    """(training, held-out) questions: lists of (numbers, question, answer). The same numbers in another order are on
+    the same side. For `steps`, those of EXAMPLE are on neither."""
     triples = list(itertools.product(range(2, 10), repeat=3))
     shown = sorted(map(int, re.findall(r"\d+", EXAMPLE[0])))
     numbers = {"sums": itertools.product(range(2, 21), range(2, 10)), "parity": zip(range(2, 200)), "chains": triples,
@@ -100,7 +101,7 @@ def right(prompts, responses, rows):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# jobs: each runs in a process of its own, and its files say what came out
+# jobs: each runs in its own process, and its results are in files
 
 def measure(policy, encoding, chat, task, file):
     """Writes what a policy answers to a task's held-out questions: accuracy when sampled and when greedy, the share of
@@ -136,7 +137,7 @@ def before(folder, model, task):
 
 
 def train(folder, model, task, method, seed, max_iters):
-    """One run of PPO and its measurements, unless they are there."""
+    """One run of PPO and its measurements, unless they exist."""
     if (folder / "result.json").exists():
         return
     if not (folder / "cost.json").exists():
@@ -215,8 +216,8 @@ def draw(results, save):
 def main(config):
     check_domains(config)
     require_one_process("experiments/smollm2.py")
-    import_pyplot()  # a missing matplotlib is said before an hour of training, not after
-    require(config.seeds_no_kl <= config.seeds, "--seeds_no_kl is at most --seeds")
+    import_pyplot()  # reports a missing matplotlib before an hour of training, not after
+    require(config.seeds_no_kl <= config.seeds, "--seeds_no_kl must be at most --seeds")
     workers, began, folder = config.workers or os.cpu_count(), time.time(), Path(config.out_dir) / config.task
     methods = ["group"] + ["critic"] * config.critics + ["group, no KL"]
     runs = [(method, seed, f"{method.replace(', ', '_').replace(' ', '_')}_{seed}") for seed in range(config.seeds)

@@ -8,12 +8,12 @@ of words?
 The folds, the rules, the bag of words and the intervals are those of experiments/human_comparisons.py. Two judges are
 new. `linear head`: the pretrained trunk is frozen, and a Bradley-Terry model is fitted to its hidden state at the last
 token. `upper layers`: it starts from that head, and the layers above --lower are trained as well. The lower layers stay
-as they are, so they run once per text, and what they give is kept in out_dir. HH has more text than is cheap to train
-on, so it has the linear head alone.
+frozen, so they run once per text, and their output is kept in out_dir. HH has too much text to train on cheaply, so it
+gets the linear head alone.
 
 Prompts are chat messages in the model's own rendering. The model reads the last PROMPT_TOKENS of a prompt and the
-first RESPONSE_TOKENS of an answer; the rules and the bag of words read everything. What out_dir holds already is not
-repeated, so delete it after changing a flag. Drawing needs matplotlib.
+first RESPONSE_TOKENS of an answer; the rules and the bag of words read everything. Results already in out_dir are not
+computed again, so delete out_dir after changing a flag. Drawing needs matplotlib.
 """
 
 import copy
@@ -51,8 +51,8 @@ from tools.plot import import_pyplot
 
 PROMPT_TOKENS, RESPONSE_TOKENS = 96, 128
 CHUNK, ROWS = 32, 8  # pairs in a file of features, and texts in a forward pass
-BATCH, MICRO = 16, 4  # pairs of an optimizer step, and of a pass
-L2 = 1e-3, 1e-2, 1e-1, 1.0, 10.0  # what a fold's training pairs choose the head's penalty from
+BATCH, MICRO = 16, 4  # pairs in an optimizer step, and in a pass
+L2 = 1e-3, 1e-2, 1e-1, 1.0, 10.0  # the head's possible penalties; a fold's training pairs choose one
 WHOLE = ("LLMBar and MT-Bench", "HHH")  # the files that layers are trained on
 
 
@@ -62,22 +62,22 @@ class Config:
     hh: str = "data/hh_harmless_base_test.jsonl.gz"           # HH transcripts
     llmbar: str = "data/llmbar_mtbench_human_pairs.jsonl.gz"  # the same
     hhh: str = "data/hhh_alignment_pairs.jsonl.gz"            # the same
-    out_dir: str = "out/smollm2_rm"  # a folder per file, and in it the features and one per seed and fold
+    out_dir: str = "out/smollm2_rm"  # a folder per file, which holds the features and a folder per seed and fold
     seeds: int = 4                   # [1, inf) seeds 0, 1, ... of the folds
-    seeds_layers: int = 1            # [1, inf) of these, those that layers are trained for
-    folds: int = 3                   # [2, inf) parts of a file; each is judged by a model of the others
+    seeds_layers: int = 1            # [1, inf) how many of these seeds train layers, too
+    folds: int = 3                   # [2, inf) parts of a file; a model trained on the others judges each
     lower: int = 20                  # [1, inf) layers that stay frozen
-    lr: float = 2e-5                 # (0, inf) of the upper layers
+    lr: float = 2e-5                 # (0, inf) learning rate of the upper layers
     max_epochs: float = 1.0          # (0, inf) passes of the upper layers over the training pairs, 16 at a time
     workers: Optional[int] = None    # [1, inf) runs at a time, each on one thread; default: one per core
-    save: str = "docs/smollm2_rm"    # the figure and its numbers, less .png and .json
+    save: str = "docs/smollm2_rm"    # path of the figure and its numbers, without .png or .json
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # texts and their features
 
 def messages_of(prompt):
-    """A prompt in HH's format, "\\n\\nHuman: ...\\n\\nAssistant:", as messages. Raises DataError for another."""
+    """A prompt in HH's format, "\\n\\nHuman: ...\\n\\nAssistant:", as messages. Raises DataError for any other."""
     before, *parts = re.split(r"\n\n(Human|Assistant):", prompt)
     speakers, texts = parts[::2], [text.strip() for text in parts[1::2]]
     if before.strip() or speakers[-1:] != ["Assistant"] or texts[-1]:
@@ -96,9 +96,9 @@ def ids_of(row, encoding, chat):
 
 @torch.no_grad()
 def write_features(folder, path, model, lower, whole):
-    """Writes folder/<n>.pt for each CHUNK pairs of a file, unless it is there: `last` (pairs, 2, C), the trunk's hidden
-    state at the last token of the chosen and the rejected text; with `whole`, also `hidden`, a list of two (T, C) for
-    each pair, what the layers below `lower` give at all positions."""
+    """Writes folder/<n>.pt for every CHUNK pairs of a file, unless it exists. `last` (pairs, 2, C) is the hidden state
+    of the trunk at the last token of the chosen and the rejected text. With `whole`, `hidden` has two (T, C) for each
+    pair: the output of the first `lower` layers at all positions."""
     rows, files = read_pairs(path), sorted(folder.glob("*.pt"))
     chunks = [rows[i:i + CHUNK] for i in range(0, len(rows), CHUNK)]
     if len(files) == len(chunks):
@@ -134,9 +134,9 @@ def read_features(folder, name):
 # the judges
 
 def fit_head(differences, keys, seed):
-    """The weights (C,) of a Bradley-Terry model on differences (N, C) of two texts' features: the penalty, in units of
-    the features' spread, is that of L2 with the lowest loss over three folds by `keys`. The pairs judged later are not
-    among these."""
+    """The weights (C,) of a Bradley-Terry model on differences (N, C) of two texts' features. The penalty, in units of
+    the features' spread, is the one in L2 with the lowest loss over three folds by `keys`. The pairs to judge are not
+    among these N."""
     spread = differences.square().mean(0).sqrt().clamp(min=1e-6)
     scaled = differences / spread
     folds = torch.tensor(fold_of(keys, 3, seed))
@@ -167,8 +167,8 @@ def head_margins(last, keys, n_folds, seed):
 
 
 class UpperLayers(nn.Module):
-    """What a reward model has above `lower` layers: forward(hidden (N, T, C) that those layers give, lens (N,)) ->
-    scores (N,). Its modules are the trunk's own."""
+    """A reward model above its first `lower` layers: forward(hidden (N, T, C), their output, and lens (N,)) -> scores
+    (N,). Its modules are the trunk's own."""
 
     def __init__(self, trunk, lower):
         super().__init__()
@@ -190,8 +190,8 @@ class UpperLayers(nn.Module):
 
 
 def train_layers(folder, path, features, seed, fold, config):
-    """Trains the upper layers on the other folds and writes folder/margins.json, {row: score difference chosen -
-    rejected}, unless it is there. The weights that judge are train_rm.py's average over the last steps."""
+    """Trains the upper layers on the other folds and writes folder/margins.json, {row: score of chosen - score of
+    rejected}, unless it exists. The weights that judge are an average over the last steps, as in train_rm.py."""
     if (folder / "margins.json").exists():
         return
     keys = [row.prompt for row in read_pairs(path)]
@@ -227,7 +227,7 @@ def train_layers(folder, path, features, seed, fold, config):
 # what comes out
 
 def judge(path, folder, name, config):
-    """results_of one file, with both judges where layers are trained."""
+    """results_of one file, with both judges if layers are trained on it."""
     rows = read_pairs(path)
     keys, last = [row.prompt for row in rows], read_features(folder / "features", "last")
     learned = {"linear head": [head_margins(last, keys, config.folds, seed) for seed in range(config.seeds)]}
@@ -240,8 +240,8 @@ def judge(path, folder, name, config):
 def main(config):
     check_domains(config)
     require_one_process("experiments/smollm2_rm.py")
-    import_pyplot()  # a missing matplotlib is said before an hour of training, not after
-    require(config.seeds_layers <= config.seeds, "--seeds_layers is at most --seeds")
+    import_pyplot()  # reports a missing matplotlib before an hour of training, not after
+    require(config.seeds_layers <= config.seeds, "--seeds_layers must be at most --seeds")
     n_layer = config_of(local_path(config.model)).n_layer
     require(config.lower < n_layer, f"--lower={config.lower} leaves nothing to train: {config.model} has {n_layer} "
             "layers")
@@ -249,7 +249,7 @@ def main(config):
     files = {"LLMBar and MT-Bench": config.llmbar, "HHH": config.hhh, "HH harmless": config.hh}
     for path in files.values():
         for row in read_pairs(path):
-            messages_of(row.prompt)  # a wrong file is said before the hour, too
+            messages_of(row.prompt)  # reports a wrong file before that hour, too
     run_jobs([(partial(write_features, path=path, model=config.model, lower=config.lower, whole=name in WHOLE),
                root / name / "features", "features") for name, path in files.items()], workers)
     jobs = [(partial(train_layers, path=files[name], features=root / name / "features", seed=seed, fold=fold,

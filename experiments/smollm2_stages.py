@@ -6,14 +6,14 @@ human comparisons of HH, and SmolLM2-135M-Instruct.
 
 The short comparisons are split by prompt into two halves. train_sft.py learns the first half's chosen answers and
 train_rm.py its comparisons: that reward model is the proxy. A second reward model, from the same SFT model, learns the
-other half: the judge. PPO maximises the proxy at two kl_coef, and once in larger steps without the KL term. Its prompts
-are in neither half, and --eval asks the judge about held-out ones. Both scores are in standard deviations of the SFT
-model's answers, from a mean of 0. Where the proxy's rises alone, PPO has found what is wrong with the proxy [Gao et al.
-2023, 2210.10760]. The judge is no human: it has the proxy's trunk and size, and shares what both took from the
-pretraining.
+other half: the judge. PPO maximises the proxy's score at two values of kl_coef, and once with a larger learning rate
+and no KL term. PPO's prompts are in neither half, and --eval asks the judge about held-out ones. Both scores are in
+standard deviations of the SFT model's answers, whose mean is 0. If only the proxy's score rises, PPO has found flaws of
+the proxy [Gao et al. 2023, 2210.10760]. The judge is not human: it has the proxy's trunk and size, and shares what both
+took from the pretraining.
 
-What out_dir holds already is not repeated, so delete it after changing a flag. A seed takes about an hour and a half of
-one core. Drawing needs matplotlib.
+Results already in out_dir are not computed again, so delete out_dir after changing a flag. A seed takes about an hour
+and a half on one core. Drawing needs matplotlib.
 """
 
 import json
@@ -44,11 +44,11 @@ from tokenizer import DataError, encode_response, eos_ids, render_messages, run_
 from tools.plot import COLOURS, import_pyplot, read_run
 
 RUNS = {"kl_coef 0": dict(kl_coef=0.0, lr=1e-5), "kl_coef 0.05": dict(kl_coef=0.05, lr=1e-5),
-        "kl_coef 0, lr 3e-5": dict(kl_coef=0.0, lr=3e-5)}  # what a run is called, and its flags
-PROMPT_TOKENS, RESPONSE_TOKENS = 64, 48  # the longest of the comparisons that are used; EOS counts
-PPO_PROMPT_TOKENS = 96                   # the longest prompt of PPO, which so has more of them
+        "kl_coef 0, lr 3e-5": dict(kl_coef=0.0, lr=3e-5)}  # the name of a run, and its flags
+PROMPT_TOKENS, RESPONSE_TOKENS = 64, 48  # the longest that a comparison may have; EOS counts
+PPO_PROMPT_TOKENS = 96                   # the longest prompt of PPO, which gets more prompts that way
 ROWS = 8                                 # texts in a forward pass of the judge
-LAST = 10                                # rollouts at both ends of a run that a length in the table is a mean of
+LAST = 10                                # a length in the table is a mean over this many first or last rollouts
 
 
 @dataclass
@@ -61,11 +61,11 @@ class Config:
     rm_iters: int = 40                   # [1, inf) steps of 8 comparisons
     max_iters: int = 20                  # [2, inf) rollouts of 4 answers to each of 4 prompts
     workers: Optional[int] = None        # [1, inf) runs at a time, each on one thread; default: one per core
-    save: str = "docs/smollm2_stages"    # the figure and its numbers, less .png and .json
+    save: str = "docs/smollm2_stages"    # path of the figure and its numbers, without .png or .json
 
 
 def write_data(root, model, hh):
-    """Writes root/proxy.jsonl and root/judge.jsonl, comparisons, and root/prompts.jsonl: none shares a prompt."""
+    """Writes root/proxy.jsonl and root/judge.jsonl (comparisons), root/prompts.jsonl. No two files share a prompt."""
     encoding, tokenizer = run_tokenizer(None, None, read_start(Flags(init_from=model))["tokenizer"])
     comparisons, prompts = {}, {}
     for row in read_pairs(hh):
@@ -86,8 +86,8 @@ def write_data(root, model, hh):
 
 
 def prepare(folder, model, seed, config):
-    """The SFT model and both reward models: folder/sft.pt, folder/proxy/rm.pt and folder/judge/rm.pt; and
-    folder/accuracy.json, how often each reward model agrees with people on the pairs of the other one's half."""
+    """Makes the SFT model and both reward models: folder/sft.pt, folder/proxy/rm.pt and folder/judge/rm.pt. Writes
+    folder/accuracy.json: how often each reward model agrees with people on the pairs of the other one's half."""
     if (folder / "accuracy.json").exists():
         return
     keep_freed_memory()
@@ -207,7 +207,7 @@ def draw(results, save):
 def main(config):
     check_domains(config)
     require_one_process("experiments/smollm2_stages.py")
-    import_pyplot()  # a missing matplotlib is said before an hour of training, not after
+    import_pyplot()  # reports a missing matplotlib before an hour of training, not after
     workers, began, root = config.workers or os.cpu_count(), time.time(), Path(config.out_dir)
     root.mkdir(parents=True, exist_ok=True)
     if not (root / "prompts.jsonl").exists():

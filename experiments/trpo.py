@@ -1,14 +1,14 @@
 """
-TRPO for a language-model policy: what PPO's clip stands in for. Each rollout gives one step along an approximate
-natural gradient (damped, a few iterations of conjugate gradient, the Fisher matrix of some rows), as long as the
-quadratic KL allows, then shrunk until the measured mean KL(pi_old || pi) per token is at most --delta and the
-surrogate rises.
+TRPO for a language-model policy: what PPO's clip replaces. Each rollout gives one step along an approximate natural
+gradient (damped, a few iterations of conjugate gradient, the Fisher matrix of some rows). The step is as long as a
+quadratic approximation of the KL allows. It is then shrunk until the measured mean KL(pi_old || pi) per token is at
+most --delta and the surrogate rises.
 
-    python train_ppo.py --max_iters=1                  makes out/atlas/sft.pt and rm.pt where they are missing
+    python train_ppo.py --max_iters=1                  makes out/atlas/sft.pt and rm.pt if they are missing
     python -m experiments.trpo --out_dir=out/atlas     adds trpo.pt, and lines of stage trpo to metrics.jsonl
 
 Shapes: B responses of at most R tokens, V vocabulary, N policy parameters; vectors in parameter space are flat (N,).
-The rollout is read in one pass, its distributions (B, R, V) are kept: this is for models of the built-in task's size.
+One pass reads the rollout and keeps its distributions (B, R, V), so this is for models of the built-in task's size.
 
 Sources: [TRPO] Schulman et al. 2015, 1502.05477, section 6 and appendix C; the natural gradient: Kakade 2001.
 """
@@ -57,8 +57,8 @@ def fisher_vector_product(kl_grad, params, v):
 
 
 def conjugate_gradient(matvec, b, iters, tolerance=1e-10):
-    """x (N,) with A x = b, for A symmetric and positive definite, known only as matvec(v) = A v. It ends after `iters`
-    products, or earlier once |A x - b| <= tolerance * |b|; from x = 0, so that b = 0 gives 0."""
+    """x (N,) with A x = b, for A symmetric and positive definite, known only as matvec(v) = A v. It starts from
+    x = 0, so b = 0 gives 0. It ends after `iters` products, or earlier once |A x - b| <= tolerance * |b|."""
     x, residual = torch.zeros_like(b), b.clone()
     direction, squared = residual, residual @ residual
     enough = tolerance ** 2 * squared
@@ -77,13 +77,13 @@ def conjugate_gradient(matvec, b, iters, tolerance=1e-10):
 @torch.no_grad()
 def line_search(params, step, surrogate_fn, kl_fn, surrogate, delta, shrink=0.8, tries=10):
     """Moves params by the first of step, shrink * step, shrink^2 * step, ... that keeps kl_fn() <= delta and raises the
-    surrogate above `surrogate`, its value where params stand [TRPO, appendix C]. If none of `tries` does, params are
-    put back, bit for bit. Returns stats: step_fraction, surrogate_gain, approx_kl, all 0 if no step was accepted."""
+    surrogate above `surrogate`, its value before the step [TRPO, appendix C]. If none of `tries` does, params are
+    restored bit for bit. Returns stats: step_fraction, surrogate_gain, approx_kl, all 0 if no step was accepted."""
     start = torch.cat([p.reshape(-1) for p in params])
     for fraction in (shrink ** n for n in range(tries)):
         set_flat(params, start + fraction * step)
         kl = kl_fn()
-        if kl <= delta and (gain := surrogate_fn() - surrogate) > 0:  # NaN is neither
+        if kl <= delta and (gain := surrogate_fn() - surrogate) > 0:  # NaN fails both
             return {"step_fraction": fraction, "surrogate_gain": gain, "approx_kl": kl}
     set_flat(params, start)
     return dict.fromkeys(("step_fraction", "surrogate_gain", "approx_kl"), 0.0)
@@ -92,11 +92,11 @@ def line_search(params, step, surrogate_fn, kl_fn, surrogate, delta, shrink=0.8,
 def trpo_step(params, surrogate_fn, kl_fn, delta, damping, cg_iters, fisher_kl_fn=None):
     """One TRPO step on params (a list), in place. Returns line_search's stats, grad_norm and cg_residual.
 
-    surrogate_fn() -> what to raise; kl_fn() -> mean KL(pi_old || pi), 0 where params stand now. fisher_kl_fn: the same
-    mean over fewer rows, for the Fisher matrix only [TRPO, appendix C.1]; the constraint is held on kl_fn.
+    surrogate_fn() -> what to raise; kl_fn() -> mean KL(pi_old || pi), 0 at the present params. fisher_kl_fn: the same
+    mean over fewer rows, for the Fisher matrix only [TRPO, appendix C.1]; the constraint applies to kl_fn.
 
     The direction d solves (F + damping) d = g, and sqrt(2 delta / d.F d) d is where the KL's second-order
-    approximation reaches delta. Damping bends the direction, but is left out of that length: it is no part of the KL.
+    approximation reaches delta. Damping bends the direction, but is left out of that length: it is not in the KL.
     The closures need twice differentiable attention: call this under sdpa_kernel(SDPBackend.MATH)."""
     surrogate = surrogate_fn()
     gradient = flat_grad(surrogate, params)
@@ -120,7 +120,7 @@ def response_distributions(model, tokens, prompt_lens, R, temperature):
 
 
 def token_kl(old, new):
-    """KL(old || new) in each state, (B, R), of log-distributions (B, R, V): a sum over the vocabulary, no estimate."""
+    """KL(old || new) in each state, (B, R), of log-distributions (B, R, V): an exact sum over the vocabulary."""
     return (old.exp() * (old - new)).sum(-1)
 
 
@@ -134,13 +134,13 @@ class Config(Flags):
     dtype: str = "float32"           # only float32: the line search compares differences that bfloat16 cannot hold
     max_iters: int = 80              # [1, inf) rollouts, and so steps of the policy
     batch_size: int = 256            # [1, inf) responses per rollout
-    delta: float = 0.01              # (0, inf) a step's largest mean KL(pi_old || pi), nats per token
-    damping: float = 1.0             # [0, inf) added to the Fisher matrix's diagonal; bends the step to the gradient
+    delta: float = 0.01              # (0, inf) largest mean KL(pi_old || pi) of a step, nats per token
+    damping: float = 1.0             # [0, inf) added to the Fisher matrix's diagonal; turns the step to the gradient
     cg_iters: int = 5                # [1, inf) Fisher-vector products per step
     fisher_rows: int = 64            # [1, inf) responses that the Fisher matrix is measured on; at most batch_size
     minibatches: int = 4             # [1, inf) the critic's optimizer steps per epoch
     epochs: int = 2                  # [1, inf) the critic's passes over a rollout
-    lr: float = 2e-4                 # [0, inf) the critic's; the policy has none, delta is its step size
+    lr: float = 2e-4                 # [0, inf) the critic's learning rate; the policy's step size is delta
     max_new_tokens: int = 16         # [1, inf) longest response; one that is cut there gets eos_penalty
     temperature: float = 1.0         # (0, inf) of the sampled distribution, and so of every log-prob
     kl_coef: float = 0.05            # [0, inf) price of a nat of KL to the reference in std of the SFT score
@@ -228,11 +228,11 @@ def loop(config, run):
             new = response_distributions(policy, tokens[:rows], prompt_lens[:rows], R, config.temperature)
             return masked_mean(token_kl(old_distributions[:rows], new), mask[:rows])
 
-        optimizer.calls += 1  # from here on the weights are not those of the last iteration, which an error would save
+        optimizer.calls += 1  # the weights change from here on, so an error must not save them as the last iteration's
         stats = trpo_step(params, lambda: -loss()[0], mean_kl, config.delta, config.damping, config.cg_iters,
                           fisher_kl_fn=lambda: mean_kl(config.fisher_rows))
         with torch.no_grad():
-            stats = loss()[1] | stats  # the ratios after the step; of the two approx_kl, the one that is no estimate
+            stats = loss()[1] | stats  # the ratios after the step; of the two approx_kl, the exact one
 
         # -- epochs x minibatches of the critic
         rng, critic_loss = generator("cpu", config.seed, "minibatches", iteration), 0.0

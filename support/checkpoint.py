@@ -1,9 +1,9 @@
 """
-Checkpoints, exact resume, locking, signals. docs/reliability.md lists the behaviour for each fault, and test files.
+Checkpoints, exact resume, locking, signals. docs/reliability.md lists the behaviour for each fault, and its tests.
 
-A checkpoint is one dict of plain values and tensors, never a pickled object. It holds all that the next iteration
-depends on. The order of the data and the scripts' generators are functions of the seed and the iteration, so `iter` and
-`flags` are enough for those. torch's global generators are stored as they are.
+A checkpoint is one dict of plain values and tensors, never a pickled object. It holds everything that the next
+iteration depends on. The order of the data and the scripts' generators are functions of the seed and the iteration, so
+`iter` and `flags` are enough for those. The states of torch's global generators are stored.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ except ImportError:  # Windows, where two runs in one out_dir are not noticed
 
 
 class Damaged(UserError):
-    """A checkpoint that is not there or cannot be trusted."""
+    """A checkpoint that is missing or cannot be trusted."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -36,9 +36,9 @@ class Damaged(UserError):
 
 @contextmanager
 def atomic_write(path, previous=None):
-    """A binary file to write into. Once it is complete and on the disk it replaces `path`, whose old contents are kept
-    as `previous` if that is given. A crash leaves the old file or the new one, complete. Raises OSError that names the
-    file if it could not be written."""
+    """Yields a binary file to write into. Once it is complete and on the disk, it replaces `path`, whose old contents
+    are kept as `previous` if that is given. A crash leaves the complete old file or the complete new one. Raises an
+    OSError that names the file if it could not be written."""
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -48,7 +48,7 @@ def atomic_write(path, previous=None):
         if previous and Path(path).exists():
             Path(previous).unlink(missing_ok=True)
             try:
-                os.link(path, previous)  # a second name, so that at no moment there is nothing under the first
+                os.link(path, previous)  # a second name for the old file, so that `path` always exists
             except OSError:  # some file systems have no links
                 shutil.copyfile(path, previous)
         os.replace(temporary, path)
@@ -56,11 +56,11 @@ def atomic_write(path, previous=None):
         raise OSError(f"could not write {path} ({error.strerror or error}); the file that was there is "
                       "untouched") from error
     finally:
-        temporary.unlink(missing_ok=True)  # still there after a failure only, Ctrl-C among them
+        temporary.unlink(missing_ok=True)  # it still exists only after a failure, such as Ctrl-C
 
 
 def digest(value, h=None):
-    """sha256 over keys in sorted order, plain values and raw tensor bytes: torch loads a flipped byte silently."""
+    """sha256 over sorted keys, plain values and raw tensor bytes. torch alone would load a flipped byte silently."""
     outermost, h = h is None, h or hashlib.sha256()
     if isinstance(value, dict):
         for key in sorted(value, key=str):
@@ -73,7 +73,7 @@ def digest(value, h=None):
         h.update(f"{value.dtype}{tuple(value.shape)}".encode())
         h.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     else:
-        h.update(f"{value!r},".encode())  # the comma, or [1, 23] would be [12, 3]
+        h.update(f"{value!r},".encode())  # without the comma, [1, 23] would equal [12, 3]
     return h.hexdigest() if outermost else None
 
 
@@ -98,15 +98,15 @@ def script(stage):
 
 
 def load_checkpoint(path, *stages):
-    """The dict that save_checkpoint wrote. Raises UserError if it is missing, damaged or of none of the stages, and
-    points at the one before if that is there."""
+    """The dict that save_checkpoint wrote. Raises UserError if it is missing, damaged or from a stage not in `stages`.
+    The message names the previous checkpoint if there is one."""
     try:
         return read_checkpoint(path, *stages)
     except Damaged as error:
         previous = previous_of(path)
         if not previous.is_file():
             raise
-        raise Damaged(f"{error}. The one before it is still there, as {previous}: {' or '.join(map(script, stages))} "
+        raise Damaged(f"{error}. The previous one is still there, as {previous}: {' or '.join(map(script, stages))} "
                       "--resume goes back to it") from None
 
 
@@ -115,7 +115,7 @@ def previous_of(path):
 
 
 def read_checkpoint(path, *stages):
-    """load_checkpoint for one file, without a hint at the one before."""
+    """load_checkpoint for one file, without a hint about the previous one."""
     scripts = " or ".join(map(script, stages))
     if not Path(path).is_file():
         raise Damaged(f"{path} is not there: train it first with {scripts}, or name another file")
@@ -123,8 +123,8 @@ def read_checkpoint(path, *stages):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         recorded = checkpoint["sha256"]
     except Exception as error:  # a damaged file raises anything from EOFError to UnpicklingError
-        raise Damaged(f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is corrupt, or no "
-                      "checkpoint of this project") from None
+        raise Damaged(f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is corrupt, or "
+                      "not a checkpoint of this project") from None
     contents = {name: value for name, value in checkpoint.items() if name != "sha256"}
     if recorded != digest(contents):
         raise Damaged(f"{path} is corrupt: its contents do not match its sha256")
@@ -136,8 +136,8 @@ def read_checkpoint(path, *stages):
 
 
 def load_finished(path, stage):
-    """load_checkpoint for a model that another stage is to use. Raises UserError if its training was interrupted: its
-    weights are not averaged to the end, and a reward model is not calibrated."""
+    """load_checkpoint for a model that another stage will use. Raises UserError if its training was interrupted: its
+    average of the weights is not finished, and a reward model is not calibrated."""
     checkpoint = load_checkpoint(path, stage)
     if not checkpoint["finished"]:
         raise UserError(f"{path} is unfinished, it stopped after iteration {checkpoint['iter']}: finish it with "
@@ -146,11 +146,11 @@ def load_finished(path, stage):
 
 
 def load_latest(path, stage):
-    """(checkpoint, whether it is the one at path). If that is damaged, it is the previous one, with a printed note."""
+    """(checkpoint, whether it is the one at path). If that one is damaged, takes the previous one and prints a note."""
     previous = previous_of(path)
     if not path.exists() and not previous.exists():
-        raise Damaged(f"{path} is not there, so there is nothing to resume: leave --resume out. Earlier stages "
-                      "that are unfinished go on by themselves")
+        raise Damaged(f"{path} is not there, so there is nothing to resume: leave --resume out. Unfinished earlier "
+                      "stages continue without it")
     try:
         return read_checkpoint(path, stage), True
     except Damaged as error:
@@ -167,12 +167,12 @@ def load_latest(path, stage):
 MAY_CHANGE = {"max_iters", "log_interval", "sample_interval", "save_interval", "resume", "overwrite", "out_dir",
               "device", "tokenizer", "n_layer", "n_head", "n_embd", "block_size", "max_bad_steps", "rm", "data",
               "reward", "eval", "tensorboard", "wandb"}
-# The same mathematics in another order, so all but the last bits.
+# Flags that only change the order of the arithmetic, and with it the last bits.
 MAY_CHANGE_LAST_BITS = {"micro_batch_size", "recompute", "compile", "fsdp"}
 
 
 def machine(device):
-    """Everything else that decides the last bits of a number."""
+    """Everything else that the last bits of a number depend on."""
     return {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "device": torch.device(device).type,
             "processes": distributed.size()}
 
@@ -183,14 +183,14 @@ def file_sha256(name):
 
 
 def require_same_run(saved, now):
-    """Both are checkpoints, `now` of the run that is to continue `saved`. Raises UserError that names what differs
-    if this would not be the same run, before a tensor is copied; prints what may change the last bits."""
+    """Compares two checkpoints: `now` is of the run that will continue `saved`. Raises a UserError that names what
+    differs if this would not be the same run, before any tensor is copied. Prints what may change the last bits."""
     def differences(field, names):
         return [f"{name} was {saved[field][name]} and is {now[field][name]}" for name in names
                 if name in saved[field] and saved[field][name] != now[field][name]]
 
     def source(run, name):
-        """The hash of a file; of --reward, "f of <hash>", only the function's name: a function may be mended."""
+        """The hash of a file. For --reward ("f of <hash>") only the function's name: you may fix the function."""
         recorded = run["sources"].get(name)
         return recorded.partition(" of ")[0] if recorded and name == "reward" else recorded
 
@@ -213,7 +213,7 @@ def require_same_run(saved, now):
     require(saved["iter"] < limit, f"the checkpoint is at iteration {saved['iter']} already: raise --max_iters="
                                    f"{limit} to continue")
     if saved["sources"].get("reward") != now["sources"].get("reward"):
-        print("note: the file of --reward has changed since the checkpoint: the run goes on with what it says now")
+        print("note: the file of --reward has changed since the checkpoint: the run continues with the new version")
     changed = [f"--{line}" for line in differences("flags", sorted(MAY_CHANGE_LAST_BITS))]
     changed += differences("machine", now["machine"])
     if changed:
@@ -230,8 +230,8 @@ HELD = set()  # folders that this process has locked: train_ppo.py runs the earl
 
 @contextmanager
 def locked(folder):
-    """Keeps other processes out of an out_dir by a lock of the operating system, which ends with this process.
-    Raises UserError if another run holds it, or if there can be no lock file."""
+    """Keeps other processes out of an out_dir with a lock of the operating system, which ends with this process.
+    Raises UserError if another run holds it, or if the lock file cannot be written."""
     folder = folder.resolve()
     if folder in HELD or not distributed.is_first():
         yield
@@ -246,13 +246,13 @@ def locked(folder):
     with file:
         try:
             if fcntl is None:
-                print(f"note: this system has no locks: start no second run in {folder}")
+                print(f"note: this system has no locks: do not start a second run in {folder}")
             else:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another run is at work in {folder}: wait for it, or give another --out_dir") from None
         except OSError as error:  # some network drives have no locks
-            print(f"note: {folder} cannot be locked ({error.strerror}): start no second run there")
+            print(f"note: {folder} cannot be locked ({error.strerror}): do not start a second run there")
         HELD.add(folder)
         try:
             yield
@@ -261,8 +261,8 @@ def locked(folder):
 
 
 class Signals:
-    """SIGINT and SIGTERM while a run is on: the first is remembered until the iteration has been saved, and the second
-    does what signals do by default: it ends the process at once."""
+    """SIGINT and SIGTERM during a run. The first one is remembered until the iteration has been saved. The second has
+    its default effect: it ends the process at once."""
     listening, received = False, None
 
     @classmethod
@@ -271,7 +271,7 @@ class Signals:
         for either in (signal.SIGINT, signal.SIGTERM):
             signal.signal(either, signal.SIG_DFL)
         saved = "will be saved" + (" if all processes finish it" if distributed.size() > 1 else "")
-        # Not print, which may be what was interrupted and does not let itself be entered twice.
+        # Not print: the signal may have interrupted a print, which cannot be entered twice.
         with suppress(OSError):
             os.write(2, f"\n{signal.Signals(number).name}: this iteration is the last and {saved}; a second signal "
                         "ends the run at once\n".encode())
@@ -283,7 +283,7 @@ class Signals:
         if cls.listening or threading.current_thread() is not threading.main_thread():
             yield
             return
-        # Where a shell has it ignored, as behind nohup or an ampersand, it stays ignored.
+        # A signal that the shell ignores, as under nohup or with a trailing &, stays ignored.
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)
                   if signal.getsignal(number) is not signal.SIG_IGN}
         cls.listening = True
@@ -324,7 +324,7 @@ def memory_advice(config, stage):
             ("--micro_batch_size below what is printed above", config.micro_batch_size != 1),
             ("--recompute", not config.recompute),
             ("--fsdp", distributed.size() > 1 and not config.fsdp and not config.compile)) if helps)
-        resumed = f"What a resumed run may change, the first that is enough: {resumed}. " if resumed else ""
+        resumed = f"For a resumed run, change the first that is enough: {resumed}. " if resumed else ""
         raise UserError(f"{script(stage)}: out of memory ({said}). {resumed}In a new run, lower {new_run}, or take a "
                         "smaller model. The last checkpoint is untouched") from error
 
@@ -344,20 +344,20 @@ def claim_out_dir(config, path):
             "--out_dir")
     for log in (folder / "metrics.jsonl", folder / "samples.jsonl"):
         require(not log.exists() or log.is_file() and os.access(log, os.R_OK), f"{log} cannot be read, and a run keeps "
-                "lines of stages and iterations before it there: change that, or give another --out_dir")
+                "the lines of earlier stages and iterations in it: change that, or give another --out_dir")
     require(config.resume or config.overwrite or not path.exists(),
             f"{path} is there already: --resume continues it, --overwrite replaces it, --out_dir writes elsewhere")
 
 
 @contextmanager
 def open_run(config, stage):
-    """The Run of a stage, alone in its out_dir, with signals deferred to its saves. Scripts wrap their loop in it."""
+    """Yields a stage's Run. Locks its out_dir and defers signals until a save. Scripts wrap their loop in it."""
     path, was_there = config.folder / f"{stage}.pt", os.path.exists(config.folder)
     claim_out_dir(config, path)
     try:
         with locked(config.folder), Signals.deferred(), memory_advice(config, stage):
             if distributed.is_first():
-                Path(f"{path}.tmp").unlink(missing_ok=True)  # of a process that was killed
+                Path(f"{path}.tmp").unlink(missing_ok=True)  # left by a process that was killed
             print(f"{script(stage)}: writing to {path}", flush=True)
             run = Run(config, stage, path)
             try:
@@ -365,7 +365,7 @@ def open_run(config, stage):
             except BaseException:  # a reward function may raise SystemExit, too
                 run.rescue()
                 raise
-    except ValueError:  # something was wrong with the input: a folder made for nothing is removed
+    except ValueError:  # the input was wrong: remove the folder if this call made it
         if distributed.is_first() and not was_there and {item.name for item in config.folder.iterdir()} <= {".lock"}:
             (config.folder / ".lock").unlink(missing_ok=True)
             config.folder.rmdir()
@@ -373,8 +373,8 @@ def open_run(config, stage):
 
 
 class Run:
-    """A script's view of its checkpoint: `saved` (a dict with --resume, else None), begin, and end after each
-    iteration."""
+    """A script's view of its checkpoint: `saved` (a dict with --resume, else None), `begin`, and `end` to call after
+    each iteration."""
 
     def __init__(self, config, stage, path):
         self.config, self.stage, self.path, self.previous = config, stage, path, previous_of(path)
@@ -383,10 +383,10 @@ class Run:
         self.unsaved = None  # the arguments of `write` for the last iteration, and the optimizer's calls until then
 
     def begin(self, optimizer, modules, tokenizer, sources=()):
-        """Takes the contents of the checkpoints: the optimizer, modules {name: module} with "model" among them, the
-        tokenizer_id and sources {name: sha256} that the run depends on. With --resume, puts the state back into them
-        and into torch's generators. Returns (iteration, the checkpoint's other fields), or (0, {}) for a fresh start.
-        Raises UserError if the checkpoint is not of this very run."""
+        """Takes what checkpoints will contain: the optimizer, modules {name: module} with "model" among them, the
+        tokenizer_id, and the sources {name: sha256} that the run depends on. With --resume, restores the state of
+        these and of torch's generators. Returns (iteration, the checkpoint's other fields), or (0, {}) for a fresh
+        start. Raises UserError if the checkpoint is from another run."""
         self.optimizer, self.modules, sources = optimizer, modules, dict(sources)
         file, _, function_name = getattr(self.config, "reward", "rm").rpartition(":")
         if file:
@@ -408,8 +408,8 @@ class Run:
         return saved["iter"], {name: value for name, value in saved.items() if name not in (*modules, "optimizer")}
 
     def end(self, iteration, **more):
-        """Ends an iteration: saves it, with `more` fields, if it is the last or a save_interval-th one or if a signal
-        came."""
+        """Ends an iteration. Saves it, with the fields `more`, if it is the last or a multiple of save_interval, or if
+        a signal came."""
         regular = iteration == self.config.max_iters or iteration % self.config.save_interval == 0
         if Signals.of_any() or regular:
             self.save(iteration, **more)
@@ -417,27 +417,27 @@ class Run:
             self.unsaved = (iteration, more, rng_state()), self.optimizer.calls
 
     def save(self, iteration, **more):
-        """Writes the checkpoint, then leaves with 130 or 143 if a signal asked for it."""
+        """Writes the checkpoint, then exits with code 130 or 143 if a signal came."""
         self.write(iteration, more, rng_state())
         self.unsaved = None
         signal_number = Signals.of_any()  # here the other processes wait for the file
         if signal_number:
             print(f"{script(self.stage)}: saved iteration {iteration}; {script(self.stage)} --resume continues it"
-                  + (", and train_ppo.py goes on with it, too" if self.stage in ("sft", "rm") else ""), flush=True)
+                  + (", and train_ppo.py continues with it, too" if self.stage in ("sft", "rm") else ""), flush=True)
         Signals.exit_if(signal_number)
 
     def rescue(self):
-        """Saves the last iteration before an exception ends the run, if no optimizer step has been taken since. Many
-        processes cannot do this, because those that raised nothing are somewhere else."""
+        """Saves the last iteration before an exception ends the run, if no optimizer step has been taken since. With
+        several processes this is impossible, because those that raised nothing are elsewhere in the code."""
         if self.unsaved and self.unsaved[1] == self.optimizer.calls and distributed.size() == 1:
-            with suppress(Exception):  # the exception that ends the run is the one to be seen
+            with suppress(Exception):  # the exception that ends the run is the one to show
                 self.write(*self.unsaved[0])
                 print(f"{script(self.stage)}: saved iteration {self.unsaved[0][0]}, the last one before the error; "
                       "--resume continues it", flush=True)
 
     def write(self, iteration, more, rng):
-        """Writes the checkpoint and keeps the one before as *.prev.pt. Raises FloatingPointError, and writes nothing,
-        if a number in it is not finite."""
+        """Writes the checkpoint and keeps the previous one as *.prev.pt. Raises FloatingPointError, and writes
+        nothing, if a number in it is not finite."""
         contents = {name: module.state_dict() for name, module in self.modules.items()} | self.fields | more | {
             "iter": iteration, "finished": iteration == self.config.max_iters, "optimizer": self.optimizer.state(),
             "rng": rng}
@@ -448,14 +448,14 @@ class Run:
                                      "checkpoint is untouched: begin a new run with a lower --lr")
         if distributed.is_first():
             if not self.keep_previous and not self.config.resume:
-                self.previous.unlink(missing_ok=True)  # it is of the run that --overwrite replaces
+                self.previous.unlink(missing_ok=True)  # it belongs to the run that --overwrite replaces
             save_checkpoint(self.path, contents, self.previous if self.keep_previous else None)
         self.keep_previous = True
 
 
 def rng_state():
-    """State of torch's global generators, which dropout draws from. Of several GPUs it is this process's: the first
-    process writes the file, and all of them draw the same."""
+    """State of torch's global generators, which dropout draws from. With several GPUs it is that of this
+    process's GPU: the first process writes the file, and all of them draw the same numbers."""
     return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
 
 

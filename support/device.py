@@ -1,5 +1,5 @@
 """
-Device and precision: where tensors live, how passes are run (bfloat16, torch.compile, rows at a time), seeded
+Device and precision: where tensors live, how passes are run (bfloat16, torch.compile, rows per pass), seeded
 generators, and a clock that waits for the GPU.
 """
 
@@ -16,7 +16,7 @@ from support.flags import require
 
 
 def pick_device(config):
-    """--device -> torch.device. Of several processes on a machine, each takes the GPU of its local rank. Raises
+    """--device -> torch.device. With several processes on a machine, each takes the GPU of its local rank. Raises
     UserError if cuda was asked for and is not there, or if there are fewer GPUs than processes."""
     cuda = torch.cuda.is_available()
     require(cuda or config.device != "cuda", "--device=cuda was asked for, but torch sees no CUDA device: install a "
@@ -37,10 +37,11 @@ def setup(config):
     bf16 = config.dtype == "bfloat16"
     if device.type == "cuda":
         supported = torch.cuda.is_bf16_supported(including_emulation=False)
-        require(supported or not bf16, "--dtype=bfloat16 was asked for, but this GPU has none: use --dtype=float32")
+        require(supported or not bf16, "--dtype=bfloat16 was asked for, but this GPU does not support it: "
+                                       "use --dtype=float32")
         bf16 = supported and config.dtype != "float32"
-        # TF32 keeps 11 bits of a factor, as much as float16. Beside bfloat16 that loses nothing, but whoever asks for
-        # float32 by name wants float32. On a CPU it is exact anyway.
+        # TF32 keeps 11 bits of each factor, as float16 does. Next to bfloat16 that loses nothing, but if you ask for
+        # float32 by name, you get full float32. A CPU computes in full float32 by default.
         torch.set_float32_matmul_precision("highest" if config.dtype == "float32" else "high")
     else:
         keep_freed_memory()
@@ -51,7 +52,7 @@ def setup(config):
 
 
 def lacks_bfloat16(capabilities):
-    """Whether torch.cpu.get_capabilities() says that the CPU has no instructions for bfloat16. False where it does not
+    """Whether torch.cpu.get_capabilities() says that the CPU has no instructions for bfloat16. False if it does not
     say."""
     known = [has for name, has in capabilities.items() if "bf16" in name or name == "avx_ne_convert"]
     return bool(known) and not any(known)
@@ -65,9 +66,9 @@ def note_slow_bfloat16():
 
 
 def keep_freed_memory():
-    """Keeps freed memory in this process, where the C library is glibc; elsewhere this is a no-op. glibc gives a large
-    block back to the kernel as soon as a tensor is freed, and the next tensor of that size pays a page fault for every
-    4 kB: on a CPU up to a quarter of a pass."""
+    """Keeps freed memory in this process if the C library is glibc; otherwise this is a no-op. glibc gives a large
+    block back to the kernel as soon as a tensor is freed. The next tensor of that size then pays a page fault for
+    every 4 kB: on a CPU, up to a quarter of a pass's time."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
@@ -87,12 +88,13 @@ def describe(device, autocast, recompute=False):
 
 
 def maybe_compile(fn, enabled):
-    """fn under torch.compile with dynamic shapes, if enabled. Prints how long the first call took, and the first call
-    with gradients, which is another graph. Without a working compiler it says so once and runs eagerly."""
+    """fn under torch.compile with dynamic shapes if enabled, else fn. Prints how long the first call took, and the
+    first call with gradients, which compiles another graph. Without a working compiler, says so once and runs eagerly.
+    """
     if not enabled:
         return fn
     compiled, state, ran = torch.compile(fn, dynamic=True), {"broken": False}, set()
-    name = getattr(getattr(fn, "func", fn), "__name__", type(fn).__name__)  # func: of a partial
+    name = getattr(getattr(fn, "func", fn), "__name__", type(fn).__name__)  # func: a partial's function
 
     def call(*args, **kwargs):
         if state["broken"]:
@@ -113,9 +115,9 @@ def maybe_compile(fn, enabled):
 
 
 def hold_frozen(autocast, device, *modules):
-    """Keeps the matrices of models (or None) that no optimizer changes as autocast would round them in each pass: the
-    results stay the same bits, for 2 bytes a weight less and without the rounding. Norms and embeddings stay float32,
-    so a head that is tied to the embeddings becomes a copy. Without autocast, and on shards, nothing is done."""
+    """Rounds the matrices of frozen models (or None) once, as autocast would in each pass. The results stay the same to
+    the bit, a weight takes 2 bytes less, and passes skip the rounding. Norms and embeddings stay float32, so a head
+    that is tied to the embeddings becomes a copy. Without autocast, and on shards, this is a no-op."""
     with autocast():
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     for module in filter(None, modules):
@@ -129,14 +131,14 @@ def hold_frozen(autocast, device, *modules):
 
 
 CPU_BUDGET = 256e6  # bytes of a pass's float32 logits on a CPU
-FEWEST_ROWS = 4     # fewer rows per pass than this are too little work for it
+FEWEST_ROWS = 4     # fewer rows than this are too little work for a pass
 
 
 def micro_batch_size(rows, given, floats_per_row, by_length=False, budget=CPU_BUDGET):
-    """Rows per forward pass, of each process's shard of a step's rows: `given`, which must divide the shard, or the
-    largest divisor whose float32 logits (or activations, where there are no logits) stay under `budget` bytes. A
-    divisor makes all passes alike. Where rows are sorted by_length, at most a quarter of them or 32 share a pass: a
-    single pass would be as wide as the longest row of all. Raises UserError."""
+    """Rows per forward pass, of each process's shard of a step's rows. It is `given`, which must divide the shard, or
+    the largest divisor whose float32 logits (or activations, if there are no logits) stay under `budget` bytes. With a
+    divisor, all passes have the same size. If rows are sorted by_length, a pass takes at most a quarter of them, or 32
+    if that is more: a single pass would be as wide as the longest row of all. Raises UserError."""
     n = distributed.size()
     require(rows % n == 0, f"{rows} rows of a step cannot be shared evenly by {n} processes: make --batch_size (for "
                            "train_ppo.py: divided by --minibatches) a multiple of their number")
@@ -153,9 +155,9 @@ def micro_batch_size(rows, given, floats_per_row, by_length=False, budget=CPU_BU
 
 
 def spare_memory(device, *modules):
-    """Bytes on a GPU for one forward and backward pass, None on a CPU: half of what is free, once the weights of the
-    modules that are trained have gradients and AdamW's moments. All processes get the least of theirs, because their
-    passes must be alike."""
+    """Bytes on a GPU for one forward and backward pass, None on a CPU. It is half of what is free once the trained
+    weights of the modules have gradients and AdamW's moments. All processes get the smallest of their values, because
+    their passes must have the same size."""
     if device.type == "cpu":
         return None
     torch.cuda.empty_cache()  # what earlier stages left
@@ -165,17 +167,17 @@ def spare_memory(device, *modules):
 
 
 def activations(config, T, recompute=False):
-    """Numbers per row of T tokens that live until the backward pass, about 16 per token, layer and channel; with
-    --recompute one, and those of a single layer."""
+    """Numbers per row of T tokens that live until the backward pass: about 16 per token, layer and channel. With
+    --recompute it is 1, plus the 16 of a single layer."""
     return T * config.n_embd * (config.n_layer + 16 if recompute else 16 * config.n_layer)
 
 
 def rows_and_chunk(rows, given, logits, activations, spare, by_length=False, copies=3):
     """(micro_batch_size, chunk): chunk is how many positions the policy head reads at a time, None for all of a pass.
 
-    `logits` is (R, V), activations those of a row, spare is spare_memory's. On a GPU a row takes its activations and
-    `copies` of its float32 logits: 3 in a training pass, 5 with the entropy. On a CPU the logits stand for all of it.
-    The head reads chunks where the logits would leave fewer than FEWEST_ROWS rows for a pass."""
+    `logits` is (R, V), `activations` is for one row, `spare` is from spare_memory. On a GPU a row takes its activations
+    and `copies` of its float32 logits: 3 in a training pass, 5 with the entropy. On a CPU only the logits are counted.
+    The head reads chunks if whole logits would leave fewer than FEWEST_ROWS rows for a pass."""
     (R, V), budget = logits, spare or 4 * CPU_BUDGET
     whole, limit = (R * V, CPU_BUDGET) if spare is None else (activations + copies * R * V, spare)
     in_chunks = micro_batch_size(rows, given, activations, by_length, budget)
@@ -197,7 +199,7 @@ class Clock:
         self.device, self.then, self.seconds = device, time.perf_counter(), {}
 
     def lap(self, phase=None):
-        """Seconds since the lap before; kept in `seconds` under the phase's name, if it has one."""
+        """Seconds since the previous lap, also stored in `seconds` under the phase's name if one is given."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now, then = time.perf_counter(), self.then

@@ -2,13 +2,13 @@
 Many processes, started by torchrun: sharding rows, gathering results, reducing metrics, sharded models. In a single
 process every function here is a no-op.
 
-    torchrun --nproc_per_node=4 train_ppo.py               the same flags; --batch_size stays the batch of all together
+    torchrun --nproc_per_node=4 train_ppo.py               the same flags; --batch_size counts all processes together
     torchrun --nproc_per_node=4 train_ppo.py --fsdp        parameters, gradients and AdamW's moments are sharded too
 
-Every process samples, scores and trains its shard of the rows, and holds the whole rollout: token ids and (B, R) floats
-are small beside a model. So whitening, KL, GAE and the metrics are the plain functions of ppo.py on the same tensors
-everywhere. Every token weighs one over the tokens of all processes, and the gradients are summed. Dropout
-(train_sft.py) draws the same masks in each process, for its different rows.
+Every process samples, scores and trains on its shard of the rows, and holds the whole rollout: token ids and (B, R)
+floats are small next to a model. So whitening, KL, GAE and the metrics are the plain functions of ppo.py on the same
+tensors in every process. Every token has weight 1 / (the tokens of all processes), and the gradients are summed.
+Dropout (train_sft.py) draws the same masks in each process, although the rows differ.
 """
 
 import os
@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 # How long a process waits for another that is alive. A dead one is noticed at once. The others wait while the first
-# writes a large checkpoint, or while one has the slowest answers of a reward function.
+# writes a large checkpoint, or while one waits for a slow reward function.
 TIMEOUT = timedelta(minutes=10)
 
 
@@ -49,8 +49,8 @@ def is_lost_peer(error):
 
 
 def print_once(line):
-    """Prints on stderr the line (or None) that each process calls this with: the first prints its line, the others only
-    a line that differs from it. They wait for it, because torchrun ends all of them when one ends."""
+    """Prints a line (or None) on stderr. All processes call this: the first prints its line, the others print theirs
+    only if it differs. They wait for the first, because torchrun ends all processes when one ends."""
     if line and is_first():
         sys.stderr.write(f"{line}\n")
     if gather([line])[0] != line and line:
@@ -88,7 +88,7 @@ def per_rank(purpose):
 # rows and numbers
 
 def shard(rows):
-    """This process's rows of a tensor, a list or a record of tensors (a Rollout): a run of them, in order of rank."""
+    """This process's rows of a tensor, a list or a record of tensors (a Rollout): a block, in order of rank."""
     if is_dataclass(rows):
         return replace(rows, **{name: shard(column) for name, column in vars(rows).items()})
     n = len(rows)
@@ -96,13 +96,13 @@ def shard(rows):
 
 
 def fill_up(rows):
-    """A list of rows with its first rows repeated at the end, until all processes get as many."""
+    """A list of rows with its first row repeated at the end, until all processes get equally many."""
     return rows + rows[:1] * (-len(rows) % size())
 
 
 def gather(rows, pad=0, **pads):
-    """The rows of all processes, in order of rank. Tensors have as many rows in each; their columns, if they have any,
-    are padded on the right with `pad` to the widest process's. The columns of a record are padded with pads[name]."""
+    """The rows of all processes, in order of rank. A tensor has equally many rows in each process. Its columns, if any,
+    are padded on the right with `pad` to the widest process. The fields of a record are padded with pads[name]."""
     if size() == 1:
         return rows
     if is_dataclass(rows):
@@ -132,7 +132,7 @@ def all_reduce_sum(*values):
 
 
 def all_reduce_max(*values):
-    """The largest of all processes of each number."""
+    """The maximum over all processes of each number."""
     return reduce(values, dist.ReduceOp.MAX)
 
 
@@ -145,7 +145,8 @@ def reduce(values, op):
 
 
 def numbers(values):
-    """values with a Python float in place of each tensor. All of them come in one copy, as each makes the host wait."""
+    """values with a Python float in place of each tensor. One copy fetches them all, as each copy makes the host wait.
+    """
     values = list(values)
     tensors = [value.detach() for value in values if isinstance(value, torch.Tensor)]
     floats = iter(torch.stack([x.to(tensors[0].device, torch.float64) for x in tensors]).tolist() if tensors else [])
@@ -167,10 +168,10 @@ def sum_gradients(params):
 # models that are sharded
 
 def to_device(device, config, autocast, *modules):
-    """Moves modules (or None) to the device; with --fsdp only a shard of each parameter, whose other parts are gathered
-    block by block as a pass comes to them [FSDP2, torch.distributed.fsdp.fully_shard]. Under bfloat16 autocast the
-    blocks' matrices are rounded before they are sent, which is half as much to send, and gradients are summed in
-    float32. Sets --recompute on each."""
+    """Moves modules (or None) to the device. With --fsdp each process holds only a shard of each parameter, and a pass
+    gathers the other parts block by block [FSDP2, torch.distributed.fsdp.fully_shard]. Under bfloat16 autocast the
+    blocks' matrices are rounded before they are sent, which halves the traffic, and gradients are summed in float32.
+    Sets --recompute on each module."""
     with autocast():
         bf16 = torch.is_autocast_enabled(device.type)
     for module in filter(None, modules):
@@ -194,14 +195,15 @@ def to_device(device, config, autocast, *modules):
 
 
 def reshards(part):
-    """Whether a part is a shard again after its forward pass. A GPT's heads run after that, so the parameters outside
-    its blocks stay gathered: until a backward pass is through, or, in a frozen model, from its first pass on."""
+    """Whether a part is sharded again after its forward pass. A GPT's heads run after that, so the parameters outside
+    its blocks stay gathered until the backward pass is done. In a frozen model they stay so from the first pass on."""
     return not hasattr(part, "policy_head")
 
 
 @contextmanager
 def unsharded(model):
-    """Gathers a sharded model for the block: in sampling, processes stop at different steps, so none can wait there."""
+    """Gathers a sharded model for the block. In sampling, processes stop at different steps, so none may wait for
+    another."""
     sharded = [module for module in model.modules() if hasattr(module, "unshard")]
     for part in sharded:
         part.unshard()
@@ -222,7 +224,7 @@ def local_numel(param):
 
 
 def full_tensors(value):
-    """value, a tensor or a dict or list of such, with each sharded tensor gathered on the CPU. All processes must call
+    """value (a tensor, or a dict or list of them) with each sharded tensor gathered on the CPU. All processes must call
     it."""
     if isinstance(value, dict):
         return {key: full_tensors(item) for key, item in value.items()}
@@ -232,7 +234,7 @@ def full_tensors(value):
 
 
 def shard_like(value, param):
-    """A full tensor cut as param is, if param is sharded and has value's shape; else value as given."""
+    """A full tensor sharded as param is, if param is sharded and has value's shape; else value unchanged."""
     if not is_sharded(param) or value.shape != param.shape:
         return value
     from torch.distributed.tensor import distribute_tensor

@@ -1,6 +1,6 @@
 """
 Command-line flags: one dataclass field per flag. The field's trailing comment is its domain and its --help, so that a
-flag, its default, its domain and its explanation stand in one place.
+flag, its default, its domain and its explanation are in one place.
 """
 
 import argparse
@@ -35,15 +35,15 @@ def require(condition, sentence):
 
 @dataclass
 class Flags:
-    """Scripts add flags and set other defaults. A comment may begin with the domain, an interval or words with bars
-    between them. A comment line alone is the heading of a group in --help."""
+    """Scripts add flags and set other defaults. A comment may begin with the domain: an interval, or words with bars
+    between them. A comment line by itself is the heading of a group in --help."""
     # data and files
     data: str = "atlas"                 # atlas (built in), or a .jsonl / .jsonl.gz file
     tokenizer: Optional[str] = None     # atlas, bytes, a tiktoken name, .tiktoken or tokenizer.json; default: a model's
-    chat: Optional[str] = None          # chatml|llama3|plain|none: renders messages; default: by the tokenizer's tokens
+    chat: Optional[str] = None          # chatml|llama3|plain|none: message format; default: by the tokenizer's tokens
     out_dir: Optional[str] = None       # checkpoints and metrics.jsonl go here; default: out/<data>
     init_from: Optional[str] = None     # where the weights start from
-    skip_bad: bool = False              # count rows of --data that cannot be read instead of stopping at the first
+    skip_bad: bool = False              # count unreadable rows of --data instead of stopping at the first
     resume: bool = False                # continue from this stage's checkpoint in out_dir
     overwrite: bool = False             # replace this stage's checkpoint in out_dir
     save_interval: int = 100            # [1, inf) iterations between checkpoints; the last iteration always saves
@@ -64,7 +64,7 @@ class Flags:
     grad_clip: float = 1.0              # (0, inf) gradients of a larger norm are scaled down to it
     max_bad_steps: int = 3              # [1, inf) stop after this many steps in a row with a non-finite gradient
     # machine
-    seed: int = 0                       # [0, 9e18] everything random follows from it; report several, PPO seeds differ
+    seed: int = 0                       # [0, 9e18] everything random follows from it; PPO seeds differ: report several
     device: str = "auto"                # auto|cpu|cuda: auto takes cuda if there is one
     dtype: str = "auto"                 # auto|float32|bfloat16: auto: bfloat16 on cuda, else float32; float32: no TF32
     compile: bool = False               # torch.compile the training passes; the first iterations then take minutes
@@ -116,8 +116,8 @@ class Flags:
 
 
 def why_unreadable(path):
-    """Why a file cannot be read, mostly as the operating system says it; "" if it can. It is not opened: a pipe would
-    end."""
+    """Why a file cannot be read, mostly in the operating system's words; "" if it can. It is not opened, which would
+    use up a pipe."""
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
@@ -156,7 +156,7 @@ def describe_flags(config_class):
 
 
 def check_domains(config):
-    """Raises UserError for a flag whose value is not one of the words, or not in the interval, of its comment."""
+    """Raises UserError for a flag whose value is not among the words or in the interval that its comment gives."""
     for name, (domain, _) in describe_flags(type(config))[0].items():
         value = getattr(config, name)
         if value is None or domain is None:
@@ -166,7 +166,7 @@ def check_domains(config):
         else:
             low, high = (float(bound) for bound in domain[1:-1].split(","))
             inside = (low <= value if domain[0] == "[" else low < value) and \
-                     (value <= high if domain[-1] == "]" else value < high)  # NaN is inside nothing
+                     (value <= high if domain[-1] == "]" else value < high)  # NaN is in no interval
             require(inside, f"--{name}={value} must lie in {domain}")
 
 
@@ -203,9 +203,9 @@ def check_ppo(config):
 
 
 def resolve_sizes(config, model=None):
-    """{n_layer, n_head, n_embd, block_size}: the flags or their defaults, or else the `model` fields of a checkpoint.
-    Raises UserError if a flag asks for another size than the checkpoint's; a model with RoPE can do with a lower
-    block_size."""
+    """{n_layer, n_head, n_embd, block_size}: the flags if given, else the fields of a checkpoint's `model`, or defaults
+    without one. Raises UserError if a flag asks for another size than the checkpoint's. With RoPE, a lower block_size
+    is allowed."""
     rope = model is not None and model.get("position") == "rope"
     arch = "llama" if rope else "gpt2"
     require(model is None or config.arch in (None, arch), f"--arch={config.arch} does not match the checkpoint, which "
@@ -242,7 +242,7 @@ def parse_flags(config_class, argv=None, description=None):
         for name in names:
             kinds, default = get_args(hints[name]) or (hints[name],), fields[name].default
             domain, text = described[name]
-            kinds = kinds[:1] if isinstance(domain, tuple) and "none" in domain else kinds  # there "none" is a word
+            kinds = kinds[:1] if isinstance(domain, tuple) and "none" in domain else kinds  # here "none" is a word
             metavar = "|".join(domain) if isinstance(domain, tuple) else kinds[0].__name__.upper()
             group.add_argument(f"--{name}", dest=name, default=argparse.SUPPRESS, metavar=metavar,
                                type=flag_type(kinds), help=text.replace("%", "%%")
@@ -278,8 +278,8 @@ def flag_type(kinds):
 
 
 class Screen:
-    """stdout or stderr. It is only looked at, so it must not end a run: a character that its encoding lacks is escaped,
-    and once it cannot be written (`| head` has read enough), the run continues without it."""
+    """stdout or stderr, which must not end a run. A character that its encoding lacks is escaped. Once it cannot be
+    written any more (`| head` has read enough), the run continues without it."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -308,7 +308,7 @@ class Screen:
 
 @contextmanager
 def screen():
-    """stdout and stderr as Screens inside the block; a Python without a console has None."""
+    """Makes stdout and stderr Screens inside the block. In a Python without a console they are None."""
     streams = [stream and Screen(stream) for stream in (sys.stdout, sys.stderr)]
     with redirect_stdout(streams[0]), redirect_stderr(streams[1]):
         try:
@@ -319,12 +319,12 @@ def screen():
 
 
 def run_script(train, config_class, description, *errors):
-    """Runs `python train_x.py --flags`. An error that you can mend (UserError and the given errors) ends in a sentence
+    """Runs `python train_x.py --flags`. An error that you can fix (UserError and the given errors) ends in a sentence
     and code 2. A number that is not finite, a failed disk or a lost process ends in a sentence and code 1. Anything
     else is a bug and keeps its traceback."""
     with distributed.processes(), screen():
         config, script = parse_flags(config_class, description=description), Path(sys.argv[0]).name
-        if distributed.size() > 1 and hasattr(config, "check"):  # train checks again, but in each process by itself
+        if distributed.size() > 1 and hasattr(config, "check"):  # train checks again, but each process for itself
             refusal = None
             try:
                 config.check()
@@ -341,7 +341,7 @@ def run_script(train, config_class, description, *errors):
             elif isinstance(error, RuntimeError):
                 raise
             process = f"process {distributed.rank()}: " if distributed.size() > 1 else ""
-            sys.stderr.write(f"{script}: {process}{error}\n")  # in one piece, where several processes write
+            sys.stderr.write(f"{script}: {process}{error}\n")  # one write, as other processes may write too
             raise SystemExit(2 if isinstance(error, (UserError, *errors)) else 1) from None
 
 

@@ -45,7 +45,8 @@ SILENCE = 10  # seconds after which a line is shown, whatever log_interval says
 
 def rollout_metrics(rollout, has_eos, scores, rewards, old_logprobs, ref_logprobs, old_values, entropy, gamma):
     """The metrics of a scored rollout: tensors (B,) and (B, R) of the whole rollout -> {name: scalar tensor}. The
-    critic's explained variance is that of the reward-to-go: lambda-returns contain the critic, and would flatter it."""
+    explained variance is of the reward-to-go: lambda-returns contain the critic's values and would flatter the critic.
+    """
     mask = rollout.mask
     B, n_tokens = mask.size(0), mask.sum()
     gap = (rollout.logprobs - old_logprobs)[mask].abs()
@@ -82,12 +83,12 @@ class Averages:
 # metrics.jsonl, samples.jsonl and the screen
 
 class Metrics:
-    """metrics.jsonl, one line per iteration, and an aligned line on the screen every log_interval iterations or SILENCE
-    seconds, and where --eval was measured.
+    """Writes metrics.jsonl, one line per iteration. Shows an aligned line on the screen every log_interval iterations
+    or SILENCE seconds, and whenever --eval was measured.
 
-    The file is shared by the stages of an out_dir. Opening it drops this stage's lines past `start`, the iteration
-    of the checkpoint that is resumed (0 for a fresh start, which drops all of them), and writes the header line.
-    PPO's samples.jsonl has a row for each sample {iter, prompt, response, score, ...} and is cut in the same way."""
+    The stages of an out_dir share the file. Opening it drops this stage's lines after iteration `start`, that of the
+    resumed checkpoint. A fresh start (0) drops all of them and writes a new header line. PPO's samples.jsonl has a
+    row {iter, prompt, response, score, ...} for each sample and is cut in the same way."""
 
     def __init__(self, config, stage, start=0):
         self.config, self.stage, self.start, self.path = config, stage, start, config.folder / "metrics.jsonl"
@@ -111,11 +112,11 @@ class Metrics:
         self.tensorboard = open_tensorboard(config, stage, start) if first and config.tensorboard else None
         self.wandb = open_wandb(config, stage, (stage_rows or [head])[0]) if first and config.wandb else None
         self.last = self.shown = time.time()
-        self.warm = None  # when the first iteration was done: it pays for warming up and would spoil the eta
+        self.warm = None  # when the first iteration was done: it includes the warm-up and would spoil the eta
 
     def write(self, iteration, metrics, samples=()):
-        """Appends {stage, iter, seconds, **metrics}, and the samples of a look. Shows COLUMNS if a line is due, and
-        prints the warnings of HEALTH, each once in a run."""
+        """Appends {stage, iter, seconds, **metrics}, and the samples if there are any. Shows COLUMNS if a line is due,
+        and prints the warnings of HEALTH, each once in a run."""
         now = time.time()
         row = {"stage": self.stage, "iter": iteration, "seconds": round(now - self.last, 4)}
         row |= dict(zip(metrics, map(clean, distributed.numbers(metrics.values()))))
@@ -145,7 +146,7 @@ class Metrics:
         return row
 
     def eta(self, iteration, now):
-        """Time left, as minutes:seconds, from all iterations but the first; dashes before there is another."""
+        """Time left, as minutes:seconds, from all iterations but the first; dashes until there is a second."""
         if iteration == self.config.max_iters:
             return "  0:00"
         if self.warm is None:
@@ -159,7 +160,7 @@ class Metrics:
         return f"{SHORT.get(name, name)} {number:>{self.widths[name]}}"
 
     def warnings(self, row):
-        """Takes note of the next line of the stage. Returns a sentence for each rule that breaks for the first time."""
+        """Records the next line of the stage. Returns a sentence for each rule that breaks for the first time."""
         self.rows.append(row)
         broken = [rule for rule in HEALTH if rule not in self.warned and rule.broken(self.rows)]
         self.warned.update(broken)
@@ -167,14 +168,14 @@ class Metrics:
 
 
 def whole_lines(path, key="stage"):
-    """The rows of metrics.jsonl, or of samples.jsonl with the key "iter"; [] without the file. What a crash left of a
-    line is left out."""
+    """The rows of metrics.jsonl, or of samples.jsonl with the key "iter"; [] without the file. A line that a crash
+    cut off is left out."""
     rows = map(parse, path.read_text(errors="replace").splitlines() if path.exists() else [])
     return [row for row in rows if isinstance(row, dict) and key in row]
 
 
 def parse(line):
-    """The value of a line of JSON; None if it is not whole."""
+    """The value of a line of JSON; None if the line is incomplete."""
     try:
         return json.loads(line)
     except ValueError:
@@ -182,7 +183,7 @@ def parse(line):
 
 
 def write_lines(path, rows):
-    """Replaces a file by rows, as a whole or not at all."""
+    """Replaces a file's contents with rows, completely or not at all."""
     with atomic_write(path) as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
 
@@ -197,7 +198,7 @@ def append_lines(path, rows):
 
 
 def clean(value):
-    """The number for JSON; None for NaN and inf, which JSON cannot say."""
+    """The number for JSON; None for NaN and inf, which JSON cannot express."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -225,7 +226,7 @@ def commit():
 
 
 def print_report(config, report, more=""):
-    """Prints the fate of the rows of --data, and `more`, on one line, and each warning on another."""
+    """Prints what became of the rows of --data, and `more`, on one line, then each warning on its own line."""
     warnings = [line for line in report if line.startswith("warning: ")]
     print(f"{config.data}: {'; '.join(line for line in report if line not in warnings)}{more}")
     for warning in warnings:
@@ -233,13 +234,13 @@ def print_report(config, report, more=""):
 
 
 def print_samples(samples):
-    """Samples as in samples.jsonl between two lines of metrics."""
+    """Prints samples, as in samples.jsonl, between two lines of metrics."""
     for row in samples:
         print(f"    score {row['score']:+.2f}  kl {row['kl']:5.2f}  {row['prompt']!r} -> {row['response']!r}")
 
 
 def print_before_after(before, after):
-    """A table of such samples, of the same prompts before and after training."""
+    """Prints a table of samples for the same prompts before and after training."""
     print("\nthe same questions before (SFT) and after (PPO): score, KL to the SFT policy, one sampled answer")
     for rows in zip(before, after):
         print(rows[0]["prompt"])
@@ -249,8 +250,8 @@ def print_before_after(before, after):
 
 @contextmanager
 def only_looking():
-    """Prints an error of the block instead of raising it: a look at a few answers, e.g. by a reward function that fails
-    on one of them, ends no run. With many processes it does, because the others wait inside the same block."""
+    """Prints an error in the block instead of raising it. Showing a few answers must not end a run, e.g. if a reward
+    function fails on one of them. With many processes it is raised, because the others wait inside the same block."""
     try:
         yield
     except Exception as error:
@@ -279,11 +280,11 @@ def progress(what, state=lambda: ""):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the same numbers elsewhere; Flags.check has seen that the packages are there
+# the same numbers elsewhere; Flags.check has checked that the packages are installed
 
 def open_tensorboard(config, stage, start):
-    """A SummaryWriter in out_dir/tensorboard/<stage>. TensorBoard forgets what earlier files there say of iterations
-    after `start`: a resumed run continues its curve, and a run that replaces another begins a new one."""
+    """A SummaryWriter in out_dir/tensorboard/<stage>. TensorBoard drops what earlier files there say about iterations
+    after `start`. So a resumed run continues its curve, and a run that replaces another begins a new one."""
     from torch.utils.tensorboard import SummaryWriter
     return SummaryWriter(config.folder / "tensorboard" / stage, purge_step=start + 1)
 
@@ -296,24 +297,25 @@ def open_wandb(config, stage, first_line):
                      dir=config.folder, config=dataclasses.asdict(config),
                      id=sha256(json.dumps(first_line).encode()).hexdigest()[:16], resume="allow",
                      reinit="finish_previous")  # train_ppo.py may run the earlier stages in the same process
-    run.define_metric("*", step_metric="iter")  # wandb's own count would refuse iterations that are done again
+    run.define_metric("*", step_metric="iter")  # wandb's own count would refuse repeated iterations
     return run
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # when a number says that something is wrong
 #
-# A rule reads `rows`: the header of a stage, then its lines so far. No false alarms on healthy runs: a metric that is
-# noisy in one iteration is averaged over several, and a rule may miss a fault.
+# A rule reads `rows`: the header of a stage, then its lines so far. A healthy run must give no false alarm: a metric
+# that is noisy in one iteration is averaged over several, so a rule may miss a fault.
 
 def objective(row):
-    """J = score - kl_coef * KL, what PPO maximises, whichever way the KL goes into the update; None without them."""
+    """J = score - kl_coef * KL, which PPO maximises with the KL in the reward or in the loss; None without these."""
     score, kl_coef, kl = (row.get(name) for name in ("score", "kl_coef", "kl"))
     return None if None in (score, kl_coef, kl) else score - kl_coef * kl
 
 
 def objectives(rows):
-    """J of the lines that have it, all at the lowest kl_coef so far: J must not fall because --kl_target raised it."""
+    """J of the lines that have it, all at the lowest kl_coef so far. Else J would fall when --kl_target raises kl_coef.
+    """
     lowest = min((row["kl_coef"] for row in rows[1:] if row.get("kl_coef") is not None), default=None)
     values = [objective(row | {"kl_coef": lowest}) for row in rows[1:]]
     return [J for J in values if J is not None]
@@ -330,12 +332,12 @@ def recent(rows, metric, n):
 
 
 def at_start(rows, metric):
-    """Its mean over the first 5 iterations."""
+    """The metric's mean over the first 5 iterations."""
     return mean([row[metric] for row in rows[1:6] if row.get(metric) is not None])
 
 
 def moved(values):
-    """The mean of the last 10 minus that of the 10 before, in standard errors of the difference; NaN without those."""
+    """The mean of the last 10 minus that of the 10 before, in standard errors of the difference. NaN without both."""
     halves = values[-20:-10], values[-10:]
     variance = sum(sum((x - mean(part)) ** 2 for x in part) / 9 / 10 for part in halves)
     return (mean(halves[1]) - mean(halves[0])) / max(math.sqrt(variance), 1e-12)
@@ -351,9 +353,9 @@ def bitwise(rows):
 
 
 def gained_nothing(rows):
-    """Whether low entropy was bought for nothing; it proves nothing alone, for a policy that has learned is sure as
-    well. It was if J has gained less than half of the most that it had gained before, or, with a reward model, whose
-    unit is the spread of the SFT policy's answers, less than half of that unit."""
+    """Whether entropy fell without a gain in J. Low entropy alone proves nothing: a policy that has learned is sure,
+    too. True if J's gain is now less than half of its largest gain so far. With a reward model, whose unit is the
+    spread of the SFT policy's answers, also if it is less than half of that unit."""
     J = objectives(rows)
     means = [mean(J[i:i + 5]) for i in range(len(J) - 4)]
     return bool(means) and means[-1] - means[0] < 0.5 * max(max(means) - means[0], flag(rows, "reward") == "rm")
@@ -361,11 +363,11 @@ def gained_nothing(rows):
 
 @dataclass(frozen=True)
 class Rule:
-    """Broken where the mean of `metric` over its last n values lies outside [low, high], if given, and `when(rows)`
+    """Broken if the mean of `metric` over its last n values lies outside [low, high], if given, and `when(rows)`
     holds, if given. A bound is a number or a function of `rows`."""
     metric: str
     what: str    # what is wrong, with {value} for that mean
-    cause: str   # the likeliest one
+    cause: str   # the likeliest cause
     remedy: str  # the flag to try
     n: int = 1
     low: Union[float, Callable, None] = None
@@ -393,7 +395,7 @@ HEALTH = (
     Rule("kl", "kl is {value:.2f} nats over 5 iterations, though no KL is below 0",
          "the log-probs are not those of the distribution that was sampled, or a rollout is too small to tell",
          "--dtype=float32, then a larger --batch_size", n=5, low=-0.1),
-    Rule("kl", "kl is {value:.1f} nats over 5 iterations, more than 30 or one for every two tokens",
+    Rule("kl", "kl is {value:.1f} nats over 5 iterations, more than 30 or than one for every two tokens",
          "the policy has left the text that the reward model can judge", "a higher --kl_coef, and read the samples",
          n=5, high=10.0,
          when=lambda rows: mean(recent(rows, "kl", 5)) > min(30, mean(recent(rows, "response_len", 5)) / 2)),
@@ -404,28 +406,28 @@ HEALTH = (
          "the reward is the same for all responses so far", "another --reward, a larger --batch_size, or a reward that "
          "gives part of the score for part of the task", n=3, when=lambda rows: max(recent(rows, "score_std", 3)) == 0),
     Rule("eos_rate", "eos_rate is {value:.2f} over 5 iterations: more than half of the responses are cut",
-         "longer answers score higher, or stopping is not learned, or it takes more tokens",
+         "longer answers score higher, stopping is not learned yet, or an answer needs more tokens",
          "a higher --eos_penalty, or --max_new_tokens", n=5, low=0.5),
     Rule("entropy", "entropy has fallen to {value:.3f} nats per token and J has not gained by it",
          "the policy became sure of an answer before it had tried others", "a lower --lr, or --ent_coef=0.01", n=5,
          low=lambda rows: 0.1 * at_start(rows, "entropy"), when=gained_nothing),
     Rule("ratio_first", "ratio_first is {value:.1e}: the ratio was not 1 before any update",
-         "the old log-probs are computed otherwise (temperature, dropout, shape of the passes) than the new ones",
+         "the old log-probs are not computed like the new ones (temperature, dropout, shape of the passes)",
          "--dtype=float32, and no --compile",
          when=lambda rows: rows[-1]["ratio_first"] > (0 if bitwise(rows) else 0.05)),
     Rule("logprob_gap", "logprob_gap is {value:.1e}: sampling and training disagree about the same tokens",
-         "the passes with the KV cache compute something else than the whole ones", "--dtype=float32",
+         "passes with the KV cache compute something different from full passes", "--dtype=float32",
          when=lambda rows: rows[-1]["logprob_gap"] > (1e-4 if bitwise(rows) else 0.05)),
-    Rule("clip_frac", "clip_frac is {value:.2f} over 5 iterations", "the steps are too long for the clip",
+    Rule("clip_frac", "clip_frac is {value:.2f} over 5 iterations", "the steps are too large for the clip",
          "a lower --lr, or fewer --epochs", n=5, high=0.3),
     Rule("approx_kl", "approx_kl is {value:.2f} nats per token over 5 iterations",
          "the updates end far from the policy that sampled their data", "a lower --lr, fewer --epochs, or "
          "--target_kl=0.03", n=5, high=0.1),
     Rule("explained_variance", "explained_variance is {value:.2f} over 20 iterations: the critic misleads",
-         "the critic learns too slowly", "a higher --lr, more --epochs, or --advantage=group, which needs none", n=20,
+         "the critic learns too slowly", "a higher --lr, more --epochs, or --advantage=group (no critic)", n=20,
          low=0.0, when=lambda rows: flag(rows, "critic") and mean(recent(rows, "explained_variance", 5)) < 0),
     Rule("grad_norm", "grad_norm is {value:.1f} over 5 iterations, more than 10 times --grad_clip",
-         "the loss is steep where the weights are: their steps are too long", "a lower --lr", n=5,
+         "the loss is steep at the current weights, so the steps are too large", "a lower --lr", n=5,
          when=lambda rows: mean(recent(rows, "grad_norm", 5)) > 10 * flag(rows, "grad_clip")),
     Rule("skipped_steps", "skipped_steps is {value:.0f}: a loss or a gradient was not finite",
          "weights, rewards or a ratio have grown too large", "a lower --lr, or --dtype=float32", high=0.0),

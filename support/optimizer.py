@@ -14,8 +14,9 @@ class Optimizer:
     """AdamW behind gradient clipping and a guard: a step whose loss or gradient is not finite is not taken.
 
     One NaN gradient makes clip_grad_norm_ spread NaN to all of them, and step() would then destroy every weight and
-    moment, so the norm is checked first. critic_params are clipped apart: the value loss has the scale of the score,
-    which must not shorten the policy's steps. No weight decay: it would pull the policy away from its reference."""
+    moment, so the norm is checked first. critic_params are clipped separately: the value loss has the scale of the
+    score, which must not shorten the policy's steps. No weight decay: it would pull the policy away from its reference.
+    """
 
     def __init__(self, params, config, critic_params=()):
         self.config = config
@@ -67,8 +68,8 @@ class Optimizer:
 
 
 def learning_rate(config, iteration):
-    """Constant, or falling linearly from lr to 0 over lr_decay_iters. The decay has a horizon that max_iters does not
-    move, so that a run that is stopped and resumed for longer equals the run that was never stopped."""
+    """Constant, or falling linearly from lr to 0 over lr_decay_iters. max_iters does not change the horizon of the
+    decay, so a run that is stopped and then resumed for longer equals a run that was never stopped."""
     if config.lr_decay_iters is None:
         return config.lr
     return config.lr * max(0.0, 1 - (iteration - 1) / config.lr_decay_iters)
@@ -77,9 +78,9 @@ def learning_rate(config, iteration):
 @torch.no_grad()
 def update_average(average, model, iteration):
     """Moves the average's weights towards the model's: polynomial-decay averaging [Shamir & Zhang 2013, 1212.1824],
-    whose memory is about the last tenth of the iterations, however many there are. The first one copies.
+    whose memory is about the last tenth of the iterations, however many there are. The first call copies.
 
-    Half the steps give a better language model that way. In a reward model the noise of the last steps hardly shows in
-    the loss, but it makes the model overrate just the answers that a policy then finds."""
+    With it, half the steps give a better language model. In a reward model the noise of the last steps hardly shows in
+    the loss, but it makes the model overrate exactly the answers that a policy then finds."""
     for mean, weight in zip(average.parameters(), model.parameters()):
         mean.lerp_(weight, 9 / (iteration + 8))

@@ -22,7 +22,7 @@ from tokenizer import get_tokenizer, run_tokenizer, tokenizer_id
 
 def prepare(config, rows_for=(), **trainers):
     """Checks everything that can be wrong with PPO's flags and files, then trains the missing stages with `trainers`
-    {stage: train module}. Returns the run's encoding, its tokenizer_id and the Split of its prompts, of which those of
+    {stage: train module}. Returns the run's encoding, its tokenizer_id and the Split of its prompts. Prompts of
     the sides in rows_for carry their row."""
     own_sft = config.folder / "sft.pt"  # unfinished or not, it says which tokenizer and sizes the run has
     sft = read_start(config) if config.init_from else load_checkpoint(own_sft, "sft") if own_sft.exists() else None
@@ -35,7 +35,7 @@ def prepare(config, rows_for=(), **trainers):
                              config.chat)
     require(split.heldout or not config.eval, f"--eval is measured on held-out prompts, and {config.data} has none: "
             "give two different prompts or more, or leave the flag out")
-    micro_batch_size(config.batch_size // config.minibatches, config.micro_batch_size, 1)  # for its UserError
+    micro_batch_size(config.batch_size // config.minibatches, config.micro_batch_size, 1)  # only for its UserError
     if config.rm:
         checked_reward_model(config, tokenizer, block_size)
     train_missing(config, trainers, encoding, tokenizer, block_size)
@@ -49,7 +49,7 @@ def resolve_max_new_tokens(config, encoding, block_size):
                                                        config.chat)
         if config.data != "atlas":
             print(f"--max_new_tokens={config.max_new_tokens} by default: 95 % of the responses in {config.data} fit "
-                  "(64 where there are none), and at most half of --block_size")
+                  "(64 if there are none), and at most half of --block_size")
 
 
 def rows_per_pass(config, models, split, device):
@@ -62,8 +62,8 @@ def rows_per_pass(config, models, split, device):
 
 
 def train_missing(config, trainers, encoding, tokenizer, block_size):
-    """Trains sft.pt and rm.pt in out_dir where they are missing or unfinished, with those stages' own defaults. If one
-    of them would refuse anything, or one that is there does not fit, that is said before the first trains."""
+    """Trains sft.pt and rm.pt in out_dir where they are missing or unfinished, with those stages' own defaults. Raises
+    UserError before the first trains if one of them would refuse its flags or data, or an existing one does not fit."""
     missing = []
     for stage, needed in (("sft", config.init_from is None), ("rm", config.rm is None and config.reward == "rm")):
         path = config.folder / f"{stage}.pt"
@@ -101,8 +101,8 @@ class Models:
 
 
 def load_models(config, tokenizer, device, autocast):
-    """The Models of a run whose earlier stages are there. A separate critic starts as the reward model, or else as the
-    SFT policy with a value of 0."""
+    """The Models of a run whose earlier stages are finished. A separate critic starts as the reward model, or without
+    one as the SFT policy with a value of 0."""
     with progress("loading the models"):
         sft = load_start(config)
     resolve_lr(config, sft, 4e-4, 5e-6)
@@ -122,7 +122,7 @@ def load_models(config, tokenizer, device, autocast):
 
 
 def print_summary(config, models, experience, split, looked_at):
-    """Prints the run that begins: sizes, device, data, flags, and how many held-out prompts it looks at."""
+    """Prints what the run starts with: sizes, device, data, flags, and how many held-out prompts it looks at."""
     micro, chunk, V = experience.micro_batch_size, experience.chunk, models.policy.config.vocab_size
     positions = min(micro * config.max_new_tokens, chunk or math.inf)
     print(f"train_ppo: {models.policy.n_params:,} parameters on "
@@ -146,8 +146,8 @@ def note_misfits(path, saved, config):
 
 
 def read_start(config):
-    """What a run starts from: --init_from, an SFT checkpoint or pretrained weights (see from_pretrained), or else
-    out_dir/sft.pt. The checkpoint, or for pretrained weights a dict like it that has no weights. Raises UserError."""
+    """What a run starts from: --init_from (an SFT checkpoint or pretrained weights, see from_pretrained), or else
+    out_dir/sft.pt. Returns the checkpoint; for pretrained weights, a similar dict without weights. Raises UserError."""
     path = config.init_from or config.folder / "sft.pt"
     if not (config.init_from and is_pretrained(path)):
         start = load_finished(path, "sft")
@@ -180,16 +180,16 @@ def load_start(config):
 
 
 def check_vocabulary(path, start):
-    """Raises UserError if a tokenizer is not that of pretrained weights. They may have a few rows more, up to a round
-    number of them: such an id stays in the softmax, and is decoded as the replacement character."""
+    """Raises UserError if the tokenizer does not belong to the pretrained weights. These may have a few more rows than
+    it has ids, up to a round number. Such an id stays in the softmax, and is decoded as the replacement character."""
     rows, tokenizer = start["model_config"]["vocab_size"], start["tokenizer"]
     require(0 <= rows - tokenizer["n_vocab"] <= 512, f"--init_from={path} has {rows:,} tokens and the tokenizer "
             f"{tokenizer['name']} {tokenizer['n_vocab']:,}: give the model's own --tokenizer")
 
 
 def resolve_lr(config, start, scratch, pretrained):
-    """Fills in the default of --lr: `pretrained`, and then prints it, if the weights that the run starts from (or their
-    SFT run's) were pretrained; else `scratch`."""
+    """Fills in the default of --lr. It is `pretrained`, and printed, if the run's first weights (or its SFT run's)
+    were pretrained; else it is `scratch`."""
     if config.lr is None:
         from_pretrained_weights = start is not None and start.get("flags", {}).get("init_from") is not None
         config.lr = pretrained if from_pretrained_weights else scratch

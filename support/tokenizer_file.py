@@ -13,7 +13,7 @@ import torch
 
 EOT = "<|endoftext|>"
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-# GPT-2's pattern after every digit was cut off. Blanks before a digit end a piece there, and so stay together.
+# GPT-2's pattern once each digit is a piece by itself. Blanks before a digit end a piece there, so they stay together.
 DIGITS_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++|\s+(?![^\s\p{N}])|\s"
 
 
@@ -22,9 +22,9 @@ class Refused(ValueError):
 
 
 def read_tokenizer_file(file):
-    """What a tokenizer.json and the files beside it say: a dict of pattern, ranks, special_tokens, eos, bos, pad, nfc,
-    chat_template and contents. tiktoken gives the very ids of `tokenizers` with it. What it cannot do alike is
-    Refused."""
+    """Reads a tokenizer.json and the files beside it into a dict of pattern, ranks, special_tokens, eos, bos, pad, nfc,
+    chat_template and contents. With these, tiktoken gives exactly the ids of `tokenizers`. Raises Refused for a file
+    where it would not."""
     def refuse_unless(fits, what):
         if not fits:
             raise Refused(f"{file}: {what}: give another --tokenizer")
@@ -34,12 +34,12 @@ def read_tokenizer_file(file):
         contents = json.loads(raw)
         model, added = contents["model"], contents.get("added_tokens") or []
         refuse_unless(model.get("type", "BPE") == "BPE", f"a model of type {model.get('type')} is not byte-level BPE")
-        refuse_unless(not model.get("byte_fallback"), "byte_fallback is sentencepiece's, only byte-level BPE is known")
+        refuse_unless(not model.get("byte_fallback"), "byte_fallback is sentencepiece's: only byte-level BPE is read")
         for field in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
             refuse_unless(not model.get(field), f"{field}={model.get(field)!r} is not supported")
         for token in added:
             refuse_unless(not any(token.get(field) for field in ("lstrip", "rstrip", "single_word")),
-                          f"the added token {token['content']!r} takes in its surroundings, which is not supported")
+                          f"the added token {token['content']!r} takes in the text around it, which is not supported")
         steps = flatten(contents.get("normalizer"), "normalizers")
         refuse_unless(all(step == {"type": "NFC"} for step in steps), f"the normalizer {steps} is not supported")
         pattern = split_pattern(flatten(contents.get("pre_tokenizer"), "pretokenizers"))
@@ -66,14 +66,14 @@ def read_tokenizer_file(file):
         try:
             seen.parent.mkdir(parents=True, exist_ok=True)
             seen.touch()
-        except OSError:  # a folder that cannot be written: it is checked again next time
+        except OSError:  # a folder that cannot be written: the merges are checked again next time
             pass
     return {"pattern": pattern, "ranks": ranks, "special_tokens": special, "bos": special.get(bos), "nfc": bool(steps),
             "contents": contents} | beside(file, special)
 
 
 def flatten(step, key):
-    """The steps of a Sequence, or the only one, or none."""
+    """The list of a Sequence's steps, of a single step, or of none."""
     return [] if step is None else step[key] if step["type"] == "Sequence" else [step]
 
 
@@ -91,7 +91,7 @@ def split_pattern(steps):
 
 
 def begin_token(steps):
-    """The special token that a post_processor puts before a text, None if there is none; False for another one."""
+    """The special token that a post_processor puts before a text; None if it puts none; False if unsupported."""
     for step in steps:
         if step["type"] == "TemplateProcessing":
             *before, text = step["single"]
@@ -104,10 +104,10 @@ def begin_token(steps):
 
 
 def merges_by_rank(ranks, merges, ignore_merges):
-    """Whether merging by rank, as tiktoken does, gives what merging by the list gives. It does if the first merges that
-    make each token stand in the order of ids, and each token's bytes by themselves end in the two parts that its merge
-    joins: a stretch of text is merged as if it stood alone until a merge crosses its ends. With ignore_merges both look
-    a whole piece up first, so a token that no merge makes does no harm."""
+    """Whether merging by rank, as tiktoken does, gives the same as merging by the list. Two conditions suffice. The
+    first merges that make each token are in the order of ids. And each token's bytes, merged alone, end in the two
+    parts that its merge joins: a stretch of text is merged as if it were alone until a merge crosses its ends. With
+    ignore_merges both look a whole piece up first, so a token that no merge makes does no harm."""
     first = {}
     for a, b in merges:
         first.setdefault(a + b, [a, b])
@@ -119,7 +119,7 @@ def merges_by_rank(ranks, merges, ignore_merges):
 
 
 def beside(file, special):
-    """{eos, pad, chat_template} by the files beside a tokenizer.json. Refused if none names an EOS."""
+    """{eos, pad, chat_template} from the files beside a tokenizer.json. Raises Refused if none names an EOS."""
     def fields(name):
         path = file.parent / name
         try:
@@ -150,8 +150,8 @@ def beside(file, special):
 def last_merge(token, ranks):
     """The two tokens that BPE joins into `token`, or None for one that it never makes, such as a single byte.
 
-    tiktoken joins whatever spells a token, and `tokenizers` joins listed pairs. One pair per token is enough for the
-    same ids: BPE does to a stretch of text, until a merge crosses its ends, what it does to that stretch by itself."""
+    tiktoken joins any neighbours that spell a token, and `tokenizers` joins listed pairs. One pair per token is enough
+    for the same ids: until a merge crosses its ends, BPE merges a stretch of text as if it were alone."""
     parts = [token[i:i + 1] for i in range(len(token))]
     while len(parts) > 2:
         found = [ranks.get(a + b, math.inf) for a, b in zip(parts, parts[1:])]
@@ -162,19 +162,19 @@ def last_merge(token, ranks):
     return parts if len(parts) == 2 else None
 
 
-# Bytes that are no visible character become the characters from U+0100 on, in their order.
+# Bytes that are not a visible character become the characters from U+0100 on, in order.
 HIDDEN = [byte for byte in range(256) if not 33 <= byte <= 126 and not 161 <= byte <= 255 or byte == 173]
 ALPHABET = {byte: 256 + i for i, byte in enumerate(HIDDEN)}
 BYTES = {chr(ALPHABET.get(byte, byte)): byte for byte in range(256)}
 
 
 def printable(token):
-    """The bytes of a token in GPT-2's alphabet."""
+    """The bytes of a token, spelled in GPT-2's alphabet."""
     return token.decode("latin-1").translate(ALPHABET)
 
 
 def unprintable(text):
-    """The bytes of a text in GPT-2's alphabet."""
+    """The bytes that a text in GPT-2's alphabet spells."""
     return bytes(BYTES[character] for character in text)
 
 

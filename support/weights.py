@@ -1,7 +1,7 @@
 """
 Files of weights as Hugging Face has them: safetensors and .bin, whole or in shards, and their download by name.
 
-Read with torch alone; a tensor of safetensors, or of a .bin that is a zip file, is mapped and not copied.
+They are read with torch alone. A tensor in safetensors, or in a .bin that is a zip file, is memory-mapped, not copied.
 """
 
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 URL = "https://huggingface.co/{name}/resolve/main/{file}"
-BESIDE = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")  # where there are
+BESIDE = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")  # if they exist
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in this order, as in transformers: a .bin beside it may be stale
@@ -75,8 +75,8 @@ def read_weights(file):
 
 
 def read_safetensors(file):
-    """8 bytes with the length n of the header, n bytes of JSON, then the bytes of the tensors at the header's offsets
-    [the format of huggingface/safetensors]. Raises ValueError if the file does not hold all of them."""
+    """Reads 8 bytes with the length n of the header, n bytes of JSON, then the bytes of the tensors at the header's
+    offsets [the format of huggingface/safetensors]. Raises ValueError if the file does not hold all of them."""
     weights, size = {}, file.stat().st_size
     with open(file, "rb") as opened:
         start = 8 + int.from_bytes(opened.read(8), "little")
@@ -87,7 +87,7 @@ def read_safetensors(file):
             (begin, end), dtype, shape = entry["data_offsets"], DTYPES[entry["dtype"]], entry["shape"]
             if not 0 <= begin <= end <= size - start or end - begin != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"{name} does not fit")
-            # A mapping of its own for each tensor, which is gone when the tensor is
+            # Each tensor has its own mapping, which is freed with it
             skip = (start + begin) % mmap.ALLOCATIONGRANULARITY
             raw = mmap.mmap(opened.fileno(), skip + end - begin, access=mmap.ACCESS_COPY,
                             offset=start + begin - skip) if end > begin else b""
@@ -115,7 +115,7 @@ def is_nanogpt(path):
         return False
     try:
         return {"model", "model_args"} <= set(torch.load(path, map_location="meta", weights_only=True))
-    except Exception:  # whatever is wrong with it: the reader of checkpoints will say so
+    except Exception:  # the reader of checkpoints will say what is wrong with it
         return False
 
 
@@ -126,22 +126,22 @@ GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
 
 
 def is_public_name(path_or_name):
-    """Whether this can be a name on Hugging Face's hub: a GPT-2's, or owner/model that is no path to a file."""
+    """Whether this can be a name on Hugging Face's hub: a GPT-2's, or owner/model that is not a path to a file."""
     name = str(path_or_name)
     return name in GPT2_NAMES or bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)) and not re.search(
         r"\.(pt|bin|safetensors|json)$", name)
 
 
 def download(name, folder):
-    """The files of a public model, in `folder`. Those that are not there are downloaded, each into its place
-    once it is whole, so that a second call goes on where a first one ended; the list of shards comes last."""
+    """Downloads the files of a public model that `folder` lacks. Each is moved into place once it is complete, so that
+    a second call continues where the first one ended. The list of shards comes last."""
     folder.mkdir(parents=True, exist_ok=True)
     if any((folder / file).exists() for file in (*WEIGHTS, *(f"{file}.index.json" for file in WEIGHTS))):
         return
 
     with tempfile.TemporaryDirectory(dir=folder) as partial:
         def fetch(file, optional=False):
-            """Path of a downloaded file that is whole, or None for an optional one that the model does not have."""
+            """Path of a complete file, downloaded if needed; None for an optional one that the model does not have."""
             if (folder / file).exists():
                 return folder / file
             url, part = URL.format(name=name, file=file), Path(partial) / file
@@ -151,8 +151,8 @@ def download(name, folder):
                 if optional and (getattr(error, "code", None) == 404 or isinstance(getattr(error, "reason", None),
                                                                                    FileNotFoundError)):
                     return None
-                raise OSError(f"could not download {url} ({error}): check the name and the connection; of a "
-                              "model with a licence to accept, give the folder that you fetched") from error
+                raise OSError(f"could not download {url} ({error}): check the name and the connection; for "
+                              "a model with a licence to accept, give the folder that you downloaded") from error
             # A connection that closes early looks like the end of the file: only what can be read enters the cache.
             if part.suffix in (".safetensors", ".bin"):
                 read_weights(part)

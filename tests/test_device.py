@@ -62,7 +62,7 @@ def test_bfloat16_is_refused_on_a_gpu_without_it_and_auto_falls_back(monkeypatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
-    with pytest.raises(UserError, match="--dtype=bfloat16 was asked for, but this GPU has none"):
+    with pytest.raises(UserError, match="--dtype=bfloat16 was asked for, but this GPU does not support it"):
         setup(Config(dtype="bfloat16"))
     asked = []
     monkeypatch.setattr(torch, "autocast",

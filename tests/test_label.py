@@ -154,7 +154,7 @@ def test_no_pair_of_answers_to_a_prompt_is_asked_twice_whatever_the_seed(sft, tm
     for seed in 0, 1, 0:
         decisions, config = label.Decisions(tmp_path / "pairs.jsonl"), label.Config(labeller="atlas", n=100, seed=seed)
         label.label(model, encoding, prompts, config, decisions, sha256, None, None)
-        assert "two passes over the prompts brought no pair that was not asked already" in capsys.readouterr().out
+        assert "two passes over the prompts brought no pair that was not asked before" in capsys.readouterr().out
     asked = [(row["prompt"], frozenset((row["chosen"], row["rejected"]))) for row in rows(tmp_path)]
     assert len(asked) == len(set(asked)) > 12  # of 3 prompts x 6 pairs
 
@@ -182,7 +182,7 @@ def test_a_file_that_is_not_ours_is_refused_and_not_touched(line, tmp_path):
     path, good = tmp_path / "pairs.jsonl", '{"prompt": "p", "chosen": " a", "rejected": " b"}\n'
     for text in (good + line + "\n" + good, good + line.replace('{"prompt', '{ "prompt')):
         path.write_text(text)
-        with pytest.raises(UserError, match="pairs.jsonl:2 is no row with prompt, chosen, rejected: correct it"):
+        with pytest.raises(UserError, match="pairs.jsonl:2 is not a row with prompt, chosen, rejected: correct it"):
             label.Decisions(path)
         assert path.read_text() == text
 

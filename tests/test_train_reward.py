@@ -194,7 +194,7 @@ ALL = (r"for 2 responses: it must return a list of as many numbers, a tensor or 
     ({"a": [1, 2], "b": 3}, "returned 3 as the part b " + ALL),
     ({"a": [1, 2], "b": [3, math.nan]}, "returned nan as the part b " + ONE),
     ({"a": [1, 3e38], "b": [3, 3e38]}, r"returned 6e\+38 as the sum of its parts " + ONE),
-    ({"a b": [1, 2]}, "returned a part with the name 'a b': give it a name like those of variables$"),
+    ({"a b": [1, 2]}, "returned a part with the name 'a b': give it a valid variable name$"),
     ({1: [1, 2]}, "returned a part with the name 1: give it"),
     ({}, "returned a dict without parts: it must hold a list of numbers for each part$"),
     ({"a": 1, "b": 2}.keys(), r"dict_keys\(\['a', 'b'\]\) of length 2 " + ALL),

@@ -1,5 +1,5 @@
 """
-How long one PPO iteration takes, stage by stage, and how long it would take at the speed that this machine has.
+How long one PPO iteration takes, stage by stage, and the least time it could take at this machine's measured speed.
 
     python -m tools.bench                                  the tiny preset, as a table
     python -m tools.bench --preset=small --dtype=bfloat16  bfloat16 autocast
@@ -9,12 +9,12 @@ How long one PPO iteration takes, stage by stage, and how long it would take at 
     python -m tools.bench --estimate                       which model fits into which GPU, computed and not measured
 
 The loop is train_ppo.train itself, on random weights whose EOS is all but impossible, so that each response has its
-full length. The floor is what the same work needs at the matrix rate and the bandwidth measured in this process, if
-nothing else took any time: per stage, and in the rollout per decoding step, the larger of FLOPs / rate and
-bytes / bandwidth. Work is counted as train_ppo.py clocks it: the reward model's pass belongs to the rollout.
+full length. The floor is the time that the same work needs at the matrix rate and the bandwidth measured in this
+process, if nothing else took any time. It is the larger of FLOPs / rate and bytes / bandwidth, per stage, and in the
+rollout per decoding step. Work is counted as train_ppo.py clocks it: the reward model's pass belongs to the rollout.
 
-tokens/s are response tokens of a rollout over the stage's seconds, however often the stage passes over them. MFU is
-the FLOPs of `work` over seconds over the measured matrix rate. Where nothing else is said, times are medians.
+tokens/s are the response tokens of a rollout divided by the stage's seconds, however often the stage passes over them.
+MFU is the FLOPs of `work` / seconds / the measured matrix rate. Times are medians unless stated otherwise.
 """
 
 import base64
@@ -70,7 +70,7 @@ class Size:
 
     @property
     def model(self):
-        # One position more, for the EOS that the reward model is shown after a response without one.
+        # One more position, for the EOS that the reward model is shown after a response without one.
         return GPTConfig(block_size=self.prompt_len + self.response_len + 1, vocab_size=self.vocab_size,
                          n_layer=self.n_layer, n_head=self.n_head, n_embd=self.n_embd, **self.kind or {})
 
@@ -105,13 +105,13 @@ SAVING = {"`--critic=separate`": ("separate", False), "`--critic=shared`": ("sha
 
 @dataclass
 class Config:
-    preset: str = "tiny"                # tiny|small|gpt2|smollm2|qwen-0.6b|llama-1b: flags from n_layer on change it
+    preset: str = "tiny"                # tiny|small|gpt2|smollm2|qwen-0.6b|llama-1b: n_layer and later flags change it
     device: str = "auto"                # auto|cpu|cuda: auto takes cuda if there is one
     dtype: str = "auto"                 # auto|float32|bfloat16: autocast; auto is bfloat16 on cuda, float32 on cpu
     compile: bool = False               # torch.compile the training passes; give it more warm-up
     recompute: bool = False             # activation checkpointing
     critic: str = "shared"              # shared|separate|none: none is the group baseline, 4 responses to a prompt
-    iters: int = 5                      # [1, inf) iterations that the medians are over
+    iters: int = 5                      # [1, inf) iterations that the medians are taken over
     warmup: int = 1                     # [0, inf) iterations before those
     json: bool = False                  # one line of JSON instead of the table
     profile: Optional[str] = None       # write a trace of one more iteration here, .json or .json.gz
@@ -140,7 +140,7 @@ class Config:
 # running train_ppo.train
 
 def write_inputs(folder, size):
-    """tokens.tiktoken, prompts.jsonl, sft.pt and rm.pt in `folder`: all that train_ppo.py needs for this size."""
+    """Writes tokens.tiktoken, prompts.jsonl, sft.pt and rm.pt: everything that train_ppo.py needs for this size."""
     letters = itertools.product(string.ascii_lowercase, repeat=4)
     words = [" " + "".join(next(letters)) for _ in range(size.vocab_size - 257)]  # each is one token: bytes, words, EOS
     ranks = [bytes([byte]) for byte in range(256)] + [word.encode() for word in words]
@@ -154,7 +154,7 @@ def write_inputs(folder, size):
     policy = GPT(size.model)
     with torch.no_grad():
         # EOS gets a logit so low in every state that responses have their full length.
-        if size.kind:  # one channel of the stream dwarfs the others, and RMSNorm makes sqrt(C) of it: EOS points away
+        if size.kind:  # a channel of the stream dwarfs the others, RMSNorm scales it to sqrt(C), and EOS points away
             policy.trunk.wte.weight[:, 0] = 8.0
             policy.trunk.wte.weight[-1, 0] = -8.0
         else:  # a LayerNorm's output sums to 0 before its bias, and to C with a bias of 1 everywhere
@@ -170,7 +170,7 @@ def write_inputs(folder, size):
 
 
 def train_config(folder, size, **flags):
-    """The flags of train_ppo.py for this size, with everything that is not PPO put off beyond the end of the run."""
+    """The flags of train_ppo.py for this size, with saving, sampling and logging put off beyond the end of the run."""
     return train_ppo.Config(**{
         "data": str(folder / "prompts.jsonl"), "init_from": str(folder / "sft.pt"), "rm": str(folder / "rm.pt"),
         "out_dir": str(folder), "batch_size": size.batch_size, "max_new_tokens": size.response_len, "lr": 1e-6,
@@ -180,12 +180,12 @@ def train_config(folder, size, **flags):
 
 
 class Enough(Exception):
-    """Raised in the loop after the last iteration that is wanted."""
+    """Raised in the loop after the last iteration that is needed."""
 
 
 def run_iterations(config, after):
     """Runs train_ppo.train(config), whose loop calls after(row) with each iteration's row of metrics.jsonl, until that
-    raises Enough. The time that `after` takes is in no row. What the run prints is shown only if it fails."""
+    raises Enough. The rows leave out the time that `after` takes. What the run prints is shown only if it fails."""
     class Metrics(train_ppo.Metrics):
         def write(self, *args, **kwargs):
             row = super().write(*args, **kwargs)
@@ -208,7 +208,7 @@ def run_iterations(config, after):
 
 
 def peak_memory(device):
-    """Bytes: the allocator's on a GPU; on a CPU the whole process's, which never falls."""
+    """The peak in bytes: on a GPU, the allocator's; on a CPU, the whole process's, which never falls."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
@@ -247,7 +247,7 @@ def measure(config, size):
 # ceilings of the machine
 
 def fastest(fn, device, seconds=0.3):
-    """Seconds of the fastest of many calls, each long enough to be timed."""
+    """Seconds per call of fn, in the fastest of many series of calls, each long enough to be timed."""
     def timed(calls):
         clock = Clock(device)
         for _ in range(calls):
@@ -263,8 +263,8 @@ def fastest(fn, device, seconds=0.3):
 
 
 def matrix_rate(size, rows, dtype, device):
-    """(FLOP/s, the setting it was reached at): the fastest product that a pass over `rows` sequences has. float32 is
-    tried with each library that torch.set_float32_matmul_precision leads to, if the result there is float32's."""
+    """(FLOP/s, the setting that reached it) of the fastest matrix product in a pass over `rows` sequences. float32 is
+    tried with each library that torch.set_float32_matmul_precision selects, if its result has float32's precision."""
     tokens = rows * (size.prompt_len + size.response_len)
     shapes = [(tokens, *product) for product in size.layer] + [
         (rows * size.response_len, size.n_embd, size.vocab_size)]
@@ -285,8 +285,8 @@ def matrix_rate(size, rows, dtype, device):
 
 
 def bandwidth(n_bytes, device):
-    """bytes/s of reading (a sum) or of copying, whichever is faster, in a working set of this size, 1 GB at most.
-    A small one lives in the processor's cache."""
+    """bytes/s of reading (a sum) or of copying, whichever is faster, in a working set of n_bytes, 1 GB at most.
+    A small one fits into the processor's cache."""
     x = torch.zeros(int(min(n_bytes, 1e9)) // 8 * 2, device=device)
     half = x.numel() // 2
     read = fastest(x.sum, device)
@@ -301,7 +301,7 @@ class Piece(NamedTuple):
     """Work that cannot overlap with other pieces."""
     flops: float
     bytes: float = 0.0
-    working_set: float = 0.0  # bytes that it goes round in
+    working_set: float = 0.0  # bytes that it touches again and again
 
 
 def n_params(size):
@@ -310,20 +310,20 @@ def n_params(size):
 
 
 def layer_weights(size):
-    """Weights of a layer's matrices."""
+    """The number of weights in a layer's matrices."""
     return sum(n * m for n, m in size.layer)
 
 
 def forward_flops(size, tokens, pairs, logits):
-    """FLOPs of a forward pass over `tokens`, in which attention looks at `pairs` of positions and the policy head is
-    asked at `logits` positions. Matrix products only, 2 FLOPs for each multiplication and addition."""
+    """FLOPs of a forward pass over `tokens`, in which attention reads `pairs` of positions and the policy head runs
+    at `logits` positions. Matrix products only, 2 FLOPs for a multiplication and its addition."""
     c = size.model
     return 2 * c.n_layer * layer_weights(size) * tokens + 4 * c.n_layer * c.n_head * c.head_dim * pairs \
         + 2 * c.n_embd * c.vocab_size * logits
 
 
 def work(size, critic, width):
-    """{stage: [Piece]} of one iteration. `width` is the bytes of a number in the products: 4 or 2."""
+    """{stage: [Piece]} of one iteration. `width` is the bytes per number in the products: 4 or 2."""
     B, P, R, c = size.batch_size, size.prompt_len, size.response_len, size.model
     T, critics = P + R, int(critic == "separate")
     weights = width * (size.n_layer * layer_weights(size) + size.vocab_size * size.n_embd)
@@ -351,7 +351,7 @@ def floor_seconds(pieces, rate, bandwidth_at):
 # memory, computed
 
 class LiveBytes(TorchDispatchMode):
-    """While it is on: `peak`, the most bytes that tensors made by operations held at one time."""
+    """Records, while it is active, `peak`: the most bytes held at one time by tensors that operations made."""
 
     def __init__(self):
         super().__init__()
@@ -370,8 +370,8 @@ class LiveBytes(TorchDispatchMode):
 
 
 def pass_bytes(size, rows, bf16, critic=False, recompute=False, chunk=None):
-    """The most that a training pass over `rows` responses holds beyond weights and gradients, forward and backward, as
-    the allocations of score_response itself add up on fake tensors, which take no memory."""
+    """The most bytes that a training pass over `rows` responses, forward and backward, holds beyond weights and
+    gradients. Adds up the allocations of score_response itself, on fake tensors, which take no memory."""
     with FakeTensorMode():
         model, live = GPT(size.model).eval(), LiveBytes()
         model.trunk.recompute = recompute
@@ -390,8 +390,8 @@ def pass_bytes(size, rows, bf16, critic=False, recompute=False, chunk=None):
 
 
 def estimate(size, critic, micro, bf16, recompute=False, chunk=None):
-    """{what: bytes} of a run, all of it on one device at the same time, except that the peak of the rollout and that of
-    the update exclude each other: the larger one counts."""
+    """{what: bytes} of a run on one device. All of it is held at the same time, except that the rollout and the update
+    alternate: only the larger of their peaks counts."""
     N, T = n_params(size), size.prompt_len + size.response_len
     trained = 1 + int(critic == "separate")
     heads = size.model.n_kv_head * size.model.head_dim
@@ -411,7 +411,7 @@ def estimate(size, critic, micro, bf16, recompute=False, chunk=None):
 # showing
 
 def machine(device):
-    """What the numbers are of."""
+    """The machine that the numbers were measured on."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
@@ -425,7 +425,7 @@ def bench(config):
     size, device = config.size(), pick_device(config)
     rows, peak, summary = measure(config, size)  # before the ceilings, whose buffers would count as memory
     bf16 = config.dtype == "bfloat16" or config.dtype == "auto" and device.type == "cuda"
-    logits = size.response_len * size.vocab_size if device.type == "cpu" else 1  # a GPU has room for all it would take
+    logits = size.response_len * size.vocab_size if device.type == "cpu" else 1  # a GPU has room for all rows
     micro = micro_batch_size(size.batch_size // size.minibatches, config.micro_batch_size, logits, by_length=True)
     rate, setting = matrix_rate(size, micro, torch.bfloat16 if bf16 else torch.float32, device)
     bandwidths = {}
@@ -481,8 +481,8 @@ def print_table(config, result):
 
 
 def gigabytes(size, critic, recompute):
-    """The least that a run in bfloat16 needs, with --reward=FUNCTION: 4 responses per forward pass, and as the rollout
-    and the update exclude each other, the larger of them."""
+    """The least GB that a run in bfloat16 needs, with --reward=FUNCTION and 4 responses per forward pass. The rollout
+    and the update alternate, so only the larger of them counts."""
     items = estimate(size, critic, 4, True, recompute, chunk=256)
     rollout = items.pop("KV cache") + 2 * n_params(size)  # and the bfloat16 copy of the weights that autocast keeps
     return (sum(items.values()) - items["training pass"] - items["reward model"]
@@ -490,10 +490,10 @@ def gigabytes(size, critic, recompute):
 
 
 def print_estimate():
-    """Which flags make which model fit into which GPU, a tenth of which is left to CUDA and to fragmentation."""
-    print("computed from allocations, not measured: 64 responses of 256 tokens to prompts of 128, bfloat16 autocast over "
-          "float32 weights,\n4 responses per forward pass, head in chunks of 256 positions, --reward=FUNCTION; GB needed "
-          "in brackets\n\n| model | " + " | ".join(f"{card} GB" for card in CARDS) + " |\n" + "|---" * 5 + "|")
+    """Prints which flags make which model fit into which GPU. A tenth of it is left to CUDA and to fragmentation."""
+    print("computed from allocations, not measured: 64 responses of 256 tokens to prompts of 128, bfloat16 autocast "
+          "over float32 weights,\n4 responses per forward pass, head in chunks of 256 positions, --reward=FUNCTION; GB "
+          "needed in brackets\n\n| model | " + " | ".join(f"{card} GB" for card in CARDS) + " |\n" + "|---" * 5 + "|")
     for name, size in FITS.items():
         needs = {flags: gigabytes(size, *options) for flags, options in SAVING.items()}
         cells = [next((f"{flags} ({need:.1f})" for flags, need in needs.items() if need <= 0.9 * card), "no")

@@ -4,7 +4,7 @@ Learns a byte-pair vocabulary from text, for --tokenizer: a small one makes a sm
     python -m tools.bpe reviews.jsonl.gz --vocab_size=2048 --save=reviews.tiktoken
     python train_sft.py --data=reviews.jsonl.gz --tokenizer=reviews.tiktoken
 
-The file is lines of "base64 rank", which data.py reads, split into words as GPT-2 does. <|endoftext|> comes on top.
+The .tiktoken file has lines of "base64 rank". The text is split into words as in GPT-2. <|endoftext|> is added later.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from tokenizer import GPT2_SPLIT, DataError
 
 def merge(pieces, ranks):
     """Applies tiktoken's rule to a list of bytes: of all neighbours that make a token, join those of the lowest rank,
-    the leftmost first, until none are left."""
+    the leftmost first, until no neighbours make one."""
     while True:
         found = [(ranks[a + b], i) for i, (a, b) in enumerate(zip(pieces, pieces[1:])) if a + b in ranks]
         if not found:
@@ -32,11 +32,11 @@ def merge(pieces, ranks):
 
 def learn_bpe(texts, vocab_size):
     """{token: rank} with the 256 bytes first, then the commonest pair of neighbours again and again [Sennrich et al.
-    2016, 1508.07909], up to vocab_size tokens or until no pair is left. Counts go by what a pair spells, not by how it
-    splits, because tiktoken joins whatever spells a token."""
+    2016, 1508.07909], up to vocab_size tokens or until no pair is left. A pair counts by what it spells, not by how it
+    splits, because tiktoken joins any neighbours that spell a token."""
     words = Counter(word.encode() for text in texts for word in regex.findall(GPT2_SPLIT, text))
     ranks = {bytes([byte]): byte for byte in range(256)}
-    pieces, counts, where = {}, Counter(), defaultdict(dict)  # dicts for sets, whose order changes from run to run
+    pieces, counts, where = {}, Counter(), defaultdict(dict)  # dicts, as the order of sets changes from run to run
 
     def add(word, new):
         pieces[word] = new
@@ -73,7 +73,7 @@ def texts_of(row):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="a .jsonl or .jsonl.gz file; all texts of a row are read")
-    parser.add_argument("--vocab_size", type=int, default=4096, help="tokens, 256 bytes among them, less <|endoftext|>")
+    parser.add_argument("--vocab_size", type=int, default=4096, help="tokens, with the 256 bytes but no <|endoftext|>")
     parser.add_argument("--save", required=True, help="the .tiktoken file to write")
     options = parser.parse_args(argv)
     try:

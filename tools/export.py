@@ -4,7 +4,7 @@ Writes a policy as a folder that Hugging Face's transformers reads, with its tok
     python -m tools.export --to=lima                                     out/atlas/ppo.pt
     python -m tools.export --checkpoint=out/hh/sft.pt --to=hh-sft
 
-AutoModelForCausalLM and AutoTokenizer then give the logits, the ids and the end of a response that you have here.
+AutoModelForCausalLM and AutoTokenizer then give the same logits, ids and end of a response as this repository.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from tokenizer import DataError, run_tokenizer
 @dataclass
 class Config:
     checkpoint: str = "out/atlas/ppo.pt"  # an sft.pt or ppo.pt
-    to: Optional[str] = None              # the folder to write; it must not exist, or be empty
+    to: Optional[str] = None              # the folder to write; it must be empty or not exist
 
 
 def main(config):

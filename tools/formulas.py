@@ -37,7 +37,7 @@ def formulas(text):
 
 
 def render(texts):
-    """[(index, error)] of those (TeX, displayed) that KaTeX refuses. OSError: no node; CalledProcessError: no katex."""
+    """[(index, error)] of each (TeX, displayed) that KaTeX refuses. OSError: no node; CalledProcessError: no katex."""
     node = subprocess.run(["node", "-e", RENDER], input=json.dumps(texts), capture_output=True, text=True, check=True)
     return json.loads(node.stdout)
 

@@ -7,14 +7,14 @@ What a PPO step sees, token by token: one HTML file that needs nothing but a bro
     python -m tools.inspect_rollout --data=rows.jsonl --text               {"prompt"} or {"prompt", "response"} rows
     python -m tools.inspect_rollout --samples=out/atlas/samples.jsonl      what the run showed at its last look
 
-A ppo.pt is looked at as its next rollout would see it, with its own flags, critic and optimizer. An sft.pt is looked at
-as PPO's first rollout sees it: with the flags of the ppo.pt that is given with it or else the defaults, and with the
+A ppo.pt is shown as its next rollout would see it, with its own flags, critic and optimizer. An sft.pt is shown as
+PPO's first rollout would see it: with the flags of the ppo.pt that you give with it, or else the defaults, and with the
 reward model as the critic. Every number comes from the functions that train_ppo.py calls, and the ratio from
 train_ppo.py itself, which takes its next optimizer steps in a temporary folder. No checkpoint is changed. A ppo.pt of
-experiments.ladder --objective is looked at with that objective's advantages.
+experiments.ladder --objective is shown with that objective's advantages.
 
-The critic may be wrong, and at PPO's first rollout it is. So there is also the advantage as the derivation defines it,
-without a critic: what really follows, on average over answers that are sampled on from before and from after the token.
+The critic may be wrong, and at PPO's first rollout it is. So you also get the advantage as the derivation defines it,
+without a critic. It compares what really follows, on average over answers continued from before and after the token.
 """
 
 import io
@@ -59,7 +59,7 @@ QUANTITIES = {
                                                    "own next rollout is: the token's weight in PPO's loss"),
     "advantage": ("advantage (raw)", None, 0, "before whitening, in units of score"),
     "sampled_advantage": ("advantage by sampling", "adv smp", 0,
-                          "how much more follows after the token than before it, on average over sampled completions: "
+                          "how much the token raises the reward that follows, on average over sampled completions: "
                           "no critic"),
     "value": ("value", "value", 0, "what the critic expects to follow, before the token is chosen, in units of score"),
     "kl": ("KL", "KL", 0, "log pi - log pi_ref of the token, in nats; it estimates the KL only where this policy "
@@ -70,11 +70,11 @@ QUANTITIES = {
     "ratio": ("ratio", "ratio", 1, "probability after PPO's next optimizer steps / probability now"),
     "entropy": ("entropy", "entropy", 0, "of the distribution that the token was chosen from, in nats"),
     "reward_to_go": ("reward-to-go", None, 0, "this reward and all later ones, discounted by gamma"),
-    "sampled_value": ("value by sampling", None, 0, "what follows on average when the response is sampled on from "
+    "sampled_value": ("value by sampling", None, 0, "what follows on average when the response is continued from "
                                                     "before the token: what the critic should say"),
     "change": ("p after / p before", "p2 / p1", 1, "probability under the second checkpoint / under the first"),
 }
-ONE_SIDED = {"logprob": "below", "ref_logprob": "below", "entropy": "above"}  # never on the other side of 0: no sign
+ONE_SIDED = {"logprob": "below", "ref_logprob": "below", "entropy": "above"}  # never on the other side of 0: unsigned
 COLUMNS = 120       # of the terminal
 
 
@@ -90,11 +90,11 @@ class Config:
     samples: Optional[str] = None  # a run's samples.jsonl: show the answers of its last look
     n: int = 1                    # [1, inf) answers sampled for each prompt and checkpoint
     updates: int = 1              # [0, inf) rollouts of PPO until the ratio is taken; 0 is quicker and shows no ratio
-    completions: int = 64         # [0, inf) answers sampled from each token on, for the advantage without a critic
+    completions: int = 64         # [0, inf) answers continued from each token, for the advantage without a critic
     save: Optional[str] = None    # the file to write; default: inspect.html beside the checkpoint
     overwrite: bool = False       # replace that file even if this tool did not write it
     text: bool = False            # print tables, in colour on a terminal, and write no file
-    seed: int = 0                 # [0, 9e18] of the answers that are shown
+    seed: int = 0                 # [0, 9e18] seed of the answers that are shown
     device: str = "auto"          # auto|cpu|cuda: auto takes cuda if there is one
 
 
@@ -103,7 +103,7 @@ class Config:
 
 @dataclass
 class Side:
-    """A checkpoint, and around it what train_ppo.py would make its next rollout with."""
+    """A checkpoint, and everything that train_ppo.py would use for its next rollout."""
     name: str
     saved: dict                    # the checkpoint
     config: rungs.Config           # resolved
@@ -122,7 +122,7 @@ class Side:
 
     @property
     def iterations(self):
-        """Rollouts that made this policy."""
+        """The number of rollouts that trained this policy."""
         return self.saved["iter"] if self.saved["stage"] == "ppo" else 0
 
     @property
@@ -157,7 +157,7 @@ def load_side(path, name, saved, flags, options):
     config.check()
     config = config.resolved()
     require(config.advantage == "gae", f"{path} was trained with --advantage=group, where the advantage is one "
-            "number per response, next to others to its prompt: there is nothing to see by token")
+            "number per response, compared with others to its prompt: there is nothing to see by token")
     encoding, tokenizer = run_tokenizer(None, None, saved["tokenizer"])
     block_size = saved["model_config"]["block_size"]
     stages.resolve_max_new_tokens(config, encoding, block_size)
@@ -179,13 +179,13 @@ def load_side(path, name, saved, flags, options):
 
 
 def sample(side, prompts, *purpose):
-    """[(prompt, response)]: one answer of the side's policy, a list of ids, to each of Prompts."""
+    """[(prompt, response)]: one answer (a list of ids) of the side's policy to each of the Prompts."""
     rollout = side.experience.sample(side.policy, prompts, generator(side.experience.device, *purpose))
     return [(prompt, response) for prompt, (_, response) in zip(prompts, rollout.ids())]
 
 
 def next_rollout(side):
-    """[(prompt, response)] of the rollout that train_ppo.py would sample next, to the token."""
+    """[(prompt, response)] of the rollout that train_ppo.py would sample next, equal in every token."""
     iteration, config = side.iterations + 1, side.config
     order = data.BatchOrder([1] * len(side.split.train), config.batch_size // config.samples_per_prompt, config.seed)
     prompts = [side.split.train[i] for i in order.order(iteration - 1) for _ in range(config.samples_per_prompt)]
@@ -198,7 +198,7 @@ def updated_policy(side, rollouts):
         resume = side.saved["stage"] == "ppo"
         config = replace(side.config, out_dir=folder, max_iters=side.iterations + rollouts, resume=resume)
         path = Path(folder) / "ppo.pt"
-        if resume:  # with the paths of this machine among its flags, or it would be refused as another run
+        if resume:  # with this machine's paths in its flags, or it would be refused as another run
             save_checkpoint(path, {k: v for k, v in side.saved.items() if k != "sha256"} | {"flags": asdict(config)})
         rungs.train(config)
         steps = int(read_run(folder)["optimizer_steps"][1].sum())
@@ -209,7 +209,7 @@ def updated_policy(side, rollouts):
 # the numbers
 
 def rollout_of(side, rows):
-    """(the Rollout that rows [(Prompt, response)] of ids would be, the forward passes over it)."""
+    """(a Rollout of the rows [(Prompt, response)], given as ids, and the forward passes over it)."""
     batch = data.collate_demonstrations([data.Demonstration(*row) for row in rows], side.experience.pad)
     tokens, prompt_lens, response_lens, mask = (x.to(side.experience.device) for x in batch)
     unsampled = torch.zeros(mask.shape, device=mask.device)
@@ -239,16 +239,16 @@ def shaped(side, rows, rollout, passes):
 
 @torch.no_grad()
 def measure(side, rows, batch, updated=None, before=None, after=None):
-    """The dict of `shaped` for rows and then for those of a batch, which is the policy's next rollout. Further:
-    "advantage", and "whitened" by the statistics of the batch alone, (B, R); "kl_sum" (B,); "top_probs" and "top_ids"
+    """The dict of `shaped` for `rows`, followed by those of `batch`, the policy's next rollout. It also has "advantage"
+    and "whitened" (by the statistics of the batch alone), (B, R); "kl_sum" (B,); "top_probs" and "top_ids"
     (B, R, ALTERNATIVES); with the policy `updated`, the "ratio" (B, R); with the policies `before` and `after`, the
-    "change" of rows alone, which is the same for both sides."""
+    "change" of `rows` alone, which is the same for both sides."""
     rollout, passes = rollout_of(side, rows + batch)
     numbers = shaped(side, rows + batch, rollout, passes)
     mask, config, experience = rollout.mask, side.config, side.experience
     numbers["advantage"], _ = token_advantages(config.objective, numbers["reward"], numbers["value"], mask,
                                                config.gamma, config.lam)
-    # ppo.whiten by the mean and variance of the batch: by those of all rows, the other rows shown would move a number.
+    # ppo.whiten with the mean and variance of the batch. With those of all rows, numbers would depend on what is shown.
     batch_advantages, batch_mask = numbers["advantage"][len(rows):], mask[len(rows):]
     mean = masked_mean(batch_advantages, batch_mask)
     variance = masked_mean((batch_advantages - mean) ** 2, batch_mask)
@@ -266,8 +266,8 @@ def measure(side, rows, batch, updated=None, before=None, after=None):
 
 
 def sampled_values(side, rows, completions, seed):
-    """{(prompt, beginning of a response): (value, standard error)} for each beginning of each of rows: the mean
-    reward-to-go of responses that the policy completes from there, which a critic is to learn."""
+    """{(prompt, beginning of a response): (value, standard error)} for each beginning of each row. The value is the
+    mean reward-to-go of responses that the policy completes from there, which is what a critic should learn."""
     found = {}
     states = {(tuple(prompt), tuple(response[:t])): prompt for prompt, response in rows for t in range(len(response))}
     for (prompt, begun), given in states.items():  # responses to one prompt share their first states
@@ -295,7 +295,7 @@ def alternatives(policy, tokens, prompt_lens, R, temperature):
 # what to show
 
 def asked_rows(options, sides):
-    """[(prompt, responses)], lists of ids: what the flags ask for. No responses: they are to be sampled."""
+    """[(prompt, responses)], lists of ids: what the flags ask for. Without responses, some will be sampled."""
     require(options.response is None or options.prompt is not None, "--response answers a --prompt: give both")
     given = [name for name in ("prompt", "data", "samples") if getattr(options, name) is not None]
     require(len(given) < 2, f"--{' and --'.join(given)} both say what to show: give one")
@@ -321,7 +321,7 @@ def asked_rows(options, sides):
 
 def encode_samples(sides, path):
     """[(prompt, [response])], lists of ids, of the last look in a samples.jsonl. A response that was cut has no EOS.
-    The ids are those of the text, and the policy may have sampled others for it."""
+    The ids come from encoding the text, and the policy may have sampled others for it."""
     samples = metrics.whole_lines(Path(path), "iter")
     require(samples, f"--samples={path} has no samples: name the samples.jsonl of a PPO run")
     samples = [sample for sample in samples if sample["iter"] == samples[-1]["iter"]]
@@ -331,8 +331,8 @@ def encode_samples(sides, path):
 
 
 def encode(sides, rows):
-    """[(Prompt, responses)] as ids of [Row]. A reward function that takes rows gets that of the file, or else the one
-    that the run has for this prompt. Raises UserError for one that a model cannot read."""
+    """[(Prompt, responses)] as ids, from [Row]. A reward function that takes rows gets the file's row, or else the one
+    that the run has for this prompt. Raises UserError for a row that a model cannot read."""
     asked, encoding, split = [], sides[0].encoding, sides[0].split
     rows_of_run = {tuple(prompt): prompt.row for prompt in split.train + split.heldout}
     block_size = min(side.policy.config.block_size for side in sides)
@@ -374,8 +374,8 @@ INVISIBLE = {"\n": "↵", "\t": "⇥", "\r": "␍", " ": "·"}
 
 
 def visible(raw):
-    """[(text, whether it stands for something that cannot be seen)] of a token's bytes: blanks, control and format
-    characters, lone accents, and bytes that are no whole UTF-8 character."""
+    """[(text, whether it replaces something invisible)] of a token's bytes. Invisible are blanks, control and format
+    characters, lone accents, and bytes that are not a whole UTF-8 character."""
     pieces = []
     for character in raw.decode("utf-8", errors="surrogateescape"):
         if character in INVISIBLE:
@@ -396,7 +396,7 @@ def visible(raw):
 
 
 def describe_token(encoding, token):
-    """What is shown of a token: its id, its visible pieces, and the words in which a screen reader says it."""
+    """What is shown of a token: its id, its visible pieces, and the words that a screen reader says."""
     if token in eos_ids(encoding):
         return {"id": token, "show": [("EOS", True)], "say": "end of text"}
     raw = token_bytes(encoding, token)
@@ -421,7 +421,7 @@ def describe_response(side, numbers, i, prompt, response, origin):
                       {"top": [describe_token(side.encoding, other) | {"p": digits(p)} for other, p in top]})
     return {"origin": origin, "prompt": [describe_token(side.encoding, token) for token in prompt], "tokens": tokens,
             "score": digits(numbers["scores"][i]), "kl": digits(numbers["kl_sum"][i]), "ended": numbers["has_eos"][i],
-            "kl_label": "KL" if origin == sampled_from(side) else "log pi/pi_ref"}  # which estimates no KL of side's
+            "kl_label": "KL" if origin == sampled_from(side) else "log pi/pi_ref"}  # not an estimate of the side's KL
 
 
 def look(side, rows, origins, options, policies):
@@ -447,8 +447,8 @@ def look(side, rows, origins, options, policies):
 
 
 def colour_limits(responses):
-    """{quantity: the distance from its neutral number that has full colour}: one number in ten is at least as far. One
-    outlier at the end of the scale would leave all others pale."""
+    """{quantity: the distance from its neutral number that has full colour}: one number in ten is at least as far. If
+    an outlier set the scale, all others would be pale."""
     limits = {}
     for name, (_, _, neutral, _) in QUANTITIES.items():
         found = [token[name] for response in responses for token in response["tokens"] if token.get(name) is not None]
@@ -469,7 +469,7 @@ def notes(side, n_tokens, n_batch, steps, options, error):
         found.append("The values are those of the run's critic.")
     elif side.models.reward_model:
         found.append("The critic starts as the reward model: its value is the score of the response if it ended before "
-                     "the token, which is no expectation yet, so the advantages of the first rollout may mislead.")
+                     "the token. That is not an expectation yet, so the first rollout's advantages may mislead.")
     else:
         found.append("The critic has not been trained yet, so the values are 0.")
     found.append(f"The rewards add up to score{penalty}"
@@ -477,13 +477,13 @@ def notes(side, n_tokens, n_batch, steps, options, error):
                  + f". The advantages are those of --objective={config.objective} with gamma {config.gamma:g}"
                  + (f" and lambda {config.lam:g}" if config.objective in rungs.OBJECTIVES[3:] else "")
                  + f", whitened by the mean and deviation of the policy's own next rollout ({n_batch} responses, "
-                   f"{n_tokens:,} tokens), whatever else is shown."
+                   f"{n_tokens:,} tokens), regardless of what is shown."
                  + (f" --objective={config.objective} uses the raw ones." if config.objective in rungs.NO_CRITIC
                     else ""))
     if steps:
         found.append(f"The ratio is taken after {steps} optimizer steps of train_ppo.py on the next "
                      + ("rollout" if options.updates == 1 else f"{options.updates} rollouts")
-                     + ". The responses shown here are not in it: their tokens move with those that are.")
+                     + ". The responses shown here are not in it: their ratios change with the policy.")
     if options.completions:
         found.append(f"Value and advantage by sampling are from {options.completions} completions of each beginning; "
                      f"the standard error of such a value is {error:.2f} on average.")
@@ -513,7 +513,7 @@ def distance(x, neutral):
 # the page, and the terminal
 
 def write_page(path, contents):
-    """Writes the page. No text that a model may emit can end its script element, because the data hold no `<`."""
+    """Writes the page. No text that a model may emit can end its script element, because the data contain no `<`."""
     text = json.dumps(contents).replace("<", "\\u003c")
     with atomic_write(path) as file:
         file.write(TEMPLATE.read_text(encoding="utf-8").replace("DATA", text, 1).encode())
@@ -530,15 +530,15 @@ def plain(*tokens):
 
 
 def number(x, quantity=None):
-    """Two decimals, with a sign where 0 has no colour and both sides of it occur; a dash for what is not finite."""
+    """Two decimals, with a sign if 0 has no colour and both signs can occur; a dash if the number is not finite."""
     sign = "+" if quantity and not quantity["neutral"] and quantity["side"] == "both" else ""
     if x is None:
         return "-"
-    return f"{round(x, 2) + 0.0:{sign}.2f}" if abs(x) < 1000 else f"{x:{sign}.0e}"  # + 0.0 makes -0.0 of rounding 0.0
+    return f"{round(x, 2) + 0.0:{sign}.2f}" if abs(x) < 1000 else f"{x:{sign}.0e}"  # + 0.0 turns -0.0 into 0.0
 
 
 def paint(text, x, quantity, limit):
-    """Black text on blue if x is above the number without colour, on orange if it is below; darker if it is farther."""
+    """Black text on blue if x is above the number without colour, on orange if it is below. Darker means farther."""
     strength = 0.0 if x is None else max(-1.0, min(1.0, distance(x, quantity["neutral"]) / limit))
     shades = (153, 111, 75) if strength > 0 else (223, 215, 208)  # of the 256 colours of a terminal
     if abs(strength) <= 0.02:

@@ -8,7 +8,7 @@ appends the choice to a file of pairs that train_rm.py reads.
     python train_rm.py --data=out/atlas/pairs.jsonl --init_from=out/atlas/sft.pt
 
 Every choice is on the disk before the next question is shown. End with q or Ctrl-C, or pull the plug: the same command
-goes on where it ended and asks nothing twice. Ties and skips are no pairs; they go to *.undecided.jsonl beside the
+continues where it ended and asks nothing twice. Ties and skips are not pairs. They go to *.undecided.jsonl beside the
 file, so that they are not asked again either.
 """
 
@@ -53,7 +53,7 @@ class Config:
     labeller: str = "you"            # you|atlas: atlas is the built-in labeller, for --data=atlas
     n: int = 100                     # [1, inf) stop when the file has this many pairs
     max_new_tokens: int = 16         # [1, inf) longest answer; one that is cut there is not shown
-    temperature: float = 1.0         # (0, inf) of the sampled answers; the same as in PPO
+    temperature: float = 1.0         # (0, inf) of the sampled answers; use the same as in PPO
     seed: int = 0                    # [0, 9e18] the same seed asks the same questions
     device: str = "auto"             # auto|cpu|cuda: auto takes cuda if there is one
 
@@ -62,8 +62,8 @@ class Config:
 # the file
 
 class Decisions:
-    """The choices of a pairs file and of *.undecided.jsonl beside it, and what need not be asked again: `asked`, texts,
-    and `steps`, numbers in the order of questions."""
+    """The choices in a pairs file and in *.undecided.jsonl beside it, and what need not be asked again: `asked` has the
+    texts, and `steps` the places in the order of questions."""
 
     def __init__(self, path):
         self.path, self.undecided = Path(path), Path(path).with_suffix(".undecided.jsonl")
@@ -79,8 +79,8 @@ class Decisions:
         self.counts[verdict] += 1
 
     def append(self, verdict, prompt, answers, **more):
-        """verdict: 0 or 1, the index of the better answer; "tie" or "skip". One line in one write, on the disk when
-        this returns: what a crash leaves is all of it, or a part without an end."""
+        """verdict: 0 or 1 (the index of the better answer), "tie" or "skip". Writes one line in one write, on the disk
+        when this returns. A crash leaves the whole line, or a part without its newline."""
         decided = verdict in (0, 1)
         row = {"prompt": prompt} | ({"chosen": answers[verdict], "rejected": answers[1 - verdict]} if decided else
                                     {"verdict": verdict, "first": answers[0], "second": answers[1]}) | more
@@ -95,11 +95,11 @@ class Decisions:
 
 
 def read_whole_lines(path, keys):
-    """The rows of a file, [] if there is none. What a crash left of its last line is cut off and printed: that choice
-    was not confirmed, so it is asked again. Raises UserError for a line that is no row with the keys."""
+    """The rows of a file, [] if there is none. A last line that a crash left incomplete is cut off and printed. Its
+    choice was not confirmed, so it is asked again. Raises UserError for a line that is not a row with the keys."""
     text = path.read_bytes() if path.exists() else b""
     lines, newline, rest = text.rpartition(b"\n")
-    if rest and parse(rest, keys):  # a row, and only the end of its line is missing: an editor may leave it so
+    if rest and parse(rest, keys):  # a row that lacks only its newline, as an editor may leave it
         with open(path, "ab") as file:
             file.write(b"\n")
         lines, newline, rest = text, b"\n", b""
@@ -107,11 +107,11 @@ def read_whole_lines(path, keys):
     for number, line in enumerate((lines + newline).splitlines(), 1):
         if line.strip():
             rows.append(parse(line, keys))
-            require(rows[-1], f"{path}:{number} is no row with {', '.join(keys)}: correct it, or give another "
+            require(rows[-1], f"{path}:{number} is not a row with {', '.join(keys)}: correct it, or give another "
                     "file with --pairs")
     if rest:
         begins_like_ours = rest.startswith(b'{"prompt": "'[:len(rest)])
-        require(begins_like_ours, f"{path}:{len(rows) + 1} is no row with {', '.join(keys)}: correct it, or "
+        require(begins_like_ours, f"{path}:{len(rows) + 1} is not a row with {', '.join(keys)}: correct it, or "
                 "give another file with --pairs")
         print(f"note: {path} ended in the middle of a line, which is cut off and will be asked again: "
               f"{rest.decode(errors='replace')}")
@@ -151,21 +151,21 @@ def two_answers(model, encoding, prompt, config, rng):
     texts = [decode(encoding, row[len(prompt):end]) for row, end in zip(rollout.tokens.tolist(), ends)
              if row[end - 1] in eos_ids(encoding)]
     pair = list(dict.fromkeys(texts))[:2]
-    # The first sample is likelier the frequent answer than the first that differs from it is, so the order is drawn.
+    # The first sample is more likely than the second to be the policy's usual answer, so the order is random.
     if torch.rand((), generator=rng, device=device) < 0.5:
         pair.reverse()
     return pair if len(pair) == 2 else None
 
 
 def printable(text):
-    """The text as a terminal may show it: a model can sample control characters, and they could do anything there."""
+    """The text, safe for a terminal: a model can sample control characters, and they could do anything there."""
     return "".join("\n     " if c == "\n" else c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 @contextmanager
 def keyboard():
-    """Two functions. key() waits for a key, without Enter at a terminal; elsewhere it is the first letter of a line,
-    and q at the end. discard() forgets what was typed so far. The terminal is put back in the end, Ctrl-C included."""
+    """Yields two functions. key() waits for a key, without Enter at a terminal; elsewhere it reads the first letter of
+    a line, or q at the end. discard() drops what was typed so far. The terminal is restored, even after Ctrl-C."""
     if not sys.stdin.isatty():
         def key():
             line = sys.stdin.readline()
@@ -181,7 +181,7 @@ def keyboard():
         before = termios.tcgetattr(terminal)
         try:
             tty.setcbreak(terminal)
-            # One read takes all that a key sends: an arrow is three characters, and they are no answer.
+            # One read takes all that a key sends: an arrow key sends three characters, which are not an answer.
             yield (lambda: os.read(terminal, 32).decode(errors="replace"),
                    lambda: termios.tcflush(terminal, termios.TCIFLUSH))
         finally:
@@ -193,7 +193,7 @@ VERDICTS = {"1": 0, "2": 1, "t": "tie", "s": "skip", "q": None, "\x03": None, "\
 
 def ask(prompt, answers, key, discard):
     """Shows a question and waits for one of its keys. Returns a value of VERDICTS, None to end."""
-    discard()  # a key that was pressed before the question was there is no answer to it
+    discard()  # a key that was pressed before the question appeared does not answer it
     print(f"\n{printable(prompt)}\n\n  1  {printable(answers[0])}\n  2  {printable(answers[1])}\n")
     print("better: 1 or 2, t tie, s skip, q quit ", end="", flush=True)
     while True:
@@ -233,8 +233,8 @@ def main(config):
 
 
 def label(model, encoding, prompts, config, decisions, sha256, key, discard):
-    """Asks until there are n pairs, or the user has had enough, or nothing new comes."""
-    # All that a step's question depends on, so that an answered step need not be sampled again to be recognised.
+    """Asks until there are n pairs, or you quit, or no new question comes up."""
+    # Everything that a step's question depends on: an answered step is recognised without sampling it again.
     made_by = repr((sha256, config.seed, config.max_new_tokens, config.temperature, prompts))
     source, device = hashlib.sha256(made_by.encode()).hexdigest()[:12], model.value_head.linear.weight.device
     order, in_vain = data.BatchOrder([1] * len(prompts), 1, config.seed), 0
@@ -242,7 +242,7 @@ def label(model, encoding, prompts, config, decisions, sha256, key, discard):
         if decisions.counts["pair"] >= config.n:
             return
         if in_vain >= 2 * len(prompts):
-            print("two passes over the prompts brought no pair that was not asked already: raise --temperature, or "
+            print("two passes over the prompts brought no pair that was not asked before: raise --temperature, or "
                   "--max_new_tokens if answers are cut")
             return
         in_vain += 1

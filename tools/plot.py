@@ -6,9 +6,9 @@ Draws the curves of PPO from metrics.jsonl, of one run or of several on top of e
     python -m tools.plot out/low/* out/high/* --metrics kl score     runs whose flags differ: a colour for each group
     python -m tools.plot out/atlas --samples                         samples.jsonl -> out/atlas/samples.png
 
-Runs that differ in nothing but the seed and where they lie are one group; a group is named by the flags in which it
-differs from the others. The band of --eval in a lone run is its standard error. The range within the bounds of a rule
-in support.metrics.HEALTH is green. Needs matplotlib.
+Runs that differ only in the seed and the folder are one group. A group is named by the flags in which it differs from
+the others. For a single run, the band of --eval is its standard error. The range within the bounds of a rule in
+support.metrics.HEALTH is green. Needs matplotlib.
 """
 
 import argparse
@@ -35,10 +35,10 @@ PANELS = {  # metric: title of its panel, unit, what else is drawn there, where 
     "explained_variance": ("explained variance of the critic", "share of the returns' variance", (), (-1, None)),
     "response_len": ("length of a response", "tokens", (), (None, None)),
     "eos_rate": ("responses that end by themselves", "share of responses", (), (-0.02, 1.02))}
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # Okabe & Ito, for all eyes
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # Okabe & Ito, colourblind-safe
 HEALTHY = "#009E73"
-# Flags in which the runs of a group may differ. A resumed run may spell its data and sizes in another way, but runs
-# with others are others.
+# Flags in which the runs of a group may differ. A resumed run may give its data and sizes in another way, but
+# different data or sizes make different groups.
 SAME_GROUP = MAY_CHANGE - {"data", "tokenizer", "reward", "n_layer", "n_head", "n_embd", "block_size"} | {
     "seed", "init_from"}
 
@@ -77,14 +77,14 @@ def group_runs(folders):
 
 
 def panels_of(runs):
-    """PANELS, and one for each part of a score that a run has."""
+    """PANELS, and a panel for each part of a score that a run has."""
     parts = sorted({name for run in runs for name in run if re.match("(reward|eval)_(?!se$)", name)})
     return PANELS | {name: (name.replace("_", ", part ", 1), "units of the part", (), (None, None)) for name in parts}
 
 
 def mean_and_band(runs, metric):
-    """Iterations, mean, lowest, highest over the runs that have the metric, where all of those have it; else None. In a
-    lone run a metric with a standard error has that error on both sides."""
+    """(iterations, mean, lowest, highest) over the runs that have the metric, where all of those have it; else None.
+    In a single run, a metric with a standard error has that error on both sides."""
     curves = [run[metric] for run in runs if metric in run]
     iterations = sorted(set.intersection(*(set(x.tolist()) for x, _ in curves))) if curves else []
     values = np.array([[y[x.tolist().index(i)] for i in iterations] for x, y in curves])

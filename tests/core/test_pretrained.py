@@ -329,7 +329,7 @@ def test_a_vocabulary_may_be_padded_and_no_more():
     ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx=True"),
     ("gpt2", dict(add_cross_attention=True), "add_cross_attention=True"),
     ("gpt2", dict(vocab_size="absent"), "the field 'vocab_size' is missing"),
-    ("gpt2", dict(n_head=5), "is no config.json of a GPT2LMHeadModel .n_embd=24 must be divisible by n_head=5"),
+    ("gpt2", dict(n_head=5), "is not a config.json of a GPT2LMHeadModel .n_embd=24 must be divisible by n_head=5"),
     ("llama", dict(hidden_act="gelu"), "hidden_act='gelu' is not supported, only 'silu'"),
     ("llama", dict(attention_bias=True), "attention_bias=True"), ("llama", dict(mlp_bias=True), "mlp_bias=True"),
     ("llama", dict(quantization_config={"bits": 4}), "quantization_config={'bits': 4}"),
@@ -379,8 +379,8 @@ LAYER = "model.layers.1."
 @pytest.mark.parametrize("name, change, message", [
     ("gpt2", drop("transformer.h.1.mlp.c_fc.bias"), r"1 weights are missing \['h.1.mlp.c_fc.bias'\], 0 have no place"),
     ("gpt2", drop("transformer.wte.weight"), r"missing \['wte.weight'\]"),
-    ("gpt2", put("score.weight", torch.zeros(1, 24)), r"missing \[\], 1 have no place in one \['score.weight'\]"),
-    ("gpt2", put("v_head.summary.weight", torch.zeros(1, 24)), r"no place in one \['v_head.summary.weight'\]"),
+    ("gpt2", put("score.weight", torch.zeros(1, 24)), r"missing \[\], 1 have no place in it \['score.weight'\]"),
+    ("gpt2", put("v_head.summary.weight", torch.zeros(1, 24)), r"no place in it \['v_head.summary.weight'\]"),
     ("gpt2", put("transformer.h.2.ln_1.weight", torch.zeros(24)), r"GPT2LMHeadModel of 2 layers.*'h.2.ln_1.weight'"),
     ("gpt2", put("transformer.wpe.weight", torch.zeros(8, 24)), r"wpe.weight .*\[8, 24\].*\[16, 24\]"),
     ("gpt2", put("transformer.h.0.mlp.c_fc.weight", torch.zeros(96, 24)), r"h.0.mlp.c_fc.*\[96, 24\].*\[24, 96\]"),
@@ -388,7 +388,7 @@ LAYER = "model.layers.1."
     ("llama", drop(LAYER + "self_attn.v_proj.weight"), r"missing \['layers.1.self_attn.v_proj.weight'\]"),
     ("llama", put(LAYER + "self_attn.v_proj.weight", torch.zeros(7, 24)), r"v_proj.weight .*\[7, 24\].*\[8, 24\]"),
     ("llama", put(LAYER + "mlp.up_proj.weight", torch.zeros(24, 20)), r"up_proj.weight .*\[24, 20\].*\[20, 24\]"),
-    ("llama", put(LAYER + "self_attn.q_proj.bias", torch.zeros(24)), "no place in one .*q_proj.bias"),
+    ("llama", put(LAYER + "self_attn.q_proj.bias", torch.zeros(24)), "no place in it .*q_proj.bias"),
     ("llama", put("lm_head.weight", torch.zeros(V, 24)), "lm_head.weight differs from the token embedding"),
     ("qwen2", drop("lm_head.weight"), r"missing \['lm_head.weight'\]"),
     ("qwen3", drop(LAYER + "self_attn.q_norm.weight"), "missing .*q_norm")])
@@ -477,7 +477,7 @@ def test_a_folder_is_not_overwritten(tmp_path):
 @pytest.mark.parametrize("sizes", [dict(position="rope"), LLAMA.kind | dict(mlp="gelu"), LLAMA.kind | dict(bias=True),
                                    LLAMA.kind | dict(qkv_bias=True, qk_norm=True)])
 def test_a_model_of_no_family_is_not_saved(tmp_path, sizes):
-    with pytest.raises(ValueError, match="no model of transformers is like this one"):
+    with pytest.raises(ValueError, match="transformers has no model like this one"):
         save_pretrained(make_gpt(**sizes), ENCODING, tmp_path / "hf")
     assert not any(tmp_path.iterdir())
 

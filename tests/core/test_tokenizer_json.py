@@ -282,7 +282,7 @@ def test_renderers_are_chosen_by_the_special_tokens(tmp_path):
 @pytest.mark.parametrize("roles, chat, message", [
     (["user"], "chatml", "--chat=chatml cannot render messages with tokenizer bytes: give plain"),
     ([], "plain", "cannot be rendered"), (["tool"], "plain", "cannot be rendered"),
-    (["user", "assistant"], "plain", "a last one that is not of the assistant")])
+    (["user", "assistant"], "plain", "do not end with a message of the assistant")])
 def test_messages_that_cannot_be_rendered_are_refused(roles, chat, message):
     with pytest.raises(DataError, match=message):
         render_messages(get_tokenizer("bytes"), [{"role": role, "content": ""} for role in roles], chat)
@@ -319,8 +319,8 @@ def pair_left_out(contents):
     (changed("model", "dropout", value=0.1), "dropout=0.1 is not supported"),
     (changed("model", "continuing_subword_prefix", value="##"), "continuing_subword_prefix='##'"),
     (changed("model", "end_of_word_suffix", value="</w>"), "end_of_word_suffix='</w>'"),
-    (changed("added_tokens", 1, "lstrip", value=True), "the added token '<|im_start|>' takes in its surroundings"),
-    (changed("added_tokens", 1, "single_word", value=True), "'<|im_start|>' takes in its surroundings"),
+    (changed("added_tokens", 1, "lstrip", value=True), "the added token '<|im_start|>' takes in the text around it"),
+    (changed("added_tokens", 1, "single_word", value=True), "'<|im_start|>' takes in the text around it"),
     (changed("normalizer", value={"type": "Lowercase"}), r"the normalizer .*Lowercase.* is not supported"),
     (changed("pre_tokenizer", value={"type": "Whitespace"}), "the pre_tokenizer .*Whitespace"),
     (changed("pre_tokenizer", value=None), "the pre_tokenizer None"),

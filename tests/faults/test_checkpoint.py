@@ -913,7 +913,7 @@ def test_a_system_without_locks_is_used_with_one_note(tmp_path, monkeypatch, cap
     tmp_path.mkdir(exist_ok=True)
     with checkpoint.locked(tmp_path), checkpoint.locked(tmp_path):  # as in an earlier stage that train_ppo.py runs
         pass
-    assert capsys.readouterr().out == f"note: this system has no locks: start no second run in {tmp_path}\n"
+    assert capsys.readouterr().out == f"note: this system has no locks: do not start a second run in {tmp_path}\n"
     with checkpoint.locked(tmp_path):
         assert "no locks" in capsys.readouterr().out
 

@@ -2,8 +2,7 @@
 
 import json
 import os
-import zipfile
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,19 +11,19 @@ import tiktoken
 import torch
 
 import train_sft
-from model import GPT, GPTConfig, KVCache
+from model import GPT, KVCache
 from paths import ROOT
 from pretrained import FAMILIES, LLAMA, QWEN2, QWEN3, family_of, from_pretrained, is_pretrained, save_pretrained
 from support import weights
 from support.flags import UserError
-from support.stages import check_vocabulary, load_start
+from support.stages import check_vocabulary
 from support.weights import read_safetensors, read_weights, write_safetensors
 from tensors import BLOCK, V, gap, make_gpt, random_ids
 from tokenizer import get_tokenizer, tokenizer_json
 
 ids = partial(random_ids, V)
 TINY = ROOT / "tests" / "tiny_models"
-SMOLLM2 = Path(os.environ.get("PPO_TEST_SMOLLM2", "")) 
+SMOLLM2 = Path(os.environ.get("PPO_TEST_SMOLLM2", ""))
 ENCODING = tiktoken.Encoding("letters", pat_str=".", mergeable_ranks={bytes([65 + i]): i for i in range(V - 1)},
                              special_tokens={"<|endoftext|>": V - 1})
 SCALING = (8.0, 1.0, 4.0, 8)

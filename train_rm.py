@@ -117,7 +117,8 @@ def labeller_entropy(comparisons, encoding):
 def collated(comparisons, eos, device):
     """What collate_comparisons returns, on the device. On a GPU T is a multiple of 16: otherwise attention copies its
     mask in each layer."""
-    return (x.to(device) for x in collate_comparisons(comparisons, eos, 1 if torch.device(device).type == "cpu" else 16))
+    multiple = 1 if torch.device(device).type == "cpu" else 16
+    return (x.to(device) for x in collate_comparisons(comparisons, eos, multiple))
 
 
 @torch.no_grad()

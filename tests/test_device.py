@@ -195,8 +195,8 @@ GPT2, QWEN = (GPTConfig(1024, V, L, 12, C) for L, C, V in ((12, 768, 50257), (28
 @pytest.mark.parametrize("config, R, spare, expected", [
     (GPT2, 128, None, (8, None)), (GPT2, 128, 30e9, (32, None)), (GPT2, 128, 3e9, (8, None)),
     (GPT2, 128, 0.6e9, (4, 248)),     # not even four rows' logits fit beside their activations
-    (QWEN, 128, None, (2, None)), (QWEN, 512, None, (1, 140)), (QWEN, 128, 30e9, (32, None)), (QWEN, 512, 30e9, (8, None)),
-    (QWEN, 512, 8e9, (4, 1096)), (QWEN, 2048, 30e9, (4, 1096))])
+    (QWEN, 128, None, (2, None)), (QWEN, 512, None, (1, 140)), (QWEN, 128, 30e9, (32, None)),
+    (QWEN, 512, 30e9, (8, None)), (QWEN, 512, 8e9, (4, 1096)), (QWEN, 2048, 30e9, (4, 1096))])
 def test_rows_per_pass_follow_the_memory_that_is_there(config, R, spare, expected):
     """Of 128 rows. On a GPU a pass keeps a quarter of them at most, on a CPU the logits that the memory of a laptop
     holds; with a large vocabulary the head reads chunks before there is one row left."""

@@ -86,6 +86,13 @@ def test_no_name_of_a_test_is_longer_than_70_characters():
         assert not [name for name in re.findall(r"^ *def (test_\w+)", path.read_text(), re.MULTILINE) if len(name) > 70]
 
 
+def test_no_line_of_code_is_longer_than_120_characters():
+    folders = ("support", "tools", "experiments", "examples", "tests")
+    for path in [*ROOT.glob("*.py"), *(path for folder in folders for path in ROOT.glob(f"{folder}/**/*.py"))]:
+        lines = enumerate(path.read_text("utf-8").split("\n"), 1)
+        assert not [f"{path.relative_to(ROOT)}:{number}" for number, line in lines if len(line) > 120]
+
+
 @pytest.mark.parametrize("script", [train_sft, train_rm, train_ppo, sample], ids=lambda module: module.__name__)
 def test_help_shows_the_scripts_own_flags_first_under_headings(script, capsys):
     with pytest.raises(SystemExit):

@@ -49,7 +49,8 @@ def test_texts_are_decoded_once_and_only_if_somebody_reads_them(experience, poli
 
 def ragged():
     """A rollout of twelve rows with one to five response tokens."""
-    prompt_lens, response_lens = torch.tensor([len(ids) for ids in PROMPTS]), torch.tensor([1 + i % 5 for i in range(12)])
+    prompt_lens = torch.tensor([len(ids) for ids in PROMPTS])
+    response_lens = torch.tensor([1 + i % 5 for i in range(12)])
     mask = torch.arange(5) < response_lens[:, None]
     return Rollout(random_ids(256, 12, 8), prompt_lens, response_lens, mask, mask * 1.0, mask * 1.0)
 

@@ -45,7 +45,8 @@ def test_answers_to_different_prompts_are_no_pair(row):
     ({"prompt": []}, '"prompt" has no messages'), ({"messages": HI}, '"messages" must end with a message of the assi'),
     ({"prompt": HI, "response": HI}, '"response" must end with a message of the assistant, not of "user"'),
     ({"messages": YES}, 'missing key "prompt"'), ({"prompt": HI + YES}, "the prompt ends with a message of the assist"),
-    ({"prompt": [{"role": "tool", "content": ""}]}, 'message 1 of "prompt" has the role "tool"; known are system, user'),
+    ({"prompt": [{"role": "tool", "content": ""}]},
+     'message 1 of "prompt" has the role "tool"; known are system, user'),
     ({"prompt": [{"content": ""}]}, 'message 1 of "prompt" has no "role" or no "content"'),
     ({"prompt": [*HI, {"role": "user", "content": 3}]}, '"content" of message 2 of "prompt" must be a string, not int'),
     ({"prompt": [{"role": "user", "content": "\ud800"}]}, 'message 1 of "prompt" has a lone surrogate'),
@@ -79,6 +80,7 @@ def test_messages_are_rendered_and_a_string_is_never_wrapped(tmp_path):
 
 
 def test_an_equal_conversation_is_kept_once(tmp_path):
-    path = write(tmp_path / "x.jsonl", {"prompt": HI}, {"messages": HI + YES}, {"prompt": "hi"}, {"prompt": messages("so")})
+    path = write(tmp_path / "x.jsonl", {"prompt": HI}, {"messages": HI + YES}, {"prompt": "hi"},
+                 {"prompt": messages("so")})
     split = load_prompts(path, BYTES, 64, 8, chat="plain")
     assert len(split.train + split.heldout) == 3 and "dropped 1: the same prompt again" in split.report

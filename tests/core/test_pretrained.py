@@ -27,7 +27,8 @@ SMOLLM2 = Path(os.environ.get("PPO_TEST_SMOLLM2", ""))
 ENCODING = tiktoken.Encoding("letters", pat_str=".", mergeable_ranks={bytes([65 + i]): i for i in range(V - 1)},
                              special_tokens={"<|endoftext|>": V - 1})
 SCALING = (8.0, 1.0, 4.0, 8)
-CONFIGS = {"gpt2": {}, "gpt2 untied, erf": dict(mlp="gelu_erf", tied=False, mlp_dim=20), "gpt2 without bias": dict(bias=False),
+CONFIGS = {"gpt2": {}, "gpt2 untied, erf": dict(mlp="gelu_erf", tied=False, mlp_dim=20),
+           "gpt2 without bias": dict(bias=False),
            "llama": LLAMA.kind | dict(n_kv_head=1, mlp_dim=20, norm_eps=1e-3, rope_base=100.0),
            "llama untied, scaled": LLAMA.kind | dict(n_kv_head=3, mlp_dim=20, tied=False, rope_scaling=SCALING),
            "qwen2": QWEN2.kind | dict(n_kv_head=1, mlp_dim=20, tied=False),
@@ -201,7 +202,8 @@ def test_files_of_a_saved_qwen3(tmp_path):
 def test_a_saved_file_is_what_the_safetensors_package_reads(tmp_path):
     load_file = pytest.importorskip("safetensors.torch").load_file
     save(tmp_path / "hf")
-    ours, theirs = read_safetensors(tmp_path / "hf" / "model.safetensors"), load_file(tmp_path / "hf" / "model.safetensors")
+    ours = read_safetensors(tmp_path / "hf" / "model.safetensors")
+    theirs = load_file(tmp_path / "hf" / "model.safetensors")
     assert ours.keys() == theirs.keys() and all(torch.equal(w, theirs[name]) for name, w in ours.items())
 
 
@@ -251,7 +253,8 @@ def test_shards_are_read_and_a_missing_one_is_named(tmp_path, suffix):
     to_shards(path, suffix)
     assert same_weights(from_pretrained(path), gpt)
     next(path.glob("*-00002-of-00003*")).unlink()
-    with pytest.raises(FileNotFoundError, match=f"of the shards in .*index.json, .*-00002-of-00003.{suffix} are missing"):
+    with pytest.raises(FileNotFoundError,
+                       match=f"of the shards in .*index.json, .*-00002-of-00003.{suffix} are missing"):
         from_pretrained(path)
 
 
@@ -290,7 +293,8 @@ def test_a_checkpoint_of_nanogpt(tmp_path, prefix, bias):
     state[f"{prefix}lm_head.weight"] = gpt.trunk.wte.weight.detach()
     state[f"{prefix}transformer.h.0.attn.bias"] = torch.ones(1, 1, BLOCK, BLOCK)
     torch.save({"model": state, "optimizer": {}, "iter_num": 7, "best_val_loss": torch.tensor(1.0), "config": {},
-                "model_args": sizes | dict(block_size=BLOCK, bias=bias, vocab_size=V, dropout=0.2)}, tmp_path / "ckpt.pt")
+                "model_args": sizes | dict(block_size=BLOCK, bias=bias, vocab_size=V, dropout=0.2)},
+               tmp_path / "ckpt.pt")
     back = from_pretrained(tmp_path / "ckpt.pt")
     assert is_pretrained(tmp_path / "ckpt.pt") and back.config == gpt.config
     assert torch.equal(logits_of(back, ids(3, BLOCK)), logits_of(gpt, ids(3, BLOCK)))
@@ -301,7 +305,8 @@ def test_a_bare_file_is_a_gpt2_with_heads_of_64(tmp_path):
     save_pretrained(gpt, ENCODING, tmp_path / "hf")
     back = from_pretrained(tmp_path / "hf" / "model.safetensors")
     assert back.config == gpt.config and torch.equal(back.trunk.ln_f.weight, gpt.trunk.ln_f.weight)
-    for name, message in (("gpt2", "n_embd=24 is not a multiple of 64"), ("llama", "no wte.weight, so it is not a GPT-2")):
+    for name, message in (("gpt2", "n_embd=24 is not a multiple of 64"),
+                          ("llama", "no wte.weight, so it is not a GPT-2")):
         save(tmp_path / name, name)
         with pytest.raises(ValueError, match=message):
             from_pretrained(tmp_path / name / "model.safetensors")
@@ -314,7 +319,8 @@ def test_a_vocabulary_may_be_padded_and_no_more():
     for rows in (50_257, 50_258, 50_304):
         check_vocabulary("x", start(rows))
     for rows in (50_256, 51_200, 32_000):
-        with pytest.raises(UserError, match=f"--init_from=x has {rows:,} tokens and the tokenizer gpt2 50,257: give the"):
+        with pytest.raises(UserError,
+                           match=f"--init_from=x has {rows:,} tokens and the tokenizer gpt2 50,257: give the"):
             check_vocabulary("x", start(rows))
 
 
@@ -335,8 +341,10 @@ def test_a_vocabulary_may_be_padded_and_no_more():
     ("llama", dict(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "rope_scaling=.*yarn.* default and llama3"),
     ("llama", dict(rope_scaling={"type": "linear", "factor": 2.0}), "rope_scaling=.*linear"),
     ("llama", dict(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4}), "rope_parameters=.*dynamic"),
-    ("llama", dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "rope_scaling=.* numbers for factor, low_freq"),
-    ("llama", dict(num_attention_heads=5, head_dim=8), "n_head=5"), ("llama", dict(rms_norm_eps="absent"), "rms_norm_eps"),
+    ("llama", dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}),
+     "rope_scaling=.* numbers for factor, low_freq"),
+    ("llama", dict(num_attention_heads=5, head_dim=8), "n_head=5"),
+    ("llama", dict(rms_norm_eps="absent"), "rms_norm_eps"),
     ("qwen2", dict(num_key_value_heads="absent"), "the field 'num_key_value_heads' is missing"),
     ("qwen3", dict(head_dim="absent"), "the field 'head_dim' is missing"),
     ("qwen2", dict(use_sliding_window=True, sliding_window=8), "sliding_window=8 is not supported"),
@@ -350,12 +358,14 @@ def test_what_the_trunk_cannot_be_is_refused_by_field(tmp_path, name, fields, me
 
 def test_a_window_that_is_not_used_is_no_window(tmp_path):
     save(path := tmp_path / "hf", "qwen2")
-    for fields in (dict(use_sliding_window=False, sliding_window=8), dict(use_sliding_window=True, sliding_window=BLOCK)):
+    for fields in (dict(use_sliding_window=False, sliding_window=8),
+                   dict(use_sliding_window=True, sliding_window=BLOCK)):
         set_fields(path, **fields)
         from_pretrained(path)
 
 
-@pytest.mark.parametrize("content, message", [("{", "config.json is not JSON"), ("[1]", "config.json is not a JSON object"),
+@pytest.mark.parametrize("content, message", [("{", "config.json is not JSON"),
+                                              ("[1]", "config.json is not a JSON object"),
                                               ("\xff", "config.json is not JSON"), ("{}", "model_type=None")])
 def test_a_broken_config_is_refused(tmp_path, content, message):
     save(path := tmp_path / "hf")
@@ -542,7 +552,8 @@ def test_a_download_that_breaks_off_goes_on_where_it_ended(remote, tmp_path):
     second.unlink()
     with pytest.raises(OSError, match="could not download file://.*00002-of-00003.* give the folder"):
         from_pretrained("gpt2")
-    assert "model.safetensors.index.json" not in cached(tmp_path) and "model-00001-of-00003.safetensors" in cached(tmp_path)
+    assert "model.safetensors.index.json" not in cached(tmp_path)
+    assert "model-00001-of-00003.safetensors" in cached(tmp_path)
     second.write_bytes(whole[:-100])  # a connection that closes early looks like the end of the file
     with pytest.raises(ValueError, match="00002-of-00003.safetensors cannot be read as weights"):
         from_pretrained("gpt2")

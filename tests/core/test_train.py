@@ -248,8 +248,10 @@ def test_in_bfloat16_the_ratio_starts_at_1_and_sampling_only_rounds(flags, world
     assert all(row["logprob_gap"] < 2 ** -8 * largest for row in rows)
 
 
-@pytest.mark.parametrize("stage, flags", [("sft", {}), ("sft", {"arch": "llama"}), ("ppo", {}), ("ppo", {
-    "critic": "shared", "kl_in": "loss", "ent_coef": 0.1, "temperature": 0.7}), ("ppo", {"dtype": "bfloat16"})], ids=str)
+@pytest.mark.parametrize("stage, flags", [
+    ("sft", {}), ("sft", {"arch": "llama"}), ("ppo", {}),
+    ("ppo", {"critic": "shared", "kl_in": "loss", "ent_coef": 0.1, "temperature": 0.7}),
+    ("ppo", {"dtype": "bfloat16"})], ids=str)
 def test_a_head_in_chunks_trains_alike_and_its_first_ratio_is_1(stage, flags, world, monkeypatch):
     """Where four rows' logits are too many for the budget, whatever --micro_batch_size says."""
     rows, chunks = [], Spy(monkeypatch, "chunked_head", rollout)

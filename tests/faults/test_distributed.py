@@ -175,7 +175,8 @@ def test_each_process_sees_the_rows_of_its_prompts(world, in_processes, tmp_path
     """Parts, rows and the evaluation are those of one process, though 4 do not divide the 6 held-out prompts."""
     (tmp_path / "mine.py").write_text("def f(prompts, responses, rows):\n"
                                       "    assert [row['prompt'] for row in rows] == prompts\n"
-                                      "    return {'n': [row['n'] for row in rows], 'long': list(map(len, responses))}\n")
+                                      "    return {'n': [row['n'] for row in rows], "
+                                      "'long': list(map(len, responses))}\n")
     flags = {"max_iters": 1, "reward": f"{tmp_path / 'mine.py'}:f", "eval": f"{tmp_path / 'mine.py'}:f"}
     folders = [world("ppo") for _ in range(3)]
     for folder in folders:

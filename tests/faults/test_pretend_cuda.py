@@ -1,6 +1,6 @@
 """
-Runs on a pretend GPU (tests/pretend_cuda.py): nothing mixes devices, and the host waits for the device a known number of
-times. They need g++, and no GPU.
+Runs on a pretend GPU (tests/pretend_cuda.py): nothing mixes devices, and the host waits for the device a known number
+of times. They need g++, and no GPU.
 """
 
 import json

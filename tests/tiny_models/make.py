@@ -1,6 +1,6 @@
 """
-Makes the folders beside this file: one tiny random checkpoint per family, as transformers 5.24 writes it, and the logits
-that it gives. Run once: `python tests/tiny_models/make.py` (pip install transformers).
+Makes the folders beside this file: one tiny random checkpoint per family, as transformers 5.24 writes it, and the
+logits that it gives. Run once: `python tests/tiny_models/make.py` (pip install transformers).
 """
 
 import json

@@ -204,7 +204,7 @@ def draw(results, save):
     for axis in axes.flat[len(results):]:
         axis.set_axis_off()
     for axis, (file, result) in zip(axes.flat, results.items()):
-        axis.plot([0.5, 1], [0.5, 1], "k:", linewidth=0.8, label="as sure as it is right")
+        axis.plot([0.5, 1], [0.5, 1], "k:", linewidth=0.8, label="perfectly calibrated")
         learned = [(name, numbers) for name, numbers in result["judges"].items() if "calibration" in numbers]
         for n, (name, numbers) in enumerate(learned):
             _, _, count, predicted, observed = map(np.array, zip(*numbers["calibration"]))

@@ -58,7 +58,7 @@ class Config(Flags):
     temperature: float = 1.0         # (0, inf) sampling temperature; every log-prob uses it, too
     # rewards and advantages
     kl_coef: float = 0.05            # [0, inf) score units (rm: SFT stds) per nat of KL; 0 invites reward hacking
-    kl_target: Optional[float] = None  # (0, inf) adapt kl_coef to this KL per response, by 20 % in 10,000 responses
+    kl_target: Optional[float] = None  # (0, inf) adapt kl_coef to this KL, by at most 20 % per 10,000 responses
     kl_in: str = "reward"            # reward|loss: subtract it from each token's reward, or add it to the loss
     kl_kind: Optional[str] = None    # k2|k3: in the loss, gradient of KL(policy||SFT) or KL(SFT||policy); default: k2
     eos_penalty: float = 1.0         # [0, inf) taken off the score of a response without EOS; score units
@@ -68,7 +68,7 @@ class Config(Flags):
     # update
     epochs: int = 1                  # [1, inf) times each rollout is used; more is farther off-policy
     minibatches: int = 4             # [1, inf) optimizer steps per epoch
-    clip: float = 0.2                # (0, 1) PPO's epsilon: a token gains no more once its ratio is 1 +- clip
+    clip: float = 0.2                # (0, 1) PPO's epsilon: no gradient past 1 +- clip in the advantage's direction
     value_clip: Optional[float] = None  # (0, inf) clip range of the values, in score units; default: off
     vf_coef: float = 0.1             # [0, inf) weight of the value loss; matters most with --critic=shared
     ent_coef: float = 0.0            # [0, inf) weight of the entropy bonus; 0.01 when entropy collapses early
@@ -88,8 +88,8 @@ class Config(Flags):
 
 
 def train(config, rung=None):
-    """Runs the stages that are missing, then PPO; writes out_dir/ppo.pt and returns the final metrics. A `rung` of
-    experiments/rungs.py replaces the advantages and the policy's loss by those of an earlier step of the derivation."""
+    """Runs the stages that are missing, then PPO; writes out_dir/ppo.pt and returns the final metrics. A `rung`, an
+    earlier step of the derivation, has other advantages and another loss: to read PPO, skip each `if rung`."""
     config.check()
     with open_run(config.resolved(), "ppo") as run:
         return loop(run.config, run, rung)
@@ -135,7 +135,7 @@ def loop(config, run, rung):
         tokens, prompt_lens, mask = rollout.tokens, rollout.prompt_lens, rollout.mask
         (B, R), has_eos = mask.shape, rollout.has_eos(experience.eos)
         final_rewards = scores - config.eos_penalty * ~has_eos
-        if iteration == 1 and config.critic and config.reward != "rm":  # only a reward model's scores have mean 0
+        if iteration == 1 and config.critic and config.reward != "rm":  # begin at the mean reward
             (critic or policy).value_head.shift(masked_mean(final_rewards.unsqueeze(1).expand(B, R), mask).item())
         clock.lap("sec_rollout")
         look = last or iteration == 1 or iteration % config.sample_interval == 0
@@ -164,7 +164,7 @@ def loop(config, run, rung):
         advantages = whiten(advantages, mask)
         if rung:  # an objective of the derivation instead of PPO's
             advantages, returns = rung.advantages(rewards, old_values, mask)
-        # If all compared scores are equal there is nothing to learn; whitening would only blow up KL terms and rounding
+        # If all compared scores are equal, none favours a token: whitening would only blow up KL terms and rounding
         compared = final_rewards.view(-1, config.samples_per_prompt if config.advantage == "group" else B)
         advantages = advantages * (compared.amax(1) > compared.amin(1)).any()
 

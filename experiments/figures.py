@@ -226,7 +226,7 @@ def draw_clip(*axes):
     ratios, zero = linspace(0.4, 1.6, 121), torch.zeros(1, 1, dtype=torch.float64)
     for axis, A in zip(axes, (1, -1)):
         inputs = [(ratio.log().view(1, 1), zero, zero + A, zero == 0) for ratio in ratios]
-        axis.plot(ratios, [-policy_loss(*x, clip=0.2)[0] for x in inputs], linewidth=3, label="PPO: the smaller of the two")
+        axis.plot(ratios, [-policy_loss(*x, clip=0.2)[0] for x in inputs], linewidth=3, label="PPO: the smaller")
         axis.plot(ratios, [-cpi_loss(*x)[0] for x in inputs], "--", label=r"$\rho\,A$, not clipped")
         axis.plot(ratios, A * ratios.clamp(0.8, 1.2), ":", color=BLACK, label=r"clip$(\rho)\,A$")
         axis.axvspan(*((1.2, 1.6) if A > 0 else (0.4, 0.8)), color=GREEN, alpha=0.12, linewidth=0)

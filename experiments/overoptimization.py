@@ -155,7 +155,7 @@ def collect(folders):
 
 
 def print_table(results):
-    print("\n| policy | KL | proxy score | utility | gold | highest utility during the run |\n|---|---|---|---|---|---|")
+    print("\n| policy | KL | proxy score | utility | gold | highest utility |\n|---|---|---|---|---|---|")
     for kl_coef, run in results["ppo"].items():
         ends = {name: [np.mean(curve[-LAST:]) for curve in run[name]] for name in ("kl", "score", "utility", "gold")}
         peak = [max(np.convolve(curve, np.ones(5) / 5, "valid")) for curve in run["utility"]]

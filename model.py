@@ -64,6 +64,10 @@ class GPTConfig:
         if self.position == "rope" and self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even, because RoPE rotates pairs of numbers")
 
+    @property
+    def cache_size(self):  # numbers in a KVCache for one position of a row
+        return 2 * self.n_layer * self.n_kv_head * self.head_dim
+
     def require_whole(self, *names):
         for name in names:
             value = getattr(self, name)

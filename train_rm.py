@@ -61,9 +61,9 @@ def sample(experience, policy, prompts, purpose, copies=1):
     with EOS. A cut response is given one, as in PPO: a reward model has only learned to judge texts that end."""
     rng, responses = experience.rng(purpose), []
     asked = [prompt for prompt in prompts for _ in range(copies)]
-    shape, longest = policy.config, max(map(len, prompts)) + experience.config.max_new_tokens
-    cache = 8 * shape.n_layer * shape.n_kv_head * shape.head_dim * longest  # bytes of an answer's keys and values
-    step = max(1, min(SAMPLE_ROWS, int(SAMPLE_BYTES / cache)) // copies) * copies
+    longest = max(map(len, prompts)) + experience.config.max_new_tokens
+    fit = int(SAMPLE_BYTES / (4 * policy.config.cache_size * longest))
+    step = max(1, min(SAMPLE_ROWS, fit) // copies) * copies
     with progress(f"sampling {len(asked):,} answers of the SFT policy", lambda: f"{len(responses):,} done"):
         for i in range(0, len(asked), step):
             some = asked[i:i + step]

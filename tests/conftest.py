@@ -17,7 +17,7 @@ from tiny import SIZES, pairs, reward_file, run, write_jsonl
 from tokenizer import get_tokenizer
 
 torch.set_num_threads(1)  # with more, sums are taken in another order and the last bits differ
-# A shell's & makes its processes ignore Ctrl-C, and theirs. Tests send it.
+# A process that a shell starts with & ignores Ctrl-C, and so do its children. Some tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

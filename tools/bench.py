@@ -327,7 +327,7 @@ def work(size, critic, width):
     B, P, R, c = size.batch_size, size.prompt_len, size.response_len, size.model
     T, critics = P + R, int(critic == "separate")
     weights = width * (size.n_layer * layer_weights(size) + size.vocab_size * size.n_embd)
-    kv = width * 2 * size.n_layer * c.n_kv_head * c.head_dim * B  # per position
+    kv = width * c.cache_size * B  # per position
     trunk, scored_tokens = (forward_flops(size, B * n, B * n * (n + 1) / 2, 0) for n in (T, T + 1))
     scored = forward_flops(size, B * T, B * T * (T + 1) / 2, B * R)
     prefill = Piece(forward_flops(size, B * P, B * P * (P + 1) / 2, B), weights, weights)
@@ -394,8 +394,7 @@ def estimate(size, critic, micro, bf16, recompute=False, chunk=None):
     alternate: only the larger of their peaks counts."""
     N, T = n_params(size), size.prompt_len + size.response_len
     trained = 1 + int(critic == "separate")
-    heads = size.model.n_kv_head * size.model.head_dim
-    kv = 2 * size.n_layer * heads * T * size.batch_size * (2 if bf16 else 4)
+    kv = size.model.cache_size * T * size.batch_size * (2 if bf16 else 4)
     with torch.device("meta"):
         linear = [p.numel() for part in GPT(size.model).modules() if isinstance(part, torch.nn.Linear)
                   for p in part.parameters()]

@@ -158,7 +158,7 @@ def test_the_samples_of_a_prompt_stand_together_and_all_end(monkeypatch, limit):
     pad = encoding.eot_token
     experience = SimpleNamespace(rng=lambda purpose: None, sample=answer, encoding=encoding, pad=pad,
                                  config=SimpleNamespace(max_new_tokens=5))
-    policy = SimpleNamespace(config=SimpleNamespace(n_layer=3, n_kv_head=2, head_dim=5))
+    policy = SimpleNamespace(config=model.GPTConfig(6, 10, n_layer=3, n_head=2, n_embd=10))
     answers = train_rm.sample(experience, policy, [[1], [2], [3]], "x", copies=3)
     assert [row[0] for row in answers] == [1, 1, 1, 2, 2, 2, 3, 3, 3] and chunks == [(6, 3), (3, 3)]
     assert all(row[-1] == pad for row in answers)

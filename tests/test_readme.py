@@ -87,4 +87,5 @@ def test_the_page_names_the_bound_of_each_warning(metric, bound):
 
 def test_the_map_names_every_file():
     listed = set(re.findall(r"^([\w/]+\.py) ", TEXT, re.MULTILINE))
-    assert {path.name for path in ROOT.glob("*.py")} <= listed
+    ours = {path.name for path in ROOT.glob("*.py")} - {"my_reward.py"}  # which README has you write
+    assert ours <= listed
